@@ -1,0 +1,312 @@
+//! Every type that crosses the C boundary. The comments here are the comments of `include/decoquant.h`.
+//!
+//! Rules that hold for all structs with a `struct_size`: set it to `sizeof` of the struct as compiled; fields are only
+//! ever appended; a smaller size means the missing fields are zero; a larger size is accepted when its tail is zero;
+//! zero in a field means its default. Enumerations travel as `uint32_t` and are checked on entry.
+#![allow(non_camel_case_types)]
+
+use std::ffi::c_void;
+
+/// What a call returns. The numbers never change meaning.
+pub type dq_status = i32;
+
+/// The call did all of its work.
+pub const DQ_OK: dq_status = 0;
+/// An argument is wrong: `dq_last_error` names the parameter, the value and the limit. Nothing was changed.
+pub const DQ_ERROR_INVALID_ARGUMENT: dq_status = 1;
+/// The arguments are valid but this library has no kernel or code for them. Nothing was changed.
+pub const DQ_ERROR_UNSUPPORTED: dq_status = 2;
+/// The backend asked for is not in this build, or its driver or device is missing. Nothing was changed.
+pub const DQ_ERROR_NO_BACKEND: dq_status = 3;
+/// Memory could not be allocated. Nothing was changed.
+pub const DQ_ERROR_OUT_OF_MEMORY: dq_status = 4;
+/// The workspace is smaller than `dq_workspace_size` says. Nothing was changed.
+pub const DQ_ERROR_WORKSPACE: dq_status = 5;
+/// A factor file or a set export is damaged, of another version, or of another model. Nothing was changed.
+pub const DQ_ERROR_BAD_FILE: dq_status = 6;
+/// The caller's read or write callback failed.
+pub const DQ_ERROR_IO: dq_status = 7;
+/// No free set id is left for an import. Nothing was changed.
+pub const DQ_ERROR_SETS_FULL: dq_status = 8;
+/// The CUDA driver reported an error.
+pub const DQ_ERROR_CUDA: dq_status = 9;
+/// The call cannot be recorded into a CUDA graph at this moment (a fit is due). Nothing was changed.
+pub const DQ_ERROR_CAPTURE: dq_status = 10;
+/// A defect of this library. The handle must not be used further.
+pub const DQ_ERROR_INTERNAL: dq_status = 11;
+/// Not an error of the call: all rows were written, but rows with NaN, infinity or a scale beyond f16 were found. Such
+/// a row with NaN or infinity was written as the zero row of set 0; one beyond f16 was written with the largest scale.
+pub const DQ_ROWS_REPLACED: dq_status = 100;
+
+/// Backend: the CPU. Pointers are host pointers and `stream` is null.
+pub const DQ_BACKEND_CPU: u32 = 1;
+/// Backend: one CUDA device. Pointers are device pointers and work is ordered by `stream`.
+pub const DQ_BACKEND_CUDA: u32 = 2;
+
+/// Element types of rows, masks and outputs.
+pub const DQ_F32: u32 = 1;
+/// IEEE 754 binary16.
+pub const DQ_F16: u32 = 2;
+/// bfloat16.
+pub const DQ_BF16: u32 = 3;
+
+/// Gauge: set 0 only, a Hadamard rotation behind fixed signs. Nothing is learned.
+pub const DQ_GAUGE_ROTATION: u32 = 1;
+/// Gauge: the rotation about the mean of the rows. Learns means, holds no matrices. The default for values.
+pub const DQ_GAUGE_CENTRED: u32 = 2;
+/// Gauge: the fit that minimises the error of the attention scores (for values: of the rows). The default for keys.
+pub const DQ_GAUGE_ATTENTION: u32 = 3;
+
+/// The key half of a layer.
+pub const DQ_SIDE_K: u32 = 0;
+/// The value half of a layer.
+pub const DQ_SIDE_V: u32 = 1;
+
+/// Most factor sets that a head and side can hold: a row's header has four bits for the set.
+pub const DQ_MAX_SETS: u32 = 16;
+
+/// A backend and its device. Create one per device; it may be shared by any number of codecs and threads.
+pub struct dq_context {
+    _private: [u8; 0],
+}
+
+/// Shapes, widths, gauges and factor sets of all layers of one model.
+///
+/// Threads: calls that take a `const dq_codec *` may run at the same time. For one layer, observe, refit, encode,
+/// compress and append must be ordered by the caller; attend, dequantize and layout queries may overlap them.
+pub struct dq_codec {
+    _private: [u8; 0],
+}
+
+/// What `dq_context_create` is to open.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct dq_context_desc {
+    /// `sizeof(dq_context_desc)`.
+    pub struct_size: u32,
+    /// `DQ_BACKEND_CPU` (also the default) or `DQ_BACKEND_CUDA`.
+    pub backend: u32,
+    /// Ordinal of the CUDA device. Must be 0 on the CPU.
+    pub device: u32,
+    /// Must be 0.
+    pub reserved: u32,
+}
+
+/// One layer of a model.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct dq_layer_desc {
+    /// `sizeof(dq_layer_desc)`; also the stride of an array of layers.
+    pub struct_size: u32,
+    /// Query heads; a multiple of `n_kv_heads`.
+    pub n_q_heads: u32,
+    /// Key and value heads: equal to `n_q_heads`, fewer (GQA) or 1 (MQA). At most 1024.
+    pub n_kv_heads: u32,
+    /// Channels of a query and key head: 64, 80, 96, 128, 192 or 256.
+    pub head_dim_k: u32,
+    /// Channels of a value head: the same choices.
+    pub head_dim_v: u32,
+    /// How keys are coded: a plan number, see `dq_plan_name`. 2, 3, 4 and 8 are the uniform widths in bits.
+    pub k_plan: u32,
+    /// How values are coded.
+    pub v_plan: u32,
+    /// `DQ_GAUGE_*` of the keys; 0 is `DQ_GAUGE_ATTENTION`.
+    pub k_gauge: u32,
+    /// `DQ_GAUGE_*` of the values; 0 is `DQ_GAUGE_CENTRED`.
+    pub v_gauge: u32,
+}
+
+/// A whole model.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct dq_codec_desc {
+    /// `sizeof(dq_codec_desc)`.
+    pub struct_size: u32,
+    /// Number of layers, 1 to 4096.
+    pub n_layers: u32,
+    /// `n_layers` layers, `layers[0].struct_size` bytes apart. Read during the call only.
+    pub layers: *const dq_layer_desc,
+    /// Most fits that a head and side may hold, 1 to 7; 0 is 4. Fits come due at 16, 64, 512 and 4,096 rows, then at
+    /// every eightfold; at the bound refitting stops and the statistics are dropped.
+    pub max_fits: u32,
+    /// Must be 0.
+    pub flags: u32,
+    /// Identity of the model whose rows are coded (weights, RoPE and adapter settings). Stored in factor files, which
+    /// are refused when theirs differs. All zero is an identity like any other.
+    pub fingerprint: [u8; 32],
+}
+
+/// Where the parts of a record lie. One record per slot; the slot's record starts at `store + slot * stride`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct dq_layout {
+    /// `sizeof(dq_layout)`, set by the caller.
+    pub struct_size: u32,
+    /// Alignment of the store and of the slot stride, in bytes: 16.
+    pub alignment: u32,
+    /// Bytes of one record, padding included.
+    pub slot_bytes: u64,
+    /// Offset of the key codes.
+    pub k_codes_offset: u64,
+    /// Offset of the value codes.
+    pub v_codes_offset: u64,
+    /// Offset of the key headers, u16 per KV head.
+    pub k_headers_offset: u64,
+    /// Offset of the value headers, u16 per KV head.
+    pub v_headers_offset: u64,
+    /// Most bytes that the library will hold for this layer's factors and statistics.
+    pub max_factor_bytes: u64,
+    /// Bits per value of a record: `8 * slot_bytes / (n_kv_heads * (head_dim_k + head_dim_v))`.
+    pub bits_per_value: f64,
+    /// The same with `max_factor_bytes` spread over the `n_slots` named in the call.
+    pub bits_per_value_with_factors: f64,
+}
+
+/// State of a layer's factors.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct dq_layer_info {
+    /// `sizeof(dq_layer_info)`, set by the caller.
+    pub struct_size: u32,
+    /// Key sets in use, the rotation included: the most over the layer's heads.
+    pub k_sets: u32,
+    /// Value sets in use, likewise.
+    pub v_sets: u32,
+    /// 1 when no further fit will come: the bound was reached or the factors were loaded.
+    pub frozen: u32,
+    /// Rows that entered the statistics: the most over the layer's heads.
+    pub rows_seen: u64,
+    /// Bytes held now for factor sets: means, decode matrices and the encode matrices of the newest fits.
+    pub factor_bytes: u64,
+    /// Bytes held now for running moments.
+    pub moment_bytes: u64,
+}
+
+/// Rows in the caller's memory: `[n_tokens][n_heads][head_dim]`, channels next to each other.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct dq_tensor {
+    /// First element; null where the call says that the tensor may be absent. Aligned to its element.
+    pub data: *mut c_void,
+    /// `DQ_F32`, `DQ_F16` or `DQ_BF16`.
+    pub dtype: u32,
+    /// Must be 0.
+    pub reserved: u32,
+    /// Bytes from one token to the next; a multiple of the element size.
+    pub token_stride: u64,
+    /// Bytes from one head to the next; a multiple of the element size.
+    pub head_stride: u64,
+}
+
+/// The caller's memory for records.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct dq_store {
+    /// First record; 16-byte aligned.
+    pub data: *mut c_void,
+    /// Records that fit in it.
+    pub n_slots: u64,
+    /// Bytes from one slot to the next: at least `slot_bytes`, a multiple of 16; 0 is `slot_bytes`.
+    pub slot_stride: u64,
+}
+
+/// New tokens of one layer, for `dq_compress`, `dq_append` and the phases of compress.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct dq_tokens {
+    /// `sizeof(dq_tokens)`.
+    pub struct_size: u32,
+    /// Number of tokens; 0 does nothing.
+    pub n_tokens: u32,
+    /// Queries after RoPE, `[n_tokens][n_q_heads][head_dim_k]`; only for the statistics; `data` may be null.
+    pub q: dq_tensor,
+    /// Keys after RoPE, `[n_tokens][n_kv_heads][head_dim_k]`.
+    pub k: dq_tensor,
+    /// Values, `[n_tokens][n_kv_heads][head_dim_v]`.
+    pub v: dq_tensor,
+    /// Position of each token in its sequence, `[n_tokens]`. Rows at position 0 are attention sinks: they get a set of
+    /// their own and stay out of the statistics. Null: no token is at position 0.
+    pub positions: *const i32,
+    /// Slot of each token, `[n_tokens]`; -1 skips the token's row. Two tokens of a call must not name the same slot.
+    pub slots: *const i64,
+    /// Where the records go.
+    pub store: dq_store,
+}
+
+/// Additive mask `[n_streams][n_q][n_kv]`, keys next to each other; minus infinity hides a key.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct dq_mask {
+    /// First element, or null: every key is visible to every query.
+    pub data: *const c_void,
+    /// `DQ_F32` or `DQ_F16`.
+    pub dtype: u32,
+    /// Must be 0.
+    pub reserved: u32,
+    /// Bytes from one query to the next.
+    pub query_stride: u64,
+    /// Bytes from one stream to the next.
+    pub stream_stride: u64,
+}
+
+/// Attention over coded slots: `out = softmax(softcap(scale * q k^T) + mask) v` for every query head.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct dq_attend_args {
+    /// `sizeof(dq_attend_args)`.
+    pub struct_size: u32,
+    /// Independent groups of queries, each over its own stretch of slots; 0 is 1.
+    pub n_streams: u32,
+    /// Queries of each stream.
+    pub n_q: u32,
+    /// Keys of each stream: slots `[first_slot + s * stream_slots, + n_kv)` for stream `s`.
+    pub n_kv: u32,
+    /// First slot of stream 0.
+    pub first_slot: u64,
+    /// Slots from one stream's first slot to the next's.
+    pub stream_slots: u64,
+    /// The records. Slots that the mask hides from every query are never read.
+    pub store: dq_store,
+    /// Queries after RoPE, `[n_streams * n_q][n_q_heads][head_dim_k]`.
+    pub q: dq_tensor,
+    /// Result, `[n_streams * n_q][n_q_heads][head_dim_v]`. A query that sees no key yields zeros.
+    pub out: dq_tensor,
+    /// Additive mask.
+    pub mask: dq_mask,
+    /// One logit per query head that joins the softmax without a value, `[n_q_heads]` f32; null: none.
+    pub sink_logits: *const f32,
+    /// Factor of the scores; 0 is `1 / sqrt(head_dim_k)`.
+    pub scale: f32,
+    /// Scores become `softcap * tanh(score / softcap)` before the mask; 0: none.
+    pub softcap: f32,
+}
+
+/// Upper limits of the calls that one workspace is to serve.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct dq_limits {
+    /// `sizeof(dq_limits)`.
+    pub struct_size: u32,
+    /// Most tokens in a compress or append.
+    pub max_tokens: u32,
+    /// Most streams in an attend; 0 is 1.
+    pub max_streams: u32,
+    /// Most queries per stream in an attend.
+    pub max_queries: u32,
+    /// Most keys per stream in an attend.
+    pub max_kv: u32,
+}
+
+/// Writes `size` bytes; returns 0, or anything else to stop with `DQ_ERROR_IO`. Must not unwind.
+pub type dq_write_fn = Option<unsafe extern "C" fn(user: *mut c_void, data: *const c_void, size: u64) -> i32>;
+
+/// Reads exactly `size` bytes; returns 0, or anything else to stop with `DQ_ERROR_IO`. Must not unwind.
+pub type dq_read_fn = Option<unsafe extern "C" fn(user: *mut c_void, data: *mut c_void, size: u64) -> i32>;
+
+/// Receives log lines, UTF-8, zero-terminated, without a newline. `level`: 1 error, 2 warning, 3 information. May be
+/// called from any thread that is inside a call. Must not unwind.
+pub type dq_log_fn = Option<unsafe extern "C" fn(level: u32, message: *const std::ffi::c_char, user: *mut c_void)>;
+
+/// Where the sets of an import ended up: `id[side][head][old] = new`, or 255 for an old id that was not in the export.
+/// A caller's array of `2 * n_kv_heads * DQ_MAX_SETS` bytes.
+pub type dq_set_map = u8;
