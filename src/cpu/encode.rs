@@ -5,6 +5,7 @@
 //! outputs, sums over a row keep [`LANES`] partial sums, and products are rounded before they are added (Rust never
 //! contracts them).
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use half::f16;
@@ -14,7 +15,7 @@ use crate::code::codebook::{Codebook, codebook};
 use crate::code::{header, planes};
 use crate::error::Result;
 use crate::factor::{Encode, HeadSets, LayerFactors, MAX_SINKS, ROTATION_SET, hadamard};
-use crate::shape::{LayerShape, Side, SideShape};
+use crate::shape::{LayerShape, MAX_TIERS, Side, SideShape};
 use crate::view::{Rows, Store, Tokens};
 
 /// Partial sums of a sum over a row; every head_dim is a multiple.
@@ -25,6 +26,8 @@ const MAX_DIM: usize = 256;
 /// A row leaves the newest set only for one that costs less than this share of it: below a factor of two a switch
 /// buys nothing and mixes sets within the tiles of attention.
 const SWITCH: f32 = 0.5;
+/// What a unit of squared error costs in each tier.
+type TierWeights = [f32; MAX_TIERS];
 /// Row scales tried, as multiples of the row's rms.
 const MULTIPLES: [f32; 3] = [0.9, 1.0, 1.1];
 /// Beyond this a row's squares could overflow f32; its scale is far beyond f16 anyway.
@@ -150,17 +153,19 @@ struct RowCoder<'a> {
     shape: &'a SideShape,
     newest: Arc<Encode>,
     newest_mean: [f32; MAX_DIM],
-    newest_kappa: f32,
+    newest_kappa: TierWeights,
     sinks: [Sink; MAX_SINKS],
     n_sinks: usize,
-    books: [Option<&'static Codebook>; crate::shape::MAX_TIERS],
+    books: [&'static Codebook; MAX_TIERS],
+    /// Share of a row's energy that the codes lose when it is spread evenly over all channels.
+    rotation_distortion: f32,
 }
 
 impl<'a> RowCoder<'a> {
     fn new(shape: &'a SideShape, sets: &'a HeadSets) -> Self {
         let newest = sets.encode();
         let mut newest_mean = [0f32; MAX_DIM];
-        let mut newest_kappa = 1.0;
+        let mut newest_kappa = [1.0; MAX_TIERS];
         if let Some(set) = sets.get(newest.set) {
             widen(&set.mean, &mut newest_mean);
             newest_kappa = set.kappa;
@@ -174,11 +179,11 @@ impl<'a> RowCoder<'a> {
                 n_sinks += 1;
             }
         }
-        let mut books = [None; crate::shape::MAX_TIERS];
-        for (book, tier) in books.iter_mut().zip(&shape.plan.tiers) {
-            *book = Some(codebook(tier.bits));
-        }
-        Self { shape, newest, newest_mean, newest_kappa, sinks, n_sinks, books }
+        let tiers = &shape.plan.tiers;
+        let books: [&Codebook; MAX_TIERS] = std::array::from_fn(|t| codebook(tiers[t.min(tiers.len() - 1)].bits));
+        let rotation_distortion = tiers.iter().zip(books).map(|(t, b)| t.channels as f32 * b.distortion).sum::<f32>()
+            / shape.head_dim as f32;
+        Self { shape, newest, newest_mean, newest_kappa, sinks, n_sinks, books, rotation_distortion }
     }
 
     /// Latents of a block of rows under the newest set: `y = encode * (x - mean)`.
@@ -218,28 +223,44 @@ impl<'a> RowCoder<'a> {
 
     /// Picks the set, codes the row and writes codes and header. True when the row had to be replaced or cut.
     ///
-    /// The error of a set is `kappa |y - y^|^2`; at one width it is the same small share of `kappa |y|^2` whatever the
-    /// set, so that the latter decides and only the winner is coded.
+    /// The error of a set is `sum over tiers of kappa_t |y_t - y^_t|^2`. For Gaussian latents a code of b bits leaves a
+    /// known share of `|y_t|^2`; that expectation decides, so that only the winner is coded.
     #[inline(always)]
     fn write_row(&self, x: &[f32], y: &mut [f32], finite: bool, head: usize, record: &mut [u8]) -> bool {
         if !finite {
             y.fill(0.0);
-            self.write_coded(y, ROTATION_SET, head, record);
+            self.write_coded(y, ROTATION_SET, &[1.0; MAX_TIERS], head, record);
             return true;
         }
-        let cost = self.newest_kappa * sum_of_squares(y);
-        let (other, other_cost) = self.cheapest_other(x);
+        let cost = self.expected_error(y, &self.newest_kappa);
+        let (other, other_distance) = self.cheapest_other(x);
+        let other_cost = other_distance * self.rotation_distortion;
         let mut saturated = true;
         // Also catches a cost that overflowed.
         let keep = !(other_cost < SWITCH * cost);
         if keep {
-            saturated = self.write_coded(y, self.newest.set, head, record);
+            saturated = self.write_coded(y, self.newest.set, &self.newest_kappa, head, record);
         }
         if saturated {
             Self::rotated_latents(x, other, y);
-            saturated = self.write_coded(y, other.map_or(ROTATION_SET, |s| s.id), head, record);
+            let id = other.map_or(ROTATION_SET, |s| s.id);
+            saturated = self.write_coded(y, id, &[1.0; MAX_TIERS], head, record);
         }
         saturated
+    }
+
+    #[inline(always)]
+    fn expected_error(&self, y: &[f32], kappa: &TierWeights) -> f32 {
+        self.over_tiers(|t, channels| kappa[t] * self.books[t].distortion * sum_of_squares(&y[channels]))
+    }
+
+    #[inline(always)]
+    fn over_tiers(&self, term: impl Fn(usize, Range<usize>) -> f32) -> f32 {
+        let mut sum = 0.0;
+        for (t, tier) in self.shape.plan.tiers.iter().enumerate() {
+            sum += term(t, tier.first..tier.first + tier.channels);
+        }
+        sum
     }
 
     /// The best of the sets that share the rotation: their cost is the distance to the mean.
@@ -266,12 +287,12 @@ impl<'a> RowCoder<'a> {
 
     /// Codes latents and writes them; true when the scale saturated.
     #[inline(always)]
-    fn write_coded(&self, y: &[f32], set: u8, head: usize, record: &mut [u8]) -> bool {
+    fn write_coded(&self, y: &[f32], set: u8, kappa: &TierWeights, head: usize, record: &mut [u8]) -> bool {
         let mut codes = [0u8; MAX_DIM];
         let (packed, saturated) = if self.shape.plan.tiers[0].bits == 8 {
-            code_uniform(y, self.books[0].expect("set in new"), set, &mut codes)
+            code_uniform(y, self.books[0], set, &mut codes)
         } else {
-            self.code_levels(y, set, &mut codes)
+            self.code_levels(y, set, kappa, &mut codes)
         };
         planes::pack(&self.shape.planes, head, &codes[..y.len()], record);
         let at = self.shape.headers_offset + 2 * head;
@@ -280,9 +301,9 @@ impl<'a> RowCoder<'a> {
     }
 
     /// Codes by the nearest level for a few scales around the rms, each scale then refined by least squares; the one
-    /// with the least error after rounding to the header wins.
+    /// with the least error after rounding to the header wins. Tiers count with their kappa.
     #[inline(always)]
-    fn code_levels(&self, y: &[f32], set: u8, codes: &mut [u8; MAX_DIM]) -> (u16, bool) {
+    fn code_levels(&self, y: &[f32], set: u8, kappa: &TierWeights, codes: &mut [u8; MAX_DIM]) -> (u16, bool) {
         let rms = (sum_of_squares(y) / y.len() as f32).sqrt();
         let mut best: Option<(f32, f32, u16, bool)> = None;
         let mut levels = [0f32; MAX_DIM];
@@ -290,10 +311,11 @@ impl<'a> RowCoder<'a> {
             for multiple in MULTIPLES {
                 let reach = 1.0 / (rms * multiple);
                 self.levels(y, reach, &mut levels);
-                let levels = &levels[..y.len()];
-                let scale = (dot(y, levels) / sum_of_squares(levels)).max(0.0);
-                let (packed, saturated) = header::pack(scale.min(f32::MAX), set);
-                let error = residual(y, levels, header::scale(packed));
+                let projection = self.over_tiers(|t, c| kappa[t] * dot(&y[c.clone()], &levels[c]));
+                let energy = self.over_tiers(|t, c| kappa[t] * sum_of_squares(&levels[c]));
+                let (packed, saturated) = header::pack((projection / energy).clamp(0.0, f32::MAX), set);
+                let scale = header::scale(packed);
+                let error = self.over_tiers(|t, c| kappa[t] * residual(&y[c.clone()], &levels[c], scale));
                 if best.is_none_or(|b| error < b.0) {
                     best = Some((error, reach, packed, saturated));
                 }
@@ -302,7 +324,7 @@ impl<'a> RowCoder<'a> {
         let (_, reach, packed, saturated) = best.unwrap_or((0.0, 0.0, u16::from(set), false));
         for (tier, book) in self.shape.plan.tiers.iter().zip(self.books) {
             let channels = tier.first..tier.first + tier.channels;
-            nearest_codes(&y[channels.clone()], reach, book.expect("set in new"), &mut codes[channels]);
+            nearest_codes(&y[channels.clone()], reach, book, &mut codes[channels]);
         }
         (packed, saturated)
     }
@@ -312,7 +334,7 @@ impl<'a> RowCoder<'a> {
     fn levels(&self, y: &[f32], reach: f32, levels: &mut [f32; MAX_DIM]) {
         for (tier, book) in self.shape.plan.tiers.iter().zip(self.books) {
             let channels = tier.first..tier.first + tier.channels;
-            nearest_levels(&y[channels.clone()], reach, book.expect("set in new"), &mut levels[channels]);
+            nearest_levels(&y[channels.clone()], reach, book, &mut levels[channels]);
         }
     }
 }
