@@ -306,11 +306,12 @@ pub(crate) mod tests {
         (sum / count).sqrt()
     }
 
+    /// The reference has 32.57 here at both offsets, other noise than this.
     #[test]
-    fn the_fit_beats_the_rotation_threefold() {
+    fn score_errors_are_the_reference_ones() {
         let d = 64;
         let r = hadamard::rotation_matrix(d);
-        for offset in [20.0, 100.0] {
+        for (offset, gain) in [(20.0, 1.5), (100.0, 1.7), (1000.0, 3.0)] {
             let (x, q) = (rows(512, d, offset, 1), queries(512, d, 2));
             let (mean, f) = fit_rows(&x, Some(&q), d, &one_tier(d));
             let fitted = score_error(&x, &q, d, &mean, &|i, j| f64::from(f.encode[i * d + j]), &|i, j| {
@@ -318,7 +319,7 @@ pub(crate) mod tests {
             });
             let plain = score_error(&x, &q, d, &vec![0.0; d], &|i, j| r[j * d + i], &|i, j| r[j * d + i]);
             println!("offset {offset}: rotation {plain:.3}, fitted {fitted:.3}");
-            assert!(fitted * 3.0 < plain, "offset {offset}: {fitted} against {plain}");
+            assert!(relative(fitted, 32.57) < 0.04 && fitted * gain < plain, "offset {offset}: {fitted} against {plain}");
         }
     }
 
@@ -330,25 +331,25 @@ pub(crate) mod tests {
             Tier { first: 16, channels: 16, bits: 4 },
             Tier { first: 32, channels: 32, bits: 3 },
         ];
-        let x = rows(2048, d, 20.0, 1);
-        let (mean, f) = fit_rows(&x, Some(&queries(512, d, 2)), d, &tiers);
-        let mut power = [0.0; 3];
-        for row in x.chunks_exact(d) {
-            for (p, tier) in power.iter_mut().zip(&tiers) {
-                for j in tier.first..tier.first + tier.channels {
-                    let y: f64 = (0..d).map(|i| f64::from(f.encode[i * d + j]) * (f64::from(row[i]) - mean[i])).sum();
-                    *p += y * y / tier.channels as f64;
-                }
-            }
-        }
-        // The shrink adds to the weak channels, so that the last tier's true rms is a little lower.
-        assert!(relative(power[0], power[1]) < 0.2 && power[2] < 1.1 * power[0] && power[2] > 0.2 * power[0], "{power:?}");
-        let cost = |tier: &Tier| -> f64 {
-            let columns = tier.first..tier.first + tier.channels;
-            (0..d).flat_map(|i| columns.clone().map(move |j| (i, j))).map(|(i, j)| f.decode[i * d + j].to_f64().powi(2)).sum::<f64>()
-                / tier.channels as f64
+        let (x, q) = (rows(2048, d, 20.0, 1), queries(512, d, 2));
+        let (mean, f) = fit_rows(&x, Some(&q), d, &tiers);
+        let mut m = Moments::centred(d, true);
+        x.chunks_exact(d).for_each(|row| m.push(row));
+        m.flush();
+        let c = shrunk(&m.second_about(&mean), d, SHRINK * (1.0 + 64.0 / 2048.0)).unwrap();
+        // Mean over a tier's latents of a quadratic form of their encode or decode column.
+        let over = |tier: &Tier, value: &dyn Fn(usize) -> f64| -> f64 {
+            (tier.first..tier.first + tier.channels).map(value).sum::<f64>() / tier.channels as f64
         };
-        assert!(cost(&tiers[0]) > cost(&tiers[1]) && cost(&tiers[1]) > cost(&tiers[2]));
+        let power = |j: usize| -> f64 {
+            let e = |i: usize| f64::from(f.encode[i * d + j]);
+            (0..d).map(|a| (0..d).map(|b| e(a) * c[(a, b)] * e(b)).sum::<f64>()).sum()
+        };
+        let powers: Vec<f64> = tiers.iter().map(|t| over(t, &power)).collect();
+        assert!(powers.iter().all(|p| relative(*p, powers[0]) < 1e-3), "{powers:?}");
+        let cost = |j: usize| -> f64 { (0..d).map(|i| f.decode[i * d + j].to_f64().powi(2)).sum() };
+        let costs: Vec<f64> = tiers.iter().map(|t| over(t, &cost)).collect();
+        assert!(costs[0] > costs[1] && costs[1] > costs[2], "{costs:?}");
     }
 
     #[test]

@@ -3,9 +3,11 @@
 use half::f16;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::file::ReadHead;
 use super::fit::{FitInput, fit, round_mean};
 use super::moments::Moments;
 use super::sets::{FactorSet, HeadSets};
+use crate::error::{Error, Result};
 use crate::shape::{Gauge, Side, SideShape, Tier};
 
 /// Most sinks of a head and side.
@@ -186,12 +188,19 @@ impl HeadFactors {
         }
     }
 
-    /// No more fits and no more sinks: factors from a file.
-    pub(super) fn freeze(&self, rows_seen: u64) {
+    /// Takes a head of a factor file. No fits and no sinks come after.
+    pub(crate) fn restore(&self, head: ReadHead) -> Result<()> {
+        for read in head.sets {
+            if !self.sets.restore(read.id, read.set, read.sink) {
+                return Err(Error::bad_file(format!("the set id {} is taken", read.id)));
+            }
+        }
+        self.sets.restore_newest(head.newest, head.encode);
         let mut stats = self.stats();
         stats.running = None;
         stats.takes_sinks = false;
-        stats.rows_seen = rows_seen;
+        stats.rows_seen = head.rows_seen;
+        Ok(())
     }
 
     pub fn info(&self) -> HeadInfo {
