@@ -4,6 +4,7 @@
 //! Shards of one call share output memory, each writing rows or slots of its own. Two `&mut` to one buffer would be
 //! undefined even when the bytes differ, so the writers hold a pointer and lend out only the piece that is written.
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::marker::PhantomData;
 
@@ -104,16 +105,25 @@ impl<'a> Rows<'a> {
                     *o = f32::from_le_bytes(*b);
                 }
             }
-            DType::F16 => {
-                for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                    *o = f16::from_le_bytes(*b).to_f32();
-                }
-            }
+            DType::F16 => load_f16(bytes, out),
             DType::Bf16 => {
                 for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
                     *o = bf16::from_le_bytes(*b).to_f32();
                 }
             }
+        }
+    }
+}
+
+/// Widens f16 elements, in bulk where they are aligned (which `capi` demands of C callers).
+fn load_f16(bytes: &[u8], out: &mut [f32]) {
+    // SAFETY: every bit pattern is an f16; align_to yields only aligned ones.
+    let (head, halves, tail) = unsafe { bytes.align_to::<f16>() };
+    if head.is_empty() && tail.is_empty() {
+        halves.convert_to_f32_slice(out);
+    } else {
+        for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+            *o = f16::from_le_bytes(*b).to_f32();
         }
     }
 }
@@ -268,10 +278,7 @@ impl Mask<'_> {
                 }
             }
             MaskType::F16 => {
-                let bytes = &self.bytes[at + 2 * first..at + 2 * (first + out.len())];
-                for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                    *o = f16::from_le_bytes(*b).to_f32();
-                }
+                load_f16(&self.bytes[at + 2 * first..at + 2 * (first + out.len())], out);
             }
         }
     }

@@ -12,14 +12,27 @@ pub struct Codebook {
     pub table: [i8; 256],
     /// What one step of the int8 table is worth.
     pub unit: f32,
+    /// Mean squared error for a unit normal.
+    pub distortion: f32,
     /// `edges[i]` parts code `i` from code `i + 1`, in units of a row of unit variance. Empty for 8 bits.
     pub edges: Vec<f32>,
 }
 
 /// Positive halves, ascending, to four decimals.
+const HALF_1: [f64; 1] = [0.7979];
 const HALF_2: [f64; 2] = [0.4528, 1.5104];
-const HALF_3: [f64; 4] = [0.2451, 0.7560, 1.3439, 2.1520];
-const HALF_4: [f64; 8] = [0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0691, 2.7326];
+const HALF_3: [f64; 4] = [0.2451, 0.7560, 1.3439, 2.1519];
+const HALF_4: [f64; 8] = [0.1284, 0.3880, 0.6568, 0.9423, 1.2562, 1.6180, 2.0690, 2.7326];
+const HALF_5: [f64; 16] = [
+    0.0659, 0.1981, 0.3314, 0.4667, 0.6049, 0.7471, 0.8946, 1.0488,
+    1.2118, 1.3863, 1.5762, 1.7872, 2.0287, 2.3177, 2.6911, 3.2607,
+];
+const HALF_6: [f64; 32] = [
+    0.0334, 0.1003, 0.1673, 0.2346, 0.3022, 0.3703, 0.4389, 0.5083,
+    0.5785, 0.6497, 0.7219, 0.7955, 0.8705, 0.9472, 1.0257, 1.1065,
+    1.1897, 1.2758, 1.3651, 1.4583, 1.5558, 1.6586, 1.7675, 1.8840,
+    2.0096, 2.1468, 2.2990, 2.4713, 2.6723, 2.9174, 3.2404, 3.7441,
+];
 
 /// Standard deviations that 127 steps of the 8-bit table span.
 const SPAN_8: f64 = 4.0;
@@ -27,12 +40,21 @@ const SPAN_8: f64 = 4.0;
 /// The codebook of a width that plans use.
 pub fn codebook(bits: u8) -> &'static Codebook {
     use std::sync::LazyLock;
-    static BOOKS: LazyLock<[Codebook; 4]> =
-        LazyLock::new(|| [lloyd_max(2, &HALF_2), lloyd_max(3, &HALF_3), lloyd_max(4, &HALF_4), uniform_8()]);
+    static BOOKS: LazyLock<[Codebook; 7]> = LazyLock::new(|| {
+        [
+            lloyd_max(1, &HALF_1, 0.3634),
+            lloyd_max(2, &HALF_2, 0.1175),
+            lloyd_max(3, &HALF_3, 0.03454),
+            lloyd_max(4, &HALF_4, 0.009_497),
+            lloyd_max(5, &HALF_5, 0.002_499),
+            lloyd_max(6, &HALF_6, 0.000_642),
+            uniform_8(),
+        ]
+    });
     BOOKS.iter().find(|b| b.bits == bits).expect("plans hold no other width")
 }
 
-fn lloyd_max(bits: u8, half: &[f64]) -> Codebook {
+fn lloyd_max(bits: u8, half: &[f64], distortion: f32) -> Codebook {
     let unit = half[half.len() - 1] / 127.0;
     let mut table = [0i8; 256];
     for (i, &level) in half.iter().enumerate() {
@@ -42,7 +64,7 @@ fn lloyd_max(bits: u8, half: &[f64]) -> Codebook {
     }
     let levels = &table[..2 * half.len()];
     let edges = levels.windows(2).map(|w| ((w[0] as f64 + w[1] as f64) / 2.0 * unit) as f32).collect();
-    Codebook { bits, table, unit: unit as f32, edges }
+    Codebook { bits, table, unit: unit as f32, distortion, edges }
 }
 
 /// Code `c` stands for `c - 128`; code 0 is not written.
@@ -51,7 +73,8 @@ fn uniform_8() -> Codebook {
     for (c, level) in table.iter_mut().enumerate() {
         *level = (c as i32 - 128) as i8;
     }
-    Codebook { bits: 8, table, unit: (SPAN_8 / 127.0) as f32, edges: Vec::new() }
+    let unit = SPAN_8 / 127.0;
+    Codebook { bits: 8, table, unit: unit as f32, distortion: (unit * unit / 12.0) as f32, edges: Vec::new() }
 }
 
 #[cfg(test)]
@@ -60,7 +83,7 @@ mod tests {
 
     #[test]
     fn tables_are_symmetric_ascending_and_reach_127() {
-        for bits in [2, 3, 4] {
+        for bits in 1..=6 {
             let book = codebook(bits);
             let n = 1 << bits;
             assert_eq!(book.table[n - 1], 127);
@@ -78,22 +101,27 @@ mod tests {
     #[test]
     fn levels_are_cell_means_of_the_normal() {
         let density = |x: f64| (-x * x / 2.0).exp();
-        for bits in [2, 3, 4] {
+        for bits in 1..=6 {
             let book = codebook(bits);
             let half = 1 << (bits - 1);
+            let mut lost = 0.0;
             for c in half..2 * half {
                 let lo = book.edges[c - 1] as f64;
                 let hi = if c + 1 < 2 * half { book.edges[c] as f64 } else { 12.0 };
-                let (mut mass, mut moment) = (0.0, 0.0);
-                let steps = 20_000;
-                for i in 0..steps {
-                    let x = lo + (hi - lo) * (i as f64 + 0.5) / steps as f64;
+                let dx = (hi - lo) / 20_000.0 * (2.0 / std::f64::consts::PI).sqrt();
+                let (mut mass, mut moment, mut second) = (0.0, 0.0, 0.0);
+                for i in 0..20_000 {
+                    let x = lo + (hi - lo) * (i as f64 + 0.5) / 20_000.0;
                     mass += density(x);
                     moment += x * density(x);
+                    second += x * x * density(x);
                 }
                 let level = book.table[c] as f64 * book.unit as f64;
+                lost += dx * (mass * level * level - 2.0 * level * moment + second);
                 assert!((moment / mass - level).abs() < 0.02, "{bits} bits, code {c}: {level} against {}", moment / mass);
             }
+            let share = lost / book.distortion as f64;
+            assert!((0.98..1.03).contains(&share), "{bits} bits lose {lost}");
         }
     }
 }

@@ -3,17 +3,29 @@
 use crate::shape::Plane;
 
 /// Writes one head's `codes` (one byte each, all channels of the row) into a record. `record` is one slot.
+#[inline(always)]
 pub fn pack(planes: &[Plane], head: usize, codes: &[u8], record: &mut [u8]) {
     for plane in planes {
         let at = plane.offset + head * plane.head_bytes;
         let bytes = &mut record[at..at + plane.head_bytes];
-        let mask = ((1u16 << plane.bits) - 1) as u8;
-        for (j, byte) in bytes.iter_mut().enumerate() {
-            *byte = 0;
-            for k in 0..8 / plane.bits as usize {
-                let code = codes[plane.first + j + k * plane.head_bytes];
-                *byte |= (code >> plane.shift & mask) << (k * plane.bits as usize);
-            }
+        let codes = &codes[plane.first..plane.first + plane.channels];
+        match plane.bits {
+            8 => pack_plane::<8>(bytes, codes, plane.shift),
+            4 => pack_plane::<4>(bytes, codes, plane.shift),
+            2 => pack_plane::<2>(bytes, codes, plane.shift),
+            _ => pack_plane::<1>(bytes, codes, plane.shift),
+        }
+    }
+}
+
+#[inline(always)]
+fn pack_plane<const BITS: usize>(bytes: &mut [u8], codes: &[u8], shift: u8) {
+    let mask = (0xFFu16 >> (8 - BITS)) as u8;
+    let stride = bytes.len();
+    bytes.fill(0);
+    for k in 0..8 / BITS {
+        for (byte, code) in bytes.iter_mut().zip(&codes[k * stride..(k + 1) * stride]) {
+            *byte |= (code >> shift & mask) << (k * BITS);
         }
     }
 }

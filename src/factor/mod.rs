@@ -2,68 +2,55 @@
 //!
 //! A coded row stands for `x = mean + decode * y` with `y[j] = scale * unit * table[code[j]]`. The decode matrix is the
 //! small factor T_S of DecoQuant (arXiv 2405.12591, section 3); the coded `y` is a row of the large factor T_L.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`sets`] | immutable factor sets and the ids they are found by |
+//! | [`head`] | one KV head and side: its sets, its statistics, when it is fitted, its sinks |
+//! | [`moments`] | running moments that outliers cannot spoil |
+//! | [`fit`] | moments to factors |
+//! | [`hadamard`] | the rotation of set 0 and the spread of a fit |
+//! | [`file`] | factor files and set exports |
 
+pub mod file;
+pub mod fit;
 pub mod hadamard;
+pub mod head;
+pub mod moments;
+pub mod sets;
 
-use half::f16;
-use std::sync::{Arc, OnceLock, RwLock};
-use std::sync::atomic::{AtomicU8, Ordering};
+pub use head::{HeadFactors, HeadInfo};
+pub use sets::{Encode, FactorSet, HeadSets, ROTATION_SET, Transform};
 
-use crate::shape::MAX_SETS;
+use crate::shape::{LayerShape, Side};
 
-/// Set 0: the plain rotation about zero.
-pub const ROTATION_SET: u8 = 0;
-
-/// The linear part of a factor set. Several sets may share one.
+/// All factors of one layer: one [`HeadFactors`] per KV head and side.
 #[derive(Debug)]
-pub enum Transform {
-    /// `decode` is the transposed Hadamard rotation of [`hadamard`]: `y = H signs x`.
-    Rotation,
-    /// Row-major `[channel][latent]`, `head_dim * head_dim`.
-    Dense { decode: Box<[f16]> },
+pub struct LayerFactors {
+    pub k: Vec<HeadFactors>,
+    pub v: Vec<HeadFactors>,
 }
 
-/// One immutable factor set.
-#[derive(Debug, Clone)]
-pub struct FactorSet {
-    /// `[head_dim]`, values of f16.
-    pub mean: Box<[f16]>,
-    pub transform: Arc<Transform>,
-    /// What a unit of squared error in the coded space costs in the scores, relative to the rotation.
-    pub kappa: f32,
-    /// Hash of mean, transform and kappa: equal content, equal hash.
-    pub hash: u128,
-}
-
-/// The newest fit's way into the coded space, `y = encode * (x - mean)`; older fits are only ever decoded.
-#[derive(Debug)]
-pub struct Encode {
-    /// The set that these rows belong to.
-    pub set: u8,
-    /// `[channel][latent]`, so that a row is coded by one chain over channels with lanes over latents; `None`: rotation.
-    pub matrix: Option<Box<[f32]>>,
-}
-
-/// The sets of one KV head and side. Sets are only ever added; readers need no lock.
-#[derive(Debug)]
-pub struct HeadSets {
-    sets: [OnceLock<FactorSet>; MAX_SETS],
-    /// Sets that are sinks, as a bit mask over ids.
-    encode: RwLock<Arc<Encode>>,
-    newest: AtomicU8,
-}
-
-impl HeadSets {
-    pub fn get(&self, id: u8) -> Option<&FactorSet> {
-        self.sets[id as usize].get()
+impl LayerFactors {
+    /// Factors before any row: the rotation alone. Allocates the running moments.
+    pub fn new(shape: &LayerShape, max_fits: usize) -> Self {
+        let side = |side| {
+            let side_shape = shape.side(side);
+            (0..shape.n_kv_heads).map(|_| HeadFactors::new(side_shape, side, max_fits)).collect()
+        };
+        Self { k: side(Side::K), v: side(Side::V) }
     }
 
-    /// The set that rows take unless another serves them far better.
-    pub fn newest(&self) -> u8 {
-        self.newest.load(Ordering::Acquire)
+    pub fn side(&self, side: Side) -> &[HeadFactors] {
+        match side {
+            Side::K => &self.k,
+            Side::V => &self.v,
+        }
     }
 
-    pub fn encode(&self) -> Arc<Encode> {
-        self.encode.read().expect("no panic while held").clone()
+    /// Both sides' heads, keys first: the order of work units and of files.
+    pub fn units(&self) -> impl Iterator<Item = (Side, usize, &HeadFactors)> {
+        let k = self.k.iter().enumerate().map(|(head, f)| (Side::K, head, f));
+        k.chain(self.v.iter().enumerate().map(|(head, f)| (Side::V, head, f)))
     }
 }

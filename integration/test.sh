@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Runs every test: Rust, C++ (plain, then under ASan and UBSan), and the patched llama.cpp on a real small model.
+#   integration/test.sh            everything
+#   integration/test.sh rust cpp sanitizers llama    only the named parts
+# Logs go to build/test-logs; the runners' own summary lines are repeated at the end.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH="$PATH:$HOME/.cargo/bin"
+
+parts=("$@")
+((${#parts[@]})) || parts=(rust cpp sanitizers llama)
+logs=build/test-logs
+mkdir -p "$logs"
+bash integration/install-deps.sh
+
+run() { # run NAME COMMAND...: shows the output, keeps it, remembers a failure
+    local name=$1
+    shift
+    echo "== $name"
+    if ! "$@" 2>&1 | tee "$logs/$name.log"; then
+        failed+=("$name")
+    fi
+}
+
+rust_tests() {
+    cargo test --release --locked
+}
+
+ctest_in() { # ctest_in BUILD_DIR CMAKE_OPTIONS...
+    local dir=$1
+    shift
+    cargo build --release --locked
+    cmake -S cpp_tests -B "$dir" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo "$@"
+    cmake --build "$dir"
+    ctest --test-dir "$dir" --output-on-failure -j "$(nproc)"
+}
+
+failed=()
+for part in "${parts[@]}"; do
+    case $part in
+        rust) run rust rust_tests ;;
+        cpp) run cpp ctest_in build/cpp_tests ;;
+        sanitizers) run sanitizers ctest_in build/cpp_tests-sanitized -DDECOQUANT_SANITIZE=ON ;;
+        llama) run llama bash integration/llama.cpp/test.sh ;;
+        *) echo "no such part: $part (rust, cpp, sanitizers, llama)" >&2; exit 2 ;;
+    esac
+done
+
+echo "== summary"
+for part in "${parts[@]}"; do
+    grep -hE '^test result:|tests passed, [0-9]+ tests failed|^[0-9]+ passed, [0-9]+ failed' "$logs/$part.log" | sed "s/^/$part: /" || true
+done
+grep -hE '^test result:' "$logs"/rust.log 2>/dev/null | tail -n 1 || true
+grep -hE 'tests passed, [0-9]+ tests failed' "$logs"/{cpp,sanitizers}.log 2>/dev/null || true
+grep -hE '^[0-9]+ passed, [0-9]+ failed' "$logs"/llama.log 2>/dev/null | tail -n 1 || true
+if ((${#failed[@]})); then
+    echo "FAILED: ${failed[*]}"
+    exit 1
+fi

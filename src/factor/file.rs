@@ -1,0 +1,1 @@
+//! Factor files and set exports.

@@ -1,0 +1,1 @@
+//! Running moments that outliers cannot spoil.
