@@ -23,6 +23,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod error;
 pub mod factor;
+pub mod log;
 pub mod oracle;
 pub mod shape;
 pub mod view;

@@ -9,6 +9,8 @@
 //! A side's latent channels are split into tiers, a tier's codes into planes of 8, 4, 2 or 1 bits, widest (and most
 //! significant) first. The planes of a side follow each other, each as `[n_kv_heads][channels * bits / 8]` bytes.
 
+use std::ffi::CStr;
+
 use crate::error::{Error, Result};
 
 /// Head dimensions that have kernels.
@@ -42,19 +44,19 @@ pub enum Gauge {
 /// Code plans as data: a number that C callers name, and tiers as (sixteenths of head_dim, bits).
 struct PlanSpec {
     id: u32,
-    name: &'static str,
+    name: &'static CStr,
     tiers: &'static [(usize, u8)],
 }
 
 const PLANS: &[PlanSpec] = &[
-    PlanSpec { id: 2, name: "2", tiers: &[(16, 2)] },
-    PlanSpec { id: 3, name: "3", tiers: &[(16, 3)] },
-    PlanSpec { id: 4, name: "4", tiers: &[(16, 4)] },
-    PlanSpec { id: 8, name: "8", tiers: &[(16, 8)] },
+    PlanSpec { id: 2, name: c"2", tiers: &[(16, 2)] },
+    PlanSpec { id: 3, name: c"3", tiers: &[(16, 3)] },
+    PlanSpec { id: 4, name: c"4", tiers: &[(16, 4)] },
+    PlanSpec { id: 8, name: c"8", tiers: &[(16, 8)] },
 ];
 
 /// The name of a plan number, if it is one.
-pub fn plan_name(id: u32) -> Option<&'static str> {
+pub fn plan_name(id: u32) -> Option<&'static CStr> {
     PLANS.iter().find(|p| p.id == id).map(|p| p.name)
 }
 

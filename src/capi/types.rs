@@ -1,8 +1,5 @@
-//! Every type that crosses the C boundary. The comments here are the comments of `include/decoquant.h`.
-//!
-//! Rules that hold for all structs with a `struct_size`: set it to `sizeof` of the struct as compiled; fields are only
-//! ever appended; a smaller size means the missing fields are zero; a larger size is accepted when its tail is zero;
-//! zero in a field means its default. Enumerations travel as `uint32_t` and are checked on entry.
+//! Every type that crosses the C boundary. The comments here are the comments of `include/decoquant.h`; the rules that
+//! hold for all of them stand at its head, in `cbindgen.toml`.
 #![allow(non_camel_case_types)]
 
 use std::ffi::c_void;
@@ -306,7 +303,3 @@ pub type dq_read_fn = Option<unsafe extern "C" fn(user: *mut c_void, data: *mut 
 /// Receives log lines, UTF-8, zero-terminated, without a newline. `level`: 1 error, 2 warning, 3 information. May be
 /// called from any thread that is inside a call. Must not unwind.
 pub type dq_log_fn = Option<unsafe extern "C" fn(level: u32, message: *const std::ffi::c_char, user: *mut c_void)>;
-
-/// Where the sets of an import ended up: `id[side][head][old] = new`, or 255 for an old id that was not in the export.
-/// A caller's array of `2 * n_kv_heads * DQ_MAX_SETS` bytes.
-pub type dq_set_map = u8;

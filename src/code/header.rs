@@ -29,6 +29,12 @@ pub fn set(header: u16) -> u8 {
     (header & 15) as u8
 }
 
+/// The same scale under another set id.
+pub fn with_set(header: u16, set: u8) -> u16 {
+    debug_assert!(set < 16);
+    header & SCALE_MASK | u16::from(set)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

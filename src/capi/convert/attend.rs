@@ -1,0 +1,115 @@
+//! `dq_attend_args`.
+
+use super::memory::{Region, check_apart, elements};
+use super::rows::{Dims, input_rows, mask, name, output_rows};
+use super::slots::store;
+use super::structs::read_struct;
+use crate::capi::types::*;
+use crate::error::{Error, Result};
+use crate::shape::LayerShape;
+use crate::view::AttendArgs;
+
+/// Checked arguments, and what is read and written besides the workspace.
+pub struct Attend<'a> {
+    pub args: AttendArgs<'a>,
+    reads: [Region; 4],
+    out: Region,
+}
+
+impl Attend<'_> {
+    /// The workspace lies apart from everything else, too.
+    pub fn check_apart(&self, workspace: Region) -> Result<()> {
+        check_apart(&[self.out, workspace], &self.reads)
+    }
+}
+
+/// `None` when there are no queries.
+///
+/// # Safety
+/// The pointers that the struct holds, when they are not null, are valid for what counts and strides span during `'a`.
+pub unsafe fn attend_args<'a>(pointer: *const dq_attend_args, shape: &LayerShape) -> Result<Option<Attend<'a>>> {
+    // SAFETY: the caller's word.
+    let given = unsafe { read_struct("args", pointer) }?;
+    let n_streams = given.n_streams.max(1) as usize;
+    let (n_q, n_kv) = (given.n_q as usize, given.n_kv as usize);
+    let scale = check_numbers(&given, shape)?;
+    if n_q == 0 {
+        return Ok(None);
+    }
+    let n_tokens = n_streams * n_q;
+    let q_dims = Dims { n_tokens, n_heads: shape.n_q_heads, head_dim: shape.k.head_dim };
+    let out_dims = Dims { n_tokens, n_heads: shape.n_q_heads, head_dim: shape.v.head_dim };
+    // SAFETY: the caller's word, for each of these.
+    let (store, store_region) = unsafe { store("args->store", &given.store, shape) }?;
+    check_slots(&given, n_streams)?;
+    // SAFETY: as above.
+    let (q, q_region) = unsafe { input_rows(name!("args->q"), &given.q, q_dims) }?;
+    // SAFETY: as above.
+    let out = unsafe { output_rows(name!("args->out"), &given.out, out_dims) }?;
+    // SAFETY: as above.
+    let mask = unsafe { mask(&given.mask, n_streams, n_q, n_kv) }?;
+    // SAFETY: as above.
+    let sinks = unsafe { sink_logits(&given, shape) }?;
+    const NONE: Region = Region { name: "", start: 0, len: 0 };
+    let attend = Attend {
+        args: AttendArgs {
+            n_streams,
+            n_q,
+            n_kv,
+            first_slot: given.first_slot as usize,
+            stream_slots: given.stream_slots as usize,
+            store,
+            q,
+            out: out.rows,
+            mask: mask.map(|m| m.0),
+            sink_logits: sinks.map(|s| s.0),
+            scale,
+            softcap: given.softcap,
+        },
+        reads: [store_region, q_region, mask.map_or(NONE, |m| m.1), sinks.map_or(NONE, |s| s.1)],
+        out: out.region,
+    };
+    attend.check_apart(NONE)?;
+    Ok(Some(attend))
+}
+
+fn check_numbers(given: &dq_attend_args, shape: &LayerShape) -> Result<f32> {
+    if !given.scale.is_finite() {
+        return Err(Error::invalid(format!("args->scale is {}; it must be finite", given.scale)));
+    }
+    if !(given.softcap >= 0.0 && given.softcap.is_finite()) {
+        return Err(Error::invalid(format!("args->softcap is {}; it must be finite and not negative", given.softcap)));
+    }
+    Ok(if given.scale == 0.0 { 1.0 / (shape.k.head_dim as f32).sqrt() } else { given.scale })
+}
+
+/// The last stream's last key lies in the store.
+fn check_slots(given: &dq_attend_args, n_streams: usize) -> Result<()> {
+    let end = (n_streams as u64 - 1)
+        .checked_mul(given.stream_slots)
+        .and_then(|s| s.checked_add(given.first_slot))
+        .and_then(|s| s.checked_add(u64::from(given.n_kv)));
+    if end.is_some_and(|end| end <= given.store.n_slots) {
+        return Ok(());
+    }
+    Err(Error::invalid(format!(
+        "args->first_slot is {}, stream_slots {}, n_streams {n_streams} and n_kv {}: slots end at {}; args->store.n_slots is {}",
+        given.first_slot,
+        given.stream_slots,
+        given.n_kv,
+        end.map_or("more than 2^64".into(), |e| e.to_string()),
+        given.store.n_slots
+    )))
+}
+
+/// # Safety
+/// See [`attend_args`].
+unsafe fn sink_logits<'a>(given: &dq_attend_args, shape: &LayerShape) -> Result<Option<(&'a [f32], Region)>> {
+    const NAME: &str = "args->sink_logits";
+    if given.sink_logits.is_null() {
+        return Ok(None);
+    }
+    let region = Region::elements(NAME, given.sink_logits, shape.n_q_heads)?;
+    // SAFETY: the caller's word.
+    Ok(Some((unsafe { elements(NAME, given.sink_logits, shape.n_q_heads) }?, region)))
+}

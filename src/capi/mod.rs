@@ -1,0 +1,47 @@
+//! The C boundary and nothing else. The contract of every call is its comment, which is also that of
+//! `include/decoquant.h`; every export runs inside [`guard`]; every raw pointer is checked in [`convert`].
+#![allow(clippy::missing_safety_doc)] // The header's contract is the safety section.
+
+mod attend;
+mod codec;
+mod context;
+mod convert;
+mod dequantize;
+mod guard;
+mod last_error;
+mod misc;
+mod sets;
+mod tokens;
+pub mod types;
+
+pub use attend::*;
+pub use codec::*;
+pub use context::*;
+pub use dequantize::*;
+pub use misc::*;
+pub use sets::*;
+pub use tokens::*;
+
+use crate::error::{Error, Result};
+use crate::shape::{LayerShape, Side};
+
+use convert::CodecHandle;
+
+/// The shape of a layer that C names.
+fn layer_shape(handle: &CodecHandle, layer: u32) -> Result<&LayerShape> {
+    let n_layers = handle.codec.n_layers();
+    if layer as usize >= n_layers {
+        return Err(Error::invalid(format!("layer is {layer}; the codec has {n_layers} layers")));
+    }
+    Ok(handle.codec.shape(layer as usize))
+}
+
+fn check_shards(shard: u32, n_shards: u32) -> Result<()> {
+    if n_shards == 0 {
+        return Err(Error::invalid("n_shards is 0; it must be at least 1"));
+    }
+    if shard >= n_shards {
+        return Err(Error::invalid(format!("shard is {shard}; it must be below n_shards, {n_shards}")));
+    }
+    Ok(())
+}
