@@ -1,15 +1,11 @@
 //! Coded rows back to floats.
 
 use std::ffi::c_void;
-use std::sync::Arc;
 
 use super::convert::{self, CodecHandle};
 use super::types::*;
 use super::{guard, layer_shape};
-use crate::cpu;
-use crate::error::{Error, Result};
-use crate::shape::LayerShape;
-use crate::view::RowsMut;
+use crate::cpu::dequantize::dequantize;
 
 /// Decodes records into rows.
 ///
@@ -42,7 +38,8 @@ pub unsafe extern "C" fn dq_dequantize(
         }
         // SAFETY: as above.
         let given = unsafe { convert::dequantize(shape, store, slots, n_slots, k_out, v_out) }?;
-        cpu::dequantize::dequantize(shape, &handle.codec.factors(layer as usize), &given.store, given.slots, given.k, given.v)?;
+        let factors = handle.codec.factors(layer as usize);
+        dequantize(shape, factors, &given.store, given.slots, given.k, given.v)?;
         Ok(DQ_OK)
     })
 }

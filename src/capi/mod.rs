@@ -23,7 +23,7 @@ pub use sets::*;
 pub use tokens::*;
 
 use crate::error::{Error, Result};
-use crate::shape::{LayerShape, Side};
+use crate::shape::LayerShape;
 
 use convert::CodecHandle;
 

@@ -35,7 +35,7 @@ pub unsafe extern "C" fn dq_compress(
         // The CPU needs no workspace; what is passed stays untouched.
         let _ = (workspace, workspace_bytes);
         // SAFETY: as above.
-        let Some(given) = (unsafe { convert::tokens(tokens, layer_shape(handle, layer)?, Purpose::Both) }?) else {
+        let Some(given) = unsafe { convert::tokens(tokens, layer_shape(handle, layer)?, Purpose::Both) }? else {
             return Ok(DQ_OK);
         };
         handle.codec.observe_shard(layer as usize, &given.tokens, 0, 1)?;
@@ -62,7 +62,7 @@ pub unsafe extern "C" fn dq_append(
         // The CPU needs no workspace; what is passed stays untouched.
         let _ = (workspace, workspace_bytes);
         // SAFETY: as above.
-        let Some(given) = (unsafe { convert::tokens(tokens, layer_shape(handle, layer)?, Purpose::Both) }?) else {
+        let Some(given) = unsafe { convert::tokens(tokens, layer_shape(handle, layer)?, Purpose::Both) }? else {
             return Ok(DQ_OK);
         };
         let report = encode(handle, layer, &given, 0, 1)?;
