@@ -1,0 +1,235 @@
+//! Queries into the coded space, outputs out of it: the only places where the small factor is touched.
+
+use half::f16;
+
+use super::lanes::{NO_CHANNEL, SideLanes};
+use super::row::sum_lanes;
+use crate::cpu::simd::{LANES, Simd};
+use crate::factor::{FactorSet, HeadSets, Transform, hadamard};
+
+/// The linear part of a set, `None` for the rotation; also of a set that does not exist, which only a record that was
+/// never written can name.
+pub fn matrix(set: Option<&FactorSet>) -> Option<&[f16]> {
+    match set.map(|set| &*set.transform) {
+        Some(Transform::Dense { decode }) => Some(decode),
+        _ => None,
+    }
+}
+
+/// Tells transforms apart: sets that share one have equal keys.
+pub fn key(sets: &HeadSets, id: u8) -> usize {
+    matrix(sets.get(id)).map_or(0, |m| m.as_ptr().addr())
+}
+
+/// Adding and subtracting it rounds to an integer, which then stands in the low bits.
+pub const ROUND: f32 = 12_582_912.0;
+
+/// Rows that pass over the matrix together.
+const BLOCK: usize = 4;
+const MAX_DIM: usize = 256;
+
+/// Where folded queries go: pairs `[row][head_dim / 2]`, and per row the start of its sums and the worth of a step.
+#[derive(Clone, Copy)]
+pub struct Folded {
+    pub pairs: *mut i32,
+    pub start: *mut i32,
+    pub step: *mut f32,
+}
+
+/// `q' = decode^T q`, rounded to 16 bits against each row's largest. Steps carry `scale`.
+///
+/// # Safety
+/// `q` holds `rows * head_dim` floats, `out` what it says; `order` is the side's key order.
+#[inline(always)]
+pub unsafe fn fold<S: Simd>(
+    s: S,
+    lanes: &SideLanes,
+    matrix: Option<&[f16]>,
+    q: *const f32,
+    rows: usize,
+    order: &[u16],
+    scale: f32,
+    out: Folded,
+) {
+    let d = lanes.head_dim;
+    let mut folded = [[0.0f32; MAX_DIM]; BLOCK];
+    for first in (0..rows).step_by(BLOCK) {
+        let block = BLOCK.min(rows - first);
+        // SAFETY: rows below `rows`; pointers are the caller's promise.
+        unsafe {
+            match matrix {
+                None => {
+                    for (r, y) in folded[..block].iter_mut().enumerate() {
+                        std::ptr::copy_nonoverlapping(q.add((first + r) * d), y.as_mut_ptr(), d);
+                        hadamard::rotate(&mut y[..d]);
+                    }
+                }
+                Some(decode) => {
+                    // Rows beyond the last repeat it.
+                    let q: [*const f32; BLOCK] = std::array::from_fn(|r| q.add((first + r.min(block - 1)) * d));
+                    fold_dense(s, decode, d, q, &mut folded);
+                }
+            }
+            for (r, y) in folded[..block].iter_mut().enumerate() {
+                quantise(s, lanes, y, order, scale, first + r, out);
+            }
+        }
+    }
+}
+
+/// `y[r][j] = sum over i of q[r][i] * decode[i][j]`.
+#[inline(always)]
+unsafe fn fold_dense<S: Simd>(s: S, decode: &[f16], d: usize, q: [*const f32; BLOCK], y: &mut [[f32; MAX_DIM]; BLOCK]) {
+    assert!(decode.len() == d * d && d <= MAX_DIM);
+    for j in (0..d).step_by(2 * LANES) {
+        let mut sums = [[s.splat(0.0); 2]; BLOCK];
+        for i in 0..d {
+            // SAFETY: `i < d` and `j + 16 <= d` (a multiple of 16); the matrix is d * d by the assertion.
+            unsafe {
+                let at = decode.as_ptr().add(i * d + j).cast::<u16>();
+                let m = [s.load_f16(at), s.load_f16(at.add(LANES))];
+                for (sums, q) in sums.iter_mut().zip(q) {
+                    let x = s.splat(q.add(i).read());
+                    sums[0] = s.add(sums[0], s.mul(x, m[0]));
+                    sums[1] = s.add(sums[1], s.mul(x, m[1]));
+                }
+            }
+        }
+        for (sums, y) in sums.into_iter().zip(y.iter_mut()) {
+            // SAFETY: `j + 16 <= d <= MAX_DIM`.
+            unsafe {
+                s.store(y.as_mut_ptr().add(j), sums[0]);
+                s.store(y.as_mut_ptr().add(j + LANES), sums[1]);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn quantise<S: Simd>(
+    s: S,
+    lanes: &SideLanes,
+    y: &mut [f32; MAX_DIM],
+    order: &[u16],
+    scale: f32,
+    row: usize,
+    out: Folded,
+) {
+    let d = lanes.head_dim;
+    for tier in lanes.tiers() {
+        for y in &mut y[tier.first..tier.first + tier.channels] {
+            *y *= tier.unit;
+        }
+    }
+    let mut largest = s.splat(0.0);
+    let sign = s.splat_i(i32::MAX);
+    for j in (0..d).step_by(LANES) {
+        // SAFETY: `d` is a multiple of 8, at most MAX_DIM.
+        let x = unsafe { s.load(y.as_ptr().add(j)) };
+        largest = s.max(s.from_bits(s.and(s.bits(x), sign)), largest);
+    }
+    let largest = super::row::max_lanes(s, largest);
+    let inverse = if largest > 1e-30 { 32767.0 / largest } else { 0.0 };
+    let mut levels = [0i32; MAX_DIM];
+    for j in (0..d).step_by(LANES) {
+        // SAFETY: as above.
+        unsafe {
+            let x = s.add(s.mul(s.load(y.as_ptr().add(j)), s.splat(inverse)), s.splat(ROUND));
+            s.store_i(levels.as_mut_ptr().add(j), s.add_i(s.bits(x), s.splat_i(-(ROUND.to_bits() as i32))));
+        }
+    }
+    let mut start = 0i32;
+    for tier in lanes.tiers() {
+        let sum: i32 = levels[tier.first..tier.first + tier.channels].iter().fold(0, |a, x| a.wrapping_add(*x));
+        start = start.wrapping_sub(sum.wrapping_mul(tier.offset));
+    }
+    // SAFETY: one row of each.
+    unsafe {
+        for (p, pair) in order[..d].as_chunks::<2>().0.iter().enumerate() {
+            // Channels are below MAX_DIM; the mask lets the compiler see it.
+            let at = |c: u16| levels[usize::from(c) % MAX_DIM];
+            out.pairs.add(row * (d / 2) + p).write(at(pair[0]) & 0xffff | at(pair[1]) << 16);
+        }
+        out.start.add(row).write(start);
+        out.step.add(row).write(largest / 32767.0 * scale);
+    }
+}
+
+/// Adds `decode y` to the rows of `out`, `[row][out_stride]`; `y` are the lanes of `acc`, `[row][lanes]`, in the side's
+/// value order.
+///
+/// # Safety
+/// `acc` and `out` hold `rows` rows.
+#[inline(always)]
+pub unsafe fn unfold<S: Simd>(
+    s: S,
+    lanes: &SideLanes,
+    matrix: Option<&[f16]>,
+    acc: *const f32,
+    rows: usize,
+    order: &[u16],
+    out: *mut f32,
+    out_stride: usize,
+) {
+    let d = lanes.head_dim;
+    let mut coded = [[0.0f32; MAX_DIM]; BLOCK];
+    for first in (0..rows).step_by(BLOCK) {
+        let block = BLOCK.min(rows - first);
+        for (r, y) in coded[..block].iter_mut().enumerate() {
+            for tier in lanes.tiers() {
+                for lane in tier.first_lane..tier.first_lane + tier.lanes {
+                    if order[lane] != NO_CHANNEL {
+                        // SAFETY: a lane of a row below `rows`.
+                        let x = unsafe { acc.add((first + r) * lanes.lanes + lane).read() };
+                        y[usize::from(order[lane]) % MAX_DIM] = x * tier.unit;
+                    }
+                }
+            }
+        }
+        // SAFETY: rows below `rows`; `d` is a multiple of 8.
+        unsafe {
+            let out = out.add(first * out_stride);
+            match matrix {
+                None => {
+                    for (r, y) in coded[..block].iter_mut().enumerate() {
+                        hadamard::unrotate(&mut y[..d]);
+                        for i in (0..d).step_by(LANES) {
+                            let at = out.add(r * out_stride + i);
+                            s.store(at, s.add(s.load(at), s.load(y.as_ptr().add(i))));
+                        }
+                    }
+                }
+                Some(decode) => unfold_dense(s, decode, d, &coded, block, out, out_stride),
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn unfold_dense<S: Simd>(
+    s: S,
+    decode: &[f16],
+    d: usize,
+    y: &[[f32; MAX_DIM]; BLOCK],
+    block: usize,
+    out: *mut f32,
+    out_stride: usize,
+) {
+    assert!(decode.len() == d * d && d <= MAX_DIM);
+    for i in 0..d {
+        let mut sums = [s.splat(0.0); BLOCK];
+        for j in (0..d).step_by(LANES) {
+            // SAFETY: `i < d`, `j + 8 <= d`, the matrix is d * d by the assertion.
+            unsafe {
+                let m = s.load_f16(decode.as_ptr().add(i * d + j).cast());
+                for (sum, y) in sums.iter_mut().zip(y) {
+                    *sum = s.add(*sum, s.mul(m, s.load(y.as_ptr().add(j))));
+                }
+            }
+        }
+        for (r, sum) in sums.into_iter().enumerate().take(block) {
+            // SAFETY: a row below `block`.
+            unsafe { *out.add(r * out_stride + i) += sum_lanes(s, sum) };
+        }
+    }
+}

@@ -1,0 +1,630 @@
+//! One work item: a block of query rows of one KV head over one chunk of keys.
+//!
+//! Phases of a tile of keys: mask, headers, scores (levels of keys, product, softmax), outputs (levels of values,
+//! product). Rows are (query, head of the group) pairs, heads fastest.
+//!
+//! Rows of a tile may name different sets. Folded queries and coded outputs belong to a transform, which sets share;
+//! constants and sums of probabilities to a set. Nearly all tiles hold one set, and take the short way.
+
+use half::f16;
+use std::mem::MaybeUninit;
+
+use super::expand;
+use super::fold::{self, Folded, fold, unfold};
+use super::lanes::{MAX_LANES, SideLanes};
+use super::product::{Left, Outputs, Right, Scores, product};
+use super::row;
+use super::{LOW_STRIDE, MAX_ROWS, MAX_TILE, ROW_FLOATS};
+use crate::cpu::simd::{LANES, Simd};
+use crate::factor::HeadSets;
+use crate::shape::MAX_SETS;
+use crate::view::{Mask, MaskType};
+
+/// What an item works on.
+pub struct Item<'a> {
+    pub k: &'a SideLanes,
+    pub v: &'a SideLanes,
+    pub k_sets: &'a HeadSets,
+    pub v_sets: &'a HeadSets,
+    /// Record of the stream's key 0, and bytes from one to the next.
+    pub records: *const u8,
+    pub record_stride: usize,
+    pub tile: usize,
+    pub keys: std::ops::Range<usize>,
+    pub mask: Option<Mask<'a>>,
+    pub stream: usize,
+    pub group: usize,
+    pub first_row: usize,
+    pub rows: usize,
+    pub scale: f32,
+    pub softcap: f32,
+    /// The result: `[row][out_stride]`, and (largest score, sum of probabilities) as `[row][2 * stats_stride]`.
+    pub out: *mut f32,
+    pub out_stride: usize,
+    pub stats: *mut f32,
+    pub stats_stride: usize,
+}
+
+/// Transforms of keys whose folded queries are kept, and of values whose outputs are.
+const FOLDS: usize = 3;
+const OUTPUTS: usize = 2;
+
+/// Everything that lives on the stack: about 130 KB, of which a decode step touches a few.
+#[repr(C, align(64))]
+pub struct Scratch {
+    /// Queries, `[row][head_dim]`.
+    pub q: [f32; ROW_FLOATS],
+    folded: [[i32; ROW_FLOATS / 2]; FOLDS],
+    folded_start: [[i32; MAX_ROWS]; FOLDS],
+    folded_step: [[f32; MAX_ROWS]; FOLDS],
+    /// Levels of the tile, of keys and then of values.
+    levels: [i32; super::TILE_LANES],
+    low: [u8; MAX_TILE * LOW_STRIDE],
+    /// Scores, then probabilities, `[row][tile]`; weights likewise.
+    scores: [f32; MAX_ROWS * MAX_TILE],
+    weights: [i16; MAX_ROWS * MAX_TILE],
+    weights_sum: [i32; MAX_ROWS],
+    weights_step: [f32; MAX_ROWS],
+    /// `[query][tile]`, in units of log2.
+    mask: [f32; MAX_ROWS * MAX_TILE],
+    /// Coded outputs, `[row][lane]`.
+    outputs: [[f32; ROW_FLOATS]; OUTPUTS],
+    /// `q . mean`, and sums of probabilities, `[row][set]`.
+    constants: [f32; MAX_ROWS * MAX_SETS],
+    sums: [f32; MAX_ROWS * MAX_SETS],
+    /// Largest score so far, and what the last tile's growth leaves of earlier sums.
+    largest: [f32; MAX_ROWS],
+    keep: [f32; MAX_ROWS],
+    /// Scale of each key and value row of the tile; the scales of one transform's rows.
+    k_scale: [f32; MAX_TILE],
+    v_scale: [f32; MAX_TILE],
+    some_scale: [f32; MAX_TILE],
+    k_set: [u8; MAX_TILE],
+    v_set: [u8; MAX_TILE],
+    k_order: [u16; MAX_LANES],
+    v_order: [u16; MAX_LANES],
+}
+
+/// Transforms present in a tile: a key and the sets that share it, in order of their lowest set.
+struct Present {
+    keys: [usize; MAX_SETS],
+    sets: [u16; MAX_SETS],
+    n: usize,
+}
+
+impl Present {
+    #[inline(always)]
+    fn new(sets: &HeadSets, mask: u16) -> Self {
+        let mut out = Self { keys: [0; MAX_SETS], sets: [0; MAX_SETS], n: 0 };
+        let mut rest = mask;
+        while rest != 0 {
+            let id = rest.trailing_zeros() as u8;
+            rest &= rest - 1;
+            let key = fold::key(sets, id);
+            let at = out.keys[..out.n].iter().position(|&k| k == key).unwrap_or(out.n);
+            if at == out.n {
+                out.keys[at] = key;
+                out.n += 1;
+            }
+            out.sets[at] |= 1 << id;
+        }
+        out
+    }
+}
+
+/// What a tile's mask leaves.
+enum Visible {
+    Nothing,
+    /// Every key to every query, nothing added.
+    Everything,
+    /// Mask values are in the scratch; the bits are keys that some query sees.
+    Some(u64),
+}
+
+struct State<'a, 'b, S: Simd> {
+    s: S,
+    item: &'a Item<'b>,
+    x: *mut Scratch,
+    /// Keys of the transforms in `folded` and `outputs`; the next slot to be replaced.
+    folds: [Option<usize>; FOLDS],
+    next_fold: usize,
+    /// (transform, a set that has it).
+    slots: [Option<(usize, u8)>; OUTPUTS],
+    next_slot: usize,
+    /// Sets whose constants are known, and sets that values have named.
+    k_known: u16,
+    v_seen: u16,
+    /// Factor of scores: to units of log2, or to shares of the cap.
+    factor: f32,
+}
+
+/// # Safety
+/// `item` describes readable records for all keys that its mask shows, a mask that covers its rows and keys, and room
+/// for the result; `scratch.q` holds the rows' queries.
+#[inline(always)]
+pub unsafe fn run<S: Simd>(s: S, item: &Item<'_>, scratch: &mut MaybeUninit<Scratch>) {
+    let x = scratch.as_mut_ptr();
+    let log2 = std::f32::consts::LOG2_E;
+    let factor = if item.softcap > 0.0 { item.scale / item.softcap } else { item.scale * log2 };
+    // SAFETY: every piece of the scratch is written before it is read; the rest is the caller's promise.
+    unsafe {
+        for row in 0..item.rows {
+            (&raw mut (*x).largest).cast::<f32>().add(row).write(f32::MIN);
+            (&raw mut (*x).sums).cast::<[f32; MAX_SETS]>().add(row).write([0.0; MAX_SETS]);
+            std::slice::from_raw_parts_mut(item.out.add(row * item.out_stride), item.v.head_dim).fill(0.0);
+        }
+        (&raw mut (*x).k_order).write([0; MAX_LANES]);
+        (&raw mut (*x).v_order).write([0; MAX_LANES]);
+        item.k.key_order(&mut (*x).k_order);
+        item.v.value_order(&mut (*x).v_order);
+        let mut state = State {
+            s,
+            item,
+            x,
+            folds: [None; FOLDS],
+            next_fold: 0,
+            slots: [None; OUTPUTS],
+            next_slot: 0,
+            k_known: 0,
+            v_seen: 0,
+            factor,
+        };
+        for first in item.keys.clone().step_by(item.tile) {
+            state.tile(first, item.tile.min(item.keys.end - first));
+        }
+        state.finish();
+    }
+}
+
+impl<S: Simd> State<'_, '_, S> {
+    #[inline(always)]
+    unsafe fn tile(&mut self, first: usize, n: usize) {
+        let (s, item, x) = (self.s, self.item, self.x);
+        // Products take keys by sixteen.
+        let padded = n.next_multiple_of(2 * LANES);
+        // SAFETY: keys `first..first + n` are within the item's; padding repeats keys that are read anyway.
+        unsafe {
+            // Mask.
+            let visible = self.mask(first, n, padded);
+            let seen = match visible {
+                Visible::Nothing => return,
+                Visible::Everything => u64::MAX >> (64 - n),
+                Visible::Some(bits) => bits,
+            };
+            let mask = match visible {
+                Visible::Everything => None,
+                _ => Some((&raw const (*x).mask).cast::<f32>()),
+            };
+
+            // Headers. A key that nobody sees is not read: a visible one takes its place, with weight 0.
+            let mut rows = [std::ptr::null::<u8>(); MAX_TILE];
+            let base = item.records.wrapping_add(first * item.record_stride);
+            let stand_in = seen.trailing_zeros() as usize;
+            let (mut k_sets, mut v_sets) = (0u16, 0u16);
+            let (mut k_bits, mut v_bits) = ([0u32; MAX_TILE], [0u32; MAX_TILE]);
+            for key in 0..padded {
+                let from = if key < MAX_TILE && seen >> key & 1 == 1 { key } else { stand_in };
+                let row = base.wrapping_add(from * item.record_stride);
+                rows[key] = row;
+                let ahead = row.wrapping_add(item.tile * item.record_stride);
+                s.prefetch(ahead.wrapping_add(item.k.header));
+                s.prefetch(ahead.wrapping_add(item.k.tiers()[0].main));
+                s.prefetch(ahead.wrapping_add(item.v.tiers()[0].main));
+                let k = row.add(item.k.header).cast::<u16>().read_unaligned();
+                let v = row.add(item.v.header).cast::<u16>().read_unaligned();
+                k_bits[key] = u32::from(k);
+                v_bits[key] = u32::from(v);
+                k_sets |= 1 << (k & 15);
+                v_sets |= 1 << (v & 15);
+            }
+            scales(s, &k_bits, padded, &mut (*x).k_scale, &mut (*x).k_set);
+            scales(s, &v_bits, padded, &mut (*x).v_scale, &mut (*x).v_set);
+            self.v_seen |= v_sets;
+
+            // Scores.
+            let levels = (&raw mut (*x).levels).cast::<i32>();
+            let low = (&raw mut (*x).low).cast::<u8>();
+            expand::keys(s, item.k, &rows, padded, item.tile, levels, low);
+            self.scores(k_sets, padded);
+            let grown = self.softmax(mask, v_sets, padded);
+
+            // Outputs.
+            expand::values(s, item.v, &rows, padded, levels, low);
+            self.outputs(v_sets, padded, grown);
+        }
+    }
+
+    /// Mask values of the tile in units of log2, and what they leave.
+    #[inline(always)]
+    unsafe fn mask(&mut self, first: usize, n: usize, padded: usize) -> Visible {
+        let (s, item, x) = (self.s, self.item, self.x);
+        let log2 = s.splat(std::f32::consts::LOG2_E);
+        // SAFETY: the mask covers the item's queries and keys, by the caller; the scratch has MAX_TILE floats a query.
+        unsafe {
+            let out = (&raw mut (*x).mask).cast::<f32>();
+            let queries = (item.first_row + item.rows).div_ceil(item.group) - item.first_row / item.group;
+            let Some(mask) = &item.mask else {
+                if n == padded {
+                    return Visible::Everything;
+                }
+                let row: [f32; MAX_TILE] = std::array::from_fn(|key| if key < n { 0.0 } else { f32::NEG_INFINITY });
+                for query in 0..queries {
+                    std::ptr::copy_nonoverlapping(row.as_ptr(), out.add(query * item.tile), padded);
+                }
+                return Visible::Some(u64::MAX >> (64 - n));
+            };
+            let mut best = [f32::NEG_INFINITY; MAX_TILE];
+            let mut any_bits = s.splat_i(0);
+            for query in 0..queries {
+                let row = out.add(query * item.tile);
+                let token = item.first_row / item.group + query;
+                let mut tail = [f32::NEG_INFINITY; MAX_TILE];
+                let at = item.stream * mask.stream_stride + token * mask.query_stride;
+                let whole = n == padded;
+                if !whole {
+                    mask.load(item.stream, token, first, &mut tail[..n]);
+                }
+                for key in (0..padded).step_by(LANES) {
+                    let v = match mask.dtype {
+                        _ if !whole => s.load(tail.as_ptr().add(key)),
+                        MaskType::F32 => s.load(mask.bytes.as_ptr().add(at + 4 * (first + key)).cast()),
+                        MaskType::F16 => s.load_f16(mask.bytes.as_ptr().add(at + 2 * (first + key)).cast()),
+                    };
+                    any_bits = s.or(any_bits, s.bits(v));
+                    let b = best.as_mut_ptr().add(key);
+                    s.store(b, s.max(v, s.load(b)));
+                    s.store(row.add(key), s.mul(v, log2));
+                }
+            }
+            let mut lanes = [0; LANES];
+            s.store_i(lanes.as_mut_ptr(), any_bits);
+            if lanes == [0; LANES] {
+                return Visible::Everything;
+            }
+            let mut bits = 0;
+            for (key, best) in best[..n].iter().enumerate() {
+                bits |= u64::from(*best > f32::NEG_INFINITY) << key;
+            }
+            if bits == 0 { Visible::Nothing } else { Visible::Some(bits) }
+        }
+    }
+
+    /// Scores of all rows and keys.
+    #[inline(always)]
+    unsafe fn scores(&mut self, k_sets: u16, n: usize) {
+        let (s, item, x) = (self.s, self.item, self.x);
+        // SAFETY: scratch pieces have MAX_ROWS rows of MAX_TILE.
+        unsafe {
+            self.learn_constants(k_sets);
+            let scores = (&raw mut (*x).scores).cast::<f32>();
+            let constants = (&raw const (*x).constants).cast::<f32>();
+            let one_set = k_sets & (k_sets - 1) == 0;
+            let mut constant = [0.0f32; MAX_ROWS];
+            if one_set {
+                for (row, c) in constant[..item.rows].iter_mut().enumerate() {
+                    *c = constants.add(row * MAX_SETS + k_sets.trailing_zeros() as usize).read();
+                }
+            }
+            let present = Present::new(item.k_sets, k_sets);
+            for t in 0..present.n {
+                let slot = self.folded(present.keys[t], present.sets[t]);
+                let scale = if present.n == 1 {
+                    (&raw const (*x).k_scale).cast::<f32>()
+                } else {
+                    self.scales_of(present.sets[t], n, false)
+                };
+                let left = Left {
+                    data: (&raw const (*x).folded[slot]).cast(),
+                    stride: item.k.head_dim / 2,
+                    rows: item.rows,
+                    depth: item.k.head_dim / 2,
+                };
+                let right = Right { data: (&raw const (*x).levels).cast(), stride: item.tile, lanes: n };
+                let start = (&raw const (*x).folded_start[slot]).cast::<i32>();
+                let step = (&raw const (*x).folded_step[slot]).cast::<f32>();
+                if t == 0 {
+                    let constant = constant.as_ptr();
+                    product(s, left, right, Scores { out: scores, stride: item.tile, scale, start, step, constant });
+                } else {
+                    let more = MoreScores { out: scores, stride: item.tile, scale, start, step };
+                    product(s, left, right, more);
+                }
+            }
+            if !one_set {
+                for row in 0..item.rows {
+                    for key in 0..n {
+                        let c = constants.add(row * MAX_SETS + usize::from((*x).k_set[key])).read();
+                        *scores.add(row * item.tile + key) += c;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Online softmax: probabilities in place of the scores, sums per set. Whether any row's largest score grew.
+    #[inline(always)]
+    unsafe fn softmax(&mut self, mask: Option<*const f32>, v_sets: u16, n: usize) -> bool {
+        let (s, item, x) = (self.s, self.item, self.x);
+        let mut grown = false;
+        // SAFETY: as in `scores`.
+        unsafe {
+            for r in 0..item.rows {
+                let scores = (&raw mut (*x).scores).cast::<f32>().add(r * item.tile);
+                if item.softcap > 0.0 {
+                    row::soft_cap(s, scores, n, item.softcap * std::f32::consts::LOG2_E);
+                }
+                let query = (item.first_row + r) / item.group - item.first_row / item.group;
+                let mask = mask.map(|m| m.add(query * item.tile));
+                let before = (*x).largest[r];
+                let largest = row::mask_and_max(s, scores, mask, n, before);
+                let sums = (&raw mut (*x).sums[r * MAX_SETS]).cast::<f32>();
+                (*x).keep[r] = 1.0;
+                if largest > before {
+                    grown = true;
+                    let mut keep = [0.0; LANES];
+                    s.store(keep.as_mut_ptr(), row::exp2(s, s.splat(before - largest)));
+                    for set in (0..MAX_SETS).step_by(LANES) {
+                        s.store(sums.add(set), s.mul(s.load(sums.add(set)), s.splat(keep[0])));
+                    }
+                    (*x).keep[r] = keep[0];
+                    (*x).largest[r] = largest;
+                }
+                let sum = row::exponentials(s, scores, n, largest);
+                if v_sets & (v_sets - 1) == 0 {
+                    *sums.add(v_sets.trailing_zeros() as usize) += sum;
+                } else {
+                    for key in 0..n {
+                        *sums.add(usize::from((*x).v_set[key])) += scores.add(key).read();
+                    }
+                }
+            }
+        }
+        grown
+    }
+
+    /// Adds the tile's values to the coded outputs.
+    #[inline(always)]
+    unsafe fn outputs(&mut self, v_sets: u16, n: usize, grown: bool) {
+        let (s, item, x) = (self.s, self.item, self.x);
+        let present = Present::new(item.v_sets, v_sets);
+        // SAFETY: as in `scores`; ROW_FLOATS covers the item's rows and lanes.
+        unsafe {
+            // With one transform, the product scales its outputs in passing; what else there is, is scaled here.
+            let alone = present.n == 1;
+            if grown {
+                self.rescale(if alone { Some(present.keys[0]) } else { None });
+            }
+            if !alone {
+                (&raw mut (*x).keep).write([1.0; MAX_ROWS]);
+            }
+            for t in 0..present.n {
+                let slot = self.slot(present.keys[t], present.sets[t]);
+                let scale = if alone {
+                    (&raw const (*x).v_scale).cast::<f32>()
+                } else {
+                    self.scales_of(present.sets[t], n, true)
+                };
+                for r in 0..item.rows {
+                    let p = (&raw const (*x).scores).cast::<f32>().add(r * item.tile);
+                    let w = (&raw mut (*x).weights).cast::<i16>().add(r * item.tile);
+                    ((*x).weights_step[r], (*x).weights_sum[r]) = row::weights(s, p, scale, n, w);
+                }
+                for tier in item.v.tiers() {
+                    let left = Left {
+                        data: (&raw const (*x).weights).cast(),
+                        stride: item.tile / 2,
+                        rows: item.rows,
+                        depth: n / 2,
+                    };
+                    let right = Right {
+                        data: (&raw const (*x).levels).cast::<i32>().add(tier.first_lane),
+                        stride: item.v.lanes,
+                        lanes: tier.lanes,
+                    };
+                    let out = Outputs {
+                        out: (&raw mut (*x).outputs[slot]).cast::<f32>().add(tier.first_lane),
+                        stride: item.v.lanes,
+                        weights: (&raw const (*x).weights_sum).cast(),
+                        offset: tier.offset,
+                        step: (&raw const (*x).weights_step).cast(),
+                        keep: (&raw const (*x).keep).cast(),
+                    };
+                    product(s, left, right, out);
+                }
+            }
+        }
+    }
+
+    /// Scales of the tile's rows that belong to `sets`, 0 for the others.
+    #[inline(always)]
+    unsafe fn scales_of(&mut self, sets: u16, n: usize, values: bool) -> *const f32 {
+        // SAFETY: the scratch is exclusive; headers of `n` rows were written.
+        let x = unsafe { &mut *self.x };
+        let (scale, set) = if values { (&x.v_scale, &x.v_set) } else { (&x.k_scale, &x.k_set) };
+        for key in 0..n {
+            x.some_scale[key] = if sets >> set[key] & 1 == 1 { scale[key] } else { 0.0 };
+        }
+        x.some_scale.as_ptr()
+    }
+
+    /// Slot of the queries folded for a transform.
+    #[inline(always)]
+    unsafe fn folded(&mut self, key: usize, sets: u16) -> usize {
+        if let Some(slot) = self.folds.iter().position(|&k| k == Some(key)) {
+            return slot;
+        }
+        let slot = self.next_fold;
+        self.next_fold = (slot + 1) % FOLDS;
+        self.folds[slot] = Some(key);
+        let (item, x) = (self.item, self.x);
+        // SAFETY: the queries were loaded by the caller; a slot has room for MAX_ROWS rows of ROW_FLOATS in all.
+        unsafe {
+            let out = Folded {
+                pairs: (&raw mut (*x).folded[slot]).cast(),
+                start: (&raw mut (*x).folded_start[slot]).cast(),
+                step: (&raw mut (*x).folded_step[slot]).cast(),
+            };
+            let matrix = fold::matrix(item.k_sets.get(sets.trailing_zeros() as u8));
+            let q = (&raw const (*x).q).cast::<f32>();
+            fold(self.s, item.k, matrix, q, item.rows, &(*x).k_order, self.factor, out);
+        }
+        slot
+    }
+
+    /// `q . mean` of sets met for the first time.
+    #[inline(always)]
+    unsafe fn learn_constants(&mut self, sets: u16) {
+        let (s, item, x) = (self.s, self.item, self.x);
+        let mut new = sets & !self.k_known;
+        self.k_known |= sets;
+        while new != 0 {
+            let id = new.trailing_zeros() as usize;
+            new &= new - 1;
+            let mean: Option<&[f16]> = item.k_sets.get(id as u8).map(|set| &*set.mean);
+            for row in 0..item.rows {
+                let mut sum = s.splat(0.0);
+                if let Some(mean) = mean {
+                    assert_eq!(mean.len(), item.k.head_dim);
+                    for i in (0..mean.len()).step_by(LANES) {
+                        // SAFETY: head_dim is a multiple of 8; the queries were loaded by the caller.
+                        unsafe {
+                            let q = s.load((&raw const (*x).q).cast::<f32>().add(row * item.k.head_dim + i));
+                            sum = s.add(sum, s.mul(q, s.load_f16(mean.as_ptr().add(i).cast())));
+                        }
+                    }
+                }
+                // SAFETY: within the scratch.
+                unsafe { (*x).constants[row * MAX_SETS + id] = row::sum_lanes(s, sum) * self.factor };
+            }
+        }
+    }
+
+    /// Scales all outputs, but those of `except`, by what the last growth leaves of them.
+    #[inline(always)]
+    unsafe fn rescale(&mut self, except: Option<usize>) {
+        let (item, x) = (self.item, self.x);
+        // SAFETY: rows within the scratch and within the result.
+        unsafe {
+            for r in 0..item.rows {
+                let keep = (*x).keep[r];
+                for (slot, key) in self.slots.iter().enumerate() {
+                    if key.is_some_and(|(key, _)| Some(key) != except) {
+                        let out = (&raw mut (*x).outputs[slot]).cast::<f32>().add(r * item.v.lanes);
+                        std::slice::from_raw_parts_mut(out, item.v.lanes).iter_mut().for_each(|o| *o *= keep);
+                    }
+                }
+                if self.next_slot > OUTPUTS {
+                    let out = item.out.add(r * item.out_stride);
+                    std::slice::from_raw_parts_mut(out, item.v.head_dim).iter_mut().for_each(|o| *o *= keep);
+                }
+            }
+        }
+    }
+
+    /// Slot of a transform's outputs. With none free, the one used longest ago is unfolded and taken over.
+    #[inline(always)]
+    unsafe fn slot(&mut self, key: usize, sets: u16) -> usize {
+        if let Some(slot) = self.slots.iter().position(|k| k.is_some_and(|(k, _)| k == key)) {
+            return slot;
+        }
+        let slot = self.next_slot % OUTPUTS;
+        self.next_slot += 1;
+        // SAFETY: as in `outputs`.
+        unsafe {
+            self.flush(slot);
+            let floats = self.item.rows * self.item.v.lanes;
+            std::slice::from_raw_parts_mut((&raw mut (*self.x).outputs[slot]).cast::<f32>(), floats).fill(0.0);
+        }
+        self.slots[slot] = Some((key, sets.trailing_zeros() as u8));
+        slot
+    }
+
+    /// Adds a slot's outputs, unfolded, to the result.
+    #[inline(always)]
+    unsafe fn flush(&mut self, slot: usize) {
+        let (item, x) = (self.item, self.x);
+        if let Some((_, set)) = self.slots[slot].take() {
+            let matrix = fold::matrix(item.v_sets.get(set));
+            // SAFETY: a slot holds the item's rows; the result has room for them.
+            unsafe {
+                let acc = (&raw const (*x).outputs[slot]).cast::<f32>();
+                unfold(self.s, item.v, matrix, acc, item.rows, &(*x).v_order, item.out, item.out_stride);
+            }
+        }
+    }
+
+    /// Outputs out of the coded space, the means, and the statistics for the merge.
+    #[inline(always)]
+    unsafe fn finish(&mut self) {
+        let (s, item, x) = (self.s, self.item, self.x);
+        for slot in 0..OUTPUTS {
+            // SAFETY: as for `flush`.
+            unsafe { self.flush(slot) };
+        }
+        for r in 0..item.rows {
+            // SAFETY: rows within the scratch and within the result.
+            unsafe {
+                let sums = (&raw const (*x).sums).cast::<[f32; MAX_SETS]>().add(r).read();
+                let out = item.out.add(r * item.out_stride);
+                let mut total = 0.0;
+                for (id, &sum) in sums.iter().enumerate() {
+                    total += sum;
+                    let set = if self.v_seen >> id & 1 == 1 { item.v_sets.get(id as u8) } else { None };
+                    if let Some(set) = set {
+                        assert_eq!(set.mean.len(), item.v.head_dim);
+                        for i in (0..set.mean.len()).step_by(LANES) {
+                            let mean = s.load_f16(set.mean.as_ptr().add(i).cast());
+                            s.store(out.add(i), s.add(s.load(out.add(i)), s.mul(mean, s.splat(sum))));
+                        }
+                    }
+                }
+                item.stats.add(2 * r * item.stats_stride).write((*x).largest[r]);
+                item.stats.add(2 * r * item.stats_stride + 1).write(total);
+            }
+        }
+    }
+}
+
+/// Scores of a further transform: those of other transforms' keys stay, their scale being 0.
+#[derive(Clone, Copy)]
+struct MoreScores {
+    out: *mut f32,
+    stride: usize,
+    scale: *const f32,
+    start: *const i32,
+    step: *const f32,
+}
+
+impl<S: Simd> super::product::Finish<S> for MoreScores {
+    #[inline(always)]
+    fn start(self, row: usize) -> i32 {
+        // SAFETY: one entry per row.
+        unsafe { self.start.add(row).read() }
+    }
+    #[inline(always)]
+    unsafe fn put(self, s: S, row: usize, lane: usize, sums: S::I) {
+        // SAFETY: one entry per row, per key, and per both.
+        unsafe {
+            let x = s.mul(s.mul(s.to_float(sums), s.splat(self.step.add(row).read())), s.load(self.scale.add(lane)));
+            let at = self.out.add(row * self.stride + lane);
+            s.store(at, s.add(s.load(at), x));
+        }
+    }
+}
+
+/// Scales and set ids of row headers. The f16 scale stands in bits 4.. of a header; put where f32 keeps exponent and
+/// mantissa it is short by the difference of the exponents' biases, 112, and no bit pattern gives NaN or infinity.
+#[inline(always)]
+unsafe fn scales<S: Simd>(s: S, bits: &[u32; MAX_TILE], n: usize, scale: &mut [f32; MAX_TILE], set: &mut [u8; MAX_TILE]) {
+    let (keep, rebias) = (s.splat_i(0xfff0), s.splat(f32::from_bits((127 + 112) << 23)));
+    for key in (0..n).step_by(LANES) {
+        // SAFETY: `n` is a multiple of 8, at most MAX_TILE.
+        unsafe {
+            let half = s.and(s.load_i(bits.as_ptr().add(key).cast()), keep);
+            s.store(scale.as_mut_ptr().add(key), s.mul(s.from_bits(s.shl32::<12>(half)), rebias));
+        }
+    }
+    for (set, bits) in set[..n].iter_mut().zip(bits) {
+        *set = (bits & 15) as u8;
+    }
+}

@@ -1,0 +1,136 @@
+//! Thin primitives of each instruction set. Algorithms are written once, over [`Simd`]; a value of an implementing type
+//! is the proof that the CPU has the instructions, so that only loads and stores are unsafe.
+//!
+//! Everything works on eight lanes of 32 bits, in the same order on all paths and without fused multiply-adds: all
+//! paths give the same bits.
+
+pub mod portable;
+#[cfg(target_arch = "x86_64")]
+pub mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub mod avx512;
+
+/// Lanes of a vector.
+pub const LANES: usize = 8;
+
+/// Instruction sets with code paths of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Isa {
+    Portable,
+    /// AVX2, FMA and F16C.
+    Avx2,
+    /// The same with AVX-512 BW, VL and VNNI.
+    Avx512,
+}
+
+impl Isa {
+    /// Whether this CPU can run it.
+    pub fn available(self) -> bool {
+        match self {
+            Isa::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2::Avx2::new().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512::Avx512::new().is_some(),
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => false,
+        }
+    }
+
+    /// All that this CPU can run.
+    pub fn all() -> impl Iterator<Item = Isa> {
+        [Isa::Portable, Isa::Avx2, Isa::Avx512].into_iter().filter(|isa| isa.available())
+    }
+
+    /// The best one, or the one that `DECOQUANT_SIMD` (portable, avx2, avx512) names if the CPU has it. Looked up once.
+    pub fn detect() -> Isa {
+        static CHOICE: std::sync::OnceLock<Isa> = std::sync::OnceLock::new();
+        *CHOICE.get_or_init(|| {
+            let named = match std::env::var("DECOQUANT_SIMD").as_deref() {
+                Ok("portable") => Some(Isa::Portable),
+                Ok("avx2") => Some(Isa::Avx2),
+                Ok("avx512") => Some(Isa::Avx512),
+                _ => None,
+            };
+            named.filter(|isa| isa.available()).or_else(|| Isa::all().last()).unwrap_or(Isa::Portable)
+        })
+    }
+}
+
+/// Eight lanes of f32 ([`Simd::F`]), eight of i32 that also serve as sixteen i16 or 32 bytes ([`Simd::I`]), and half of
+/// one ([`Simd::H`]).
+///
+/// Shuffles work within each half of a vector, as on x86.
+pub trait Simd: Copy {
+    type F: Copy;
+    type I: Copy;
+    type H: Copy;
+
+    fn splat(self, x: f32) -> Self::F;
+    /// # Safety
+    /// Eight f32 are readable at `p`.
+    unsafe fn load(self, p: *const f32) -> Self::F;
+    /// # Safety
+    /// Eight f32 are writable at `p`.
+    unsafe fn store(self, p: *mut f32, x: Self::F);
+    /// Eight f16.
+    /// # Safety
+    /// Eight u16 are readable at `p`.
+    unsafe fn load_f16(self, p: *const u16) -> Self::F;
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `if a > b { a } else { b }`: `b` where either is NaN.
+    fn max(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `y` where `x > bound`, else 0.
+    fn keep_above(self, x: Self::F, bound: Self::F, y: Self::F) -> Self::F;
+    fn to_float(self, x: Self::I) -> Self::F;
+    /// The bits of each lane.
+    fn bits(self, x: Self::F) -> Self::I;
+    fn from_bits(self, x: Self::I) -> Self::F;
+
+    fn splat_i(self, x: i32) -> Self::I;
+    /// # Safety
+    /// 32 bytes are readable at `p`.
+    unsafe fn load_i(self, p: *const i32) -> Self::I;
+    /// # Safety
+    /// 32 bytes are writable at `p`.
+    unsafe fn store_i(self, p: *mut i32, x: Self::I);
+    /// Lanes that fit an i16.
+    /// # Safety
+    /// Eight i16 are writable at `p`.
+    unsafe fn store_i16(self, p: *mut i16, x: Self::I);
+    /// Wraps.
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
+    fn and(self, a: Self::I, b: Self::I) -> Self::I;
+    fn or(self, a: Self::I, b: Self::I) -> Self::I;
+    /// Each 32-bit lane.
+    fn shl32<const N: i32>(self, x: Self::I) -> Self::I;
+    /// Each 32-bit lane, the sign kept.
+    fn sar32<const N: i32>(self, x: Self::I) -> Self::I;
+    /// Each 16-bit half lane, zeros coming in.
+    fn shl16<const N: i32>(self, x: Self::I) -> Self::I;
+    fn shr16<const N: i32>(self, x: Self::I) -> Self::I;
+    /// `sum + a.lo * b.lo + a.hi * b.hi` over the i16 halves of each lane; wraps.
+    fn madd(self, sum: Self::I, a: Self::I, b: Self::I) -> Self::I;
+    /// A table of 16 bytes for [`Simd::lookup`].
+    fn table(self, bytes: &[u8; 16]) -> Self::I;
+    /// Each byte, at most 15, replaced by the table's.
+    fn lookup(self, table: Self::I, index: Self::I) -> Self::I;
+    fn unpack_lo32(self, a: Self::I, b: Self::I) -> Self::I;
+    fn unpack_hi32(self, a: Self::I, b: Self::I) -> Self::I;
+    fn unpack_lo64(self, a: Self::I, b: Self::I) -> Self::I;
+    fn unpack_hi64(self, a: Self::I, b: Self::I) -> Self::I;
+
+    /// `BYTES` (4, 8 or 16) bytes, zeros behind them.
+    /// # Safety
+    /// `BYTES` bytes are readable at `p`.
+    unsafe fn load_h<const BYTES: usize>(self, p: *const u8) -> Self::H;
+    fn join(self, lo: Self::H, hi: Self::H) -> Self::I;
+    /// Lane `i` holds the 16-bit word `i` of `a` below that of `b`.
+    fn interleave16(self, a: Self::H, b: Self::H) -> Self::I;
+
+    /// Asks for a cache line; any address will do.
+    fn prefetch(self, p: *const u8);
+}
