@@ -4,7 +4,8 @@ use std::ffi::c_void;
 
 use super::convert::{self, CodecHandle};
 use super::types::*;
-use super::{check_shards, guard, layer_shape};
+use super::{check_shards, guard, layer, layer_shape};
+use crate::codec::Layer;
 use crate::cpu::attend::{self, AttendLimits};
 use crate::error::Result;
 
@@ -130,8 +131,7 @@ unsafe fn run(
     workspace_bytes: u64,
     part: Part,
 ) -> Result<dq_status> {
-    let shape = layer_shape(handle, layer)?;
-    let factors = handle.codec.factors(layer as usize);
+    let Layer { shape, factors } = self::layer(handle, layer)?;
     // SAFETY: the caller's word, here and below.
     let Some(given) = unsafe { convert::attend_args(args, shape) }? else {
         return Ok(DQ_OK);
