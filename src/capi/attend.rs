@@ -4,8 +4,9 @@ use std::ffi::c_void;
 
 use super::convert::{self, CodecHandle};
 use super::types::*;
-use super::{check_shards, guard, layer_shape};
-use crate::cpu::attend;
+use super::{check_shards, guard, layer, layer_shape};
+use crate::codec::Layer;
+use crate::cpu::attend::{self, AttendLimits};
 use crate::error::Result;
 
 /// Bytes of workspace that any call on this layer within `limits` needs. Depends on shapes only, never on the number of
@@ -27,8 +28,12 @@ pub unsafe extern "C" fn dq_workspace_size(
         let shape = layer_shape(handle, layer)?;
         // SAFETY: as above.
         let limits = unsafe { convert::read_struct("limits", limits) }?;
-        let streams = limits.max_streams.max(1) as usize;
-        let size = attend::workspace_size(shape, streams, limits.max_queries as usize, limits.max_kv as usize)?;
+        let sizes = AttendLimits {
+            max_streams: limits.max_streams.max(1) as usize,
+            max_queries: limits.max_queries as usize,
+            max_kv: limits.max_kv as usize,
+        };
+        let size = attend::workspace_size(shape, &sizes);
         // SAFETY: checked above.
         unsafe { bytes.write(size as u64) };
         Ok(DQ_OK)
@@ -126,14 +131,14 @@ unsafe fn run(
     workspace_bytes: u64,
     part: Part,
 ) -> Result<dq_status> {
-    let shape = layer_shape(handle, layer)?;
-    let factors = handle.codec.factors(layer as usize);
+    let Layer { shape, factors } = self::layer(handle, layer)?;
     // SAFETY: the caller's word, here and below.
-    let Some(given) = (unsafe { convert::attend_args(args, shape) }?) else {
+    let Some(given) = unsafe { convert::attend_args(args, shape) }? else {
         return Ok(DQ_OK);
     };
     let a = &given.args;
-    let required = attend::workspace_size(shape, a.n_streams, a.n_q, a.n_kv)?;
+    let sizes = AttendLimits { max_streams: a.n_streams, max_queries: a.n_q, max_kv: a.n_kv };
+    let required = attend::workspace_size(shape, &sizes);
     // SAFETY: as above.
     let (scratch, region) = unsafe { convert::workspace(workspace.cast(), workspace_bytes, required) }?;
     given.check_apart(region)?;
