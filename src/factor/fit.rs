@@ -344,7 +344,7 @@ pub(crate) mod tests {
         let mut m = Moments::centred(d, true);
         x.chunks_exact(d).for_each(|row| m.push(row));
         m.flush();
-        let c = shrunk(&m.second_about(&mean), d, SHRINK * (1.0 + 64.0 / 2048.0)).unwrap();
+        let c = shrunk(&m.second_about(&mean), d, 0.0).unwrap();
         // Mean over a tier's latents of a quadratic form of their encode or decode column.
         let over = |tier: &Tier, value: &dyn Fn(usize) -> f64| -> f64 {
             (tier.first..tier.first + tier.channels).map(value).sum::<f64>() / tier.channels as f64
