@@ -6,7 +6,7 @@ use super::convert::{self, CodecHandle};
 use super::types::*;
 use super::{check_shards, guard, layer, layer_shape};
 use crate::codec::Layer;
-use crate::cpu::attend::{self, AttendLimits};
+use crate::cpu::attend;
 use crate::error::Result;
 
 /// Bytes of workspace that any call on this layer within `limits` needs. Depends on shapes only, never on the number of
@@ -28,12 +28,12 @@ pub unsafe extern "C" fn dq_workspace_size(
         let shape = layer_shape(handle, layer)?;
         // SAFETY: as above.
         let limits = unsafe { convert::read_struct("limits", limits) }?;
-        let sizes = AttendLimits {
-            max_streams: limits.max_streams.max(1) as usize,
-            max_queries: limits.max_queries as usize,
-            max_kv: limits.max_kv as usize,
-        };
-        let size = attend::workspace_size(shape, &sizes);
+        let size = attend::workspace_size(
+            shape,
+            limits.max_streams.max(1) as usize,
+            limits.max_queries as usize,
+            limits.max_kv as usize,
+        )?;
         // SAFETY: checked above.
         unsafe { bytes.write(size as u64) };
         Ok(DQ_OK)
@@ -137,8 +137,7 @@ unsafe fn run(
         return Ok(DQ_OK);
     };
     let a = &given.args;
-    let sizes = AttendLimits { max_streams: a.n_streams, max_queries: a.n_q, max_kv: a.n_kv };
-    let required = attend::workspace_size(shape, &sizes);
+    let required = attend::workspace_size(shape, a.n_streams, a.n_q, a.n_kv)?;
     // SAFETY: as above.
     let (scratch, region) = unsafe { convert::workspace(workspace.cast(), workspace_bytes, required) }?;
     given.check_apart(region)?;

@@ -481,3 +481,7 @@ fn max_abs(x: &[f32]) -> f32 {
 fn widen(mean: &[f16], out: &mut [f32; MAX_DIM]) {
     mean.convert_to_f32_slice(&mut out[..mean.len()]);
 }
+
+#[cfg(test)]
+#[path = "encode_tests.rs"]
+mod tests;

@@ -279,12 +279,12 @@ mod tests {
     fn the_hash_sees_every_part() {
         let mean = || halves((0..64).map(|i| i as f32));
         let matrix = |x: f32| halves((0..4096).map(|i| if i == 4095 { x } else { 1.0 }));
-        let base = FactorSet::dense(mean(), matrix(1.0), 0.5);
-        assert_eq!(base.hash, FactorSet::dense(mean(), matrix(1.0), 0.5).hash);
+        let base = FactorSet::dense(mean(), matrix(1.0), [0.5; MAX_TIERS]);
+        assert_eq!(base.hash, FactorSet::dense(mean(), matrix(1.0), [0.5; MAX_TIERS]).hash);
         for other in [
-            FactorSet::dense(mean(), matrix(2.0), 0.5),
-            FactorSet::dense(mean(), matrix(1.0), 0.25),
-            FactorSet::dense(halves(vec![0.0; 64]), matrix(1.0), 0.5),
+            FactorSet::dense(mean(), matrix(2.0), [0.5; MAX_TIERS]),
+            FactorSet::dense(mean(), matrix(1.0), [0.25; MAX_TIERS]),
+            FactorSet::dense(halves(vec![0.0; 64]), matrix(1.0), [0.5; MAX_TIERS]),
             FactorSet::rotation(mean()),
         ] {
             assert_ne!(base.hash, other.hash);
