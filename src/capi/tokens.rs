@@ -46,7 +46,7 @@ pub unsafe extern "C" fn dq_compress(
 }
 
 /// Decode: codes the rows with the sets in force, then adds them to the statistics when q is given. Never fits (see
-/// `dq_refit`), never allocates, never blocks. Arguments, results and errors are those of `dq_compress`.
+/// `dq_refit`). Arguments, results and errors are those of `dq_compress`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dq_append(
     codec: *mut dq_codec,
