@@ -51,14 +51,6 @@ const LOW_STRIDE: usize = 64;
 const ITEMS: usize = 32;
 const LEAST_CHUNK: usize = 256;
 
-/// Largest shapes of the calls that one workspace serves.
-#[derive(Debug, Clone, Copy)]
-pub struct AttendLimits {
-    pub max_streams: usize,
-    pub max_queries: usize,
-    pub max_kv: usize,
-}
-
 /// How a call is cut. Depends on shapes only.
 #[derive(Debug, Clone, Copy)]
 struct Cut {
@@ -120,14 +112,20 @@ impl Cut {
     }
 }
 
-/// Bytes of workspace for any [`attend`] within the limits.
-pub fn workspace_size(layer: &LayerShape, limits: &AttendLimits) -> usize {
-    let rows = limits.max_streams.saturating_mul(limits.max_queries).saturating_mul(layer.n_q_heads);
+/// Bytes of workspace for any [`attend`] of at most so many streams, queries of each and keys of each.
+pub fn workspace_size(layer: &LayerShape, max_streams: usize, max_queries: usize, max_kv: usize) -> Result<usize> {
+    let rows = max_streams.checked_mul(max_queries).and_then(|x| x.checked_mul(layer.n_q_heads));
+    let Some(rows) = rows.filter(|rows| *rows < usize::MAX >> 16) else {
+        return Err(Error::invalid(format!(
+            "{max_streams} streams of {max_queries} queries of {} heads are more than any workspace holds",
+            layer.n_q_heads
+        )));
+    };
     // A call of R rows in B blocks, streams and heads together, has ceil(ITEMS / B) chunks at most, and R is at most B
     // times a block's rows: R * chunks < R + ITEMS * block rows. Nor are chunks shorter than the least.
-    let by_items = rows.saturating_add(ITEMS * block_shape(layer).0);
-    let by_keys = rows.saturating_mul(limits.max_kv.div_ceil(least_chunk(layer)).max(1));
-    size_of_pieces(|arena| lay(arena, by_items.min(by_keys), layer.v.head_dim))
+    let by_items = rows + ITEMS * block_shape(layer).0;
+    let by_keys = rows.saturating_mul(max_kv.div_ceil(least_chunk(layer)).max(1));
+    Ok(size_of_pieces(|arena| lay(arena, by_items.min(by_keys), layer.v.head_dim)))
 }
 
 /// All of a call in the calling thread.
