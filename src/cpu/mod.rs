@@ -1,5 +1,7 @@
-//! The CPU backend: `attend` and `dequantize` on coded rows, with code paths chosen at run time.
+//! The CPU backend: coding, attention and decoding of rows, with code paths chosen at run time.
 
 pub mod attend;
 pub mod dequantize;
+pub mod encode;
+pub mod remap;
 pub mod simd;
