@@ -53,6 +53,9 @@ const PLANS: &[PlanSpec] = &[
     PlanSpec { id: 3, name: c"3", tiers: &[(16, 3)] },
     PlanSpec { id: 4, name: c"4", tiers: &[(16, 4)] },
     PlanSpec { id: 8, name: c"8", tiers: &[(16, 8)] },
+    // Keys have a steep spectrum: at the same size the widest latent channels deserve more bits. Values gain nothing.
+    PlanSpec { id: 103, name: c"3t", tiers: &[(4, 5), (4, 3), (8, 2)] },
+    PlanSpec { id: 104, name: c"4t", tiers: &[(4, 6), (4, 4), (8, 3)] },
 ];
 
 /// The name of a plan number, if it is one.
@@ -85,8 +88,9 @@ impl Plan {
         let (mut first, mut share) = (0, 0);
         for &(sixteenths, bits) in spec.tiers {
             share += sixteenths;
-            // Tiers end on multiples of 16 channels, whatever the head_dim.
-            let end = (head_dim * share / 16).next_multiple_of(16).min(head_dim);
+            // Tiers end on multiples of 16 channels: the first rounded down, the others to the nearest.
+            let exact = head_dim * share / 16;
+            let end = if first == 0 && share < 16 { exact } else { exact + 8 } / 16 * 16;
             if end > first {
                 tiers.push(Tier { first, channels: end - first, bits });
             }
@@ -261,6 +265,21 @@ mod tests {
         assert_eq!((p[0].bits, p[0].shift, p[0].offset, p[0].head_bytes), (2, 1, 0, 20));
         assert_eq!((p[1].bits, p[1].shift, p[1].offset, p[1].head_bytes), (1, 0, 40, 10));
         assert_eq!(s.v.planes[0].offset, 60);
+    }
+
+    #[test]
+    fn tiers_are_sixteens_and_cost_no_more_than_their_name() {
+        for d in HEAD_DIMS {
+            for (id, bits) in [(103, 3), (104, 4)] {
+                let plan = Plan::new(id, d).unwrap();
+                assert!(plan.tiers.iter().all(|t| t.channels % 16 == 0));
+                assert!(plan.row_bytes() * 8 <= bits * d, "plan {id} at {d} takes {} bytes", plan.row_bytes());
+            }
+        }
+        let tiers = |d| Plan::new(104, d).unwrap().tiers.iter().map(|t| (t.channels, t.bits)).collect::<Vec<_>>();
+        assert_eq!(tiers(64), [(16, 6), (16, 4), (32, 3)]);
+        assert_eq!(tiers(80), [(16, 6), (32, 4), (32, 3)]);
+        assert_eq!(tiers(96), [(16, 6), (32, 4), (48, 3)]);
     }
 
     #[test]

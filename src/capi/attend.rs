@@ -4,7 +4,8 @@ use std::ffi::c_void;
 
 use super::convert::{self, CodecHandle};
 use super::types::*;
-use super::{check_shards, guard, layer_shape};
+use super::{check_shards, guard, layer, layer_shape};
+use crate::codec::Layer;
 use crate::cpu::attend;
 use crate::error::Result;
 
@@ -27,8 +28,12 @@ pub unsafe extern "C" fn dq_workspace_size(
         let shape = layer_shape(handle, layer)?;
         // SAFETY: as above.
         let limits = unsafe { convert::read_struct("limits", limits) }?;
-        let streams = limits.max_streams.max(1) as usize;
-        let size = attend::workspace_size(shape, streams, limits.max_queries as usize, limits.max_kv as usize)?;
+        let size = attend::workspace_size(
+            shape,
+            limits.max_streams.max(1) as usize,
+            limits.max_queries as usize,
+            limits.max_kv as usize,
+        )?;
         // SAFETY: checked above.
         unsafe { bytes.write(size as u64) };
         Ok(DQ_OK)
@@ -126,10 +131,9 @@ unsafe fn run(
     workspace_bytes: u64,
     part: Part,
 ) -> Result<dq_status> {
-    let shape = layer_shape(handle, layer)?;
-    let factors = handle.codec.factors(layer as usize);
+    let Layer { shape, factors } = self::layer(handle, layer)?;
     // SAFETY: the caller's word, here and below.
-    let Some(given) = (unsafe { convert::attend_args(args, shape) }?) else {
+    let Some(given) = unsafe { convert::attend_args(args, shape) }? else {
         return Ok(DQ_OK);
     };
     let a = &given.args;

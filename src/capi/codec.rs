@@ -6,14 +6,10 @@ use std::sync::Arc;
 use super::convert::{self, CodecHandle, Context};
 use super::types::*;
 use super::{guard, layer_shape};
-use crate::codec::Codec;
+use crate::codec::{Codec, CodecDesc, MAX_LAYERS};
 use crate::error::{Error, Result};
 use crate::log;
 use crate::shape::{Gauge, LayerShape, SideDesc};
-
-const MAX_LAYERS: u32 = 4096;
-const MAX_FITS: u32 = 7;
-const DEFAULT_FITS: u32 = 4;
 
 /// Makes a codec with set 0 (the plain rotation) in every head. All memory that it will ever hold for statistics is
 /// allocated here; `max_factor_bytes` of `dq_codec_layout` bounds what fits add.
@@ -34,7 +30,7 @@ pub unsafe extern "C" fn dq_codec_create(
         let context: &Arc<Context> = unsafe { convert::handle(context) }?;
         // SAFETY: as above.
         let model = unsafe { model(desc) }?;
-        let codec = Codec::new(model.layers, model.max_fits, model.fingerprint)?;
+        let codec = Codec::new(model)?;
         // SAFETY: checked above.
         unsafe { out.write(convert::give(CodecHandle { codec, context: context.clone() })) };
         Ok(DQ_OK)
@@ -92,8 +88,8 @@ pub unsafe extern "C" fn dq_codec_load(
         let model = unsafe { model(desc) }?;
         // SAFETY: as above.
         let mut read = unsafe { convert::reader(read, user) }?;
-        let codec = Codec::load(model.layers, model.max_fits, model.fingerprint, &mut read)?;
-        log::information(|| format!("loaded factors of {} layers; they are frozen", codec.n_layers()));
+        let codec = Codec::load(model, &mut read)?;
+        log::information(|| format!("loaded factors of {} layers; they are frozen", codec.layers.len()));
         // SAFETY: checked above.
         unsafe { out.write(convert::give(CodecHandle { codec, context: context.clone() })) };
         Ok(DQ_OK)
@@ -146,29 +142,19 @@ pub unsafe extern "C" fn dq_codec_info(codec: *const dq_codec, layer: u32, out: 
     })
 }
 
-struct Model {
-    layers: Vec<LayerShape>,
-    max_fits: usize,
-    fingerprint: [u8; 32],
-}
-
 /// # Safety
 /// `desc`, when it is not null, is a `dq_codec_desc` with its layers.
-unsafe fn model(desc: *const dq_codec_desc) -> Result<Model> {
+unsafe fn model(desc: *const dq_codec_desc) -> Result<CodecDesc> {
     // SAFETY: the caller's word.
     let desc = unsafe { convert::read_struct("desc", desc) }?;
     if desc.flags != 0 {
         return Err(Error::invalid(format!("desc->flags is {:#x}; it must be 0", desc.flags)));
     }
-    if desc.max_fits > MAX_FITS {
-        return Err(Error::invalid(format!("desc->max_fits is {}; it must be 1 to {MAX_FITS}, or 0", desc.max_fits)));
-    }
-    let max_fits = if desc.max_fits == 0 { DEFAULT_FITS } else { desc.max_fits };
     // SAFETY: the caller's word.
-    let given = unsafe { convert::layers(&desc, MAX_LAYERS) }?;
+    let given = unsafe { convert::layers(&desc, MAX_LAYERS as u32) }?;
     let shape = |(i, layer)| shape(layer).map_err(|e| Error::new(e.kind, format!("desc->layers[{i}].{e}")));
     let layers = given.iter().enumerate().map(shape).collect::<Result<_>>()?;
-    Ok(Model { layers, max_fits: max_fits as usize, fingerprint: desc.fingerprint })
+    Ok(CodecDesc { layers, max_fits: desc.max_fits as usize, fingerprint: desc.fingerprint })
 }
 
 fn shape(layer: &dq_layer_desc) -> Result<LayerShape> {

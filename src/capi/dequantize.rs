@@ -1,15 +1,12 @@
 //! Coded rows back to floats.
 
 use std::ffi::c_void;
-use std::sync::Arc;
 
 use super::convert::{self, CodecHandle};
 use super::types::*;
-use super::{guard, layer_shape};
-use crate::cpu;
-use crate::error::{Error, Result};
-use crate::shape::LayerShape;
-use crate::view::RowsMut;
+use super::{guard, layer};
+use crate::codec::Layer;
+use crate::cpu::dequantize::dequantize;
 
 /// Decodes records into rows.
 ///
@@ -35,14 +32,14 @@ pub unsafe extern "C" fn dq_dequantize(
     guard::status(|| {
         // SAFETY: the header's contract, here and below.
         let handle: &CodecHandle = unsafe { convert::handle(codec) }?;
-        let shape = layer_shape(handle, layer)?;
+        let Layer { shape, factors } = self::layer(handle, layer)?;
         convert::check_stream(&handle.context, stream)?;
         if n_slots == 0 {
             return Ok(DQ_OK);
         }
         // SAFETY: as above.
         let given = unsafe { convert::dequantize(shape, store, slots, n_slots, k_out, v_out) }?;
-        cpu::dequantize::dequantize(shape, &handle.codec.factors(layer as usize), &given.store, given.slots, given.k, given.v)?;
+        dequantize(shape, factors, &given.store, given.slots, given.k, given.v)?;
         Ok(DQ_OK)
     })
 }

@@ -22,18 +22,22 @@ pub use misc::*;
 pub use sets::*;
 pub use tokens::*;
 
+use crate::codec::Layer;
 use crate::error::{Error, Result};
-use crate::shape::{LayerShape, Side};
+use crate::shape::LayerShape;
 
 use convert::CodecHandle;
 
-/// The shape of a layer that C names.
+/// The layer that C names.
+fn layer(handle: &CodecHandle, layer: u32) -> Result<&Layer> {
+    let layers = &handle.codec.layers;
+    layers
+        .get(layer as usize)
+        .ok_or_else(|| Error::invalid(format!("layer is {layer}; the codec has {} layers", layers.len())))
+}
+
 fn layer_shape(handle: &CodecHandle, layer: u32) -> Result<&LayerShape> {
-    let n_layers = handle.codec.n_layers();
-    if layer as usize >= n_layers {
-        return Err(Error::invalid(format!("layer is {layer}; the codec has {n_layers} layers")));
-    }
-    Ok(handle.codec.shape(layer as usize))
+    Ok(&self::layer(handle, layer)?.shape)
 }
 
 fn check_shards(shard: u32, n_shards: u32) -> Result<()> {

@@ -54,7 +54,10 @@ pub unsafe extern "C" fn dq_sets_import(
         let map = unsafe { convert::bytes_mut("map", map, map_bytes, self::map_bytes(shape)) }?;
         // SAFETY: as above.
         let mut read = unsafe { convert::reader(read, user) }?;
-        map.copy_from_slice(&handle.codec.import_sets(layer as usize, &mut read)?);
+        // Not into the caller's map before all has gone well.
+        let mut ids = vec![0; map.len()];
+        handle.codec.import_sets(layer as usize, &mut read, &mut ids)?;
+        map.copy_from_slice(&ids);
         log::information(|| format!("layer {layer}: imported factor sets"));
         Ok(DQ_OK)
     })

@@ -4,7 +4,8 @@ use std::ffi::c_void;
 
 use super::convert::{self, CodecHandle, Given, Purpose};
 use super::types::*;
-use super::{check_shards, guard, last_error, layer_shape};
+use super::{check_shards, guard, last_error, layer, layer_shape};
+use crate::codec::Layer;
 use crate::cpu::encode::{EncodeReport, encode_shard};
 use crate::error::{Error, Result};
 use crate::log;
@@ -35,17 +36,17 @@ pub unsafe extern "C" fn dq_compress(
         // The CPU needs no workspace; what is passed stays untouched.
         let _ = (workspace, workspace_bytes);
         // SAFETY: as above.
-        let Some(given) = (unsafe { convert::tokens(tokens, layer_shape(handle, layer)?, Purpose::Both) }?) else {
+        let Some(given) = unsafe { convert::tokens(tokens, layer_shape(handle, layer)?, Purpose::Both) }? else {
             return Ok(DQ_OK);
         };
-        handle.codec.observe_shard(layer as usize, &given.tokens, 0, 1)?;
-        refit(handle, layer, 0, 1)?;
+        handle.codec.observe_shard(layer as usize, &given.tokens, 0, 1);
+        refit(handle, layer, 0, 1);
         replaced(layer, encode(handle, layer, &given, 0, 1)?)
     })
 }
 
 /// Decode: codes the rows with the sets in force, then adds them to the statistics when q is given. Never fits (see
-/// `dq_refit`), never allocates, never blocks. Arguments, results and errors are those of `dq_compress`.
+/// `dq_refit`). Arguments, results and errors are those of `dq_compress`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dq_append(
     codec: *mut dq_codec,
@@ -62,12 +63,12 @@ pub unsafe extern "C" fn dq_append(
         // The CPU needs no workspace; what is passed stays untouched.
         let _ = (workspace, workspace_bytes);
         // SAFETY: as above.
-        let Some(given) = (unsafe { convert::tokens(tokens, layer_shape(handle, layer)?, Purpose::Both) }?) else {
+        let Some(given) = unsafe { convert::tokens(tokens, layer_shape(handle, layer)?, Purpose::Both) }? else {
             return Ok(DQ_OK);
         };
         let report = encode(handle, layer, &given, 0, 1)?;
         if given.tokens.q.is_some() {
-            handle.codec.observe_shard(layer as usize, &given.tokens, 0, 1)?;
+            handle.codec.observe_shard(layer as usize, &given.tokens, 0, 1);
         }
         replaced(layer, report)
     })
@@ -87,7 +88,7 @@ pub unsafe extern "C" fn dq_refit(
         // SAFETY: the header's contract.
         let handle: &CodecHandle = unsafe { convert::handle(codec) }?;
         convert::check_stream(&handle.context, stream)?;
-        let known = handle.codec.n_layers();
+        let known = handle.codec.layers.len();
         let end = u64::from(first_layer) + u64::from(n_layers);
         if end > known as u64 {
             return Err(Error::invalid(format!(
@@ -95,7 +96,7 @@ pub unsafe extern "C" fn dq_refit(
             )));
         }
         for layer in first_layer..end as u32 {
-            refit(handle, layer, 0, 1)?;
+            refit(handle, layer, 0, 1);
         }
         Ok(DQ_OK)
     })
@@ -123,7 +124,7 @@ pub unsafe extern "C" fn dq_observe_shard(
         check_shards(shard, n_shards)?;
         // SAFETY: as above.
         if let Some(given) = unsafe { convert::tokens(tokens, shape, Purpose::Observe) }? {
-            handle.codec.observe_shard(layer as usize, &given.tokens, shard as usize, n_shards as usize)?;
+            handle.codec.observe_shard(layer as usize, &given.tokens, shard as usize, n_shards as usize);
         }
         Ok(DQ_OK)
     })
@@ -137,7 +138,7 @@ pub unsafe extern "C" fn dq_refit_shard(codec: *mut dq_codec, layer: u32, shard:
         let handle: &CodecHandle = unsafe { convert::handle(codec) }?;
         layer_shape(handle, layer)?;
         check_shards(shard, n_shards)?;
-        refit(handle, layer, shard, n_shards)?;
+        refit(handle, layer, shard, n_shards);
         Ok(DQ_OK)
     })
 }
@@ -167,17 +168,17 @@ pub unsafe extern "C" fn dq_encode_shard(
 
 fn encode(handle: &CodecHandle, layer: u32, given: &Given, shard: u32, n_shards: u32) -> Result<EncodeReport> {
     let (slots, store) = given.target.as_ref().expect("asked for by the purpose");
-    let (shape, factors) = (handle.codec.shape(layer as usize), handle.codec.factors(layer as usize));
+    let Layer { shape, factors } = self::layer(handle, layer)?;
     encode_shard(shape, factors, &given.tokens, slots, store, shard as usize, n_shards as usize)
 }
 
-fn refit(handle: &CodecHandle, layer: u32, shard: u32, n_shards: u32) -> Result<()> {
-    let fits = handle.codec.refit_shard(layer as usize, shard as usize, n_shards as usize)?;
-    if fits > 0 {
-        let rows = handle.codec.info(layer as usize).rows_seen;
-        log::information(|| format!("layer {layer}: fitted {fits} heads after {rows} rows"));
+fn refit(handle: &CodecHandle, layer: u32, shard: u32, n_shards: u32) {
+    let (codec, index) = (&handle.codec, layer as usize);
+    // One line for a layer: its heads come due together.
+    if shard == 0 && codec.is_fit_due(index) {
+        log::information(|| format!("layer {layer}: a fit is due after {} rows", codec.info(index).rows_seen));
     }
-    Ok(())
+    codec.refit_shard(index, shard as usize, n_shards as usize);
 }
 
 fn replaced(layer: u32, report: EncodeReport) -> Result<dq_status> {

@@ -13,8 +13,9 @@ use half::slice::HalfFloatSliceExt;
 
 use crate::code::codebook::{Codebook, codebook};
 use crate::code::{header, planes};
+use crate::cpu::simd::Isa;
 use crate::error::Result;
-use crate::factor::{Encode, HeadSets, LayerFactors, MAX_SINKS, ROTATION_SET, hadamard};
+use crate::factor::{Encode, HeadSets, LayerFactors, MAX_SINKS, ROTATION_KAPPA, ROTATION_SET, TierWeights, hadamard};
 use crate::shape::{LayerShape, MAX_TIERS, Side, SideShape};
 use crate::view::{Rows, Store, Tokens};
 
@@ -26,8 +27,6 @@ const MAX_DIM: usize = 256;
 /// A row leaves the newest set only for one that costs less than this share of it: below a factor of two a switch
 /// buys nothing and mixes sets within the tiles of attention.
 const SWITCH: f32 = 0.5;
-/// What a unit of squared error costs in each tier.
-type TierWeights = [f32; MAX_TIERS];
 /// Row scales tried, as multiples of the row's rms.
 const MULTIPLES: [f32; 5] = [0.8, 0.9, 1.0, 1.1, 1.25];
 /// Beyond this a row's squares could overflow f32; its scale is far beyond f16 anyway.
@@ -52,6 +51,21 @@ pub fn encode_shard(
     shard: usize,
     n_shards: usize,
 ) -> Result<EncodeReport> {
+    encode_shard_on(Isa::detect(), shape, factors, tokens, slots, store, shard, n_shards)
+}
+
+/// [`encode_shard`] on one of the CPU's instruction sets.
+#[allow(clippy::too_many_arguments)]
+fn encode_shard_on(
+    isa: Isa,
+    shape: &LayerShape,
+    factors: &LayerFactors,
+    tokens: &Tokens,
+    slots: &[i64],
+    store: &Store,
+    shard: usize,
+    n_shards: usize,
+) -> Result<EncodeReport> {
     let mut report = EncodeReport::default();
     let Some((k, v)) = tokens.kv else { return Ok(report) };
     let run = tokens.n_tokens * shard / n_shards..tokens.n_tokens * (shard + 1) / n_shards;
@@ -67,7 +81,7 @@ pub fn encode_shard(
         for head in 0..shape.n_kv_heads {
             let coder = RowCoder::new(shape.side(side), &factors.side(side)[head].sets);
             let job = Job { coder: &coder, rows, head, slots, store };
-            report.replaced_rows += dispatch(&job, run.start, run.end);
+            report.replaced_rows += dispatch(isa, &job, run.start, run.end);
         }
     }
     Ok(report)
@@ -82,23 +96,20 @@ struct Job<'a> {
     store: &'a Store<'a>,
 }
 
-/// Runs the one body compiled for the widest instructions of this CPU. All give the same bytes.
-fn dispatch(job: &Job, first: usize, end: usize) -> u64 {
-    // Compiled without any instruction set beyond the target's base, for tests.
-    if job.portable {
-        return encode_run(job, first, end);
-    }
+/// Runs the one body compiled for the instructions at hand. All give the same bytes.
+fn dispatch(isa: Isa, job: &Job, first: usize, end: usize) -> u64 {
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx2,f16c")]
         fn avx2(job: &Job, first: usize, end: usize) -> u64 {
             encode_run(job, first, end)
         }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c") {
+        if isa != Isa::Portable && Isa::Avx2.available() {
             // SAFETY: the CPU has the features.
             return unsafe { avx2(job, first, end) };
         }
     }
+    let _ = isa;
     encode_run(job, first, end)
 }
 
@@ -169,7 +180,7 @@ impl<'a> RowCoder<'a> {
     fn new(shape: &'a SideShape, sets: &'a HeadSets) -> Self {
         let newest = sets.encode();
         let mut newest_mean = [0f32; MAX_DIM];
-        let mut newest_kappa = [1.0; MAX_TIERS];
+        let mut newest_kappa = ROTATION_KAPPA;
         if let Some(set) = sets.get(newest.set) {
             widen(&set.mean, &mut newest_mean);
             newest_kappa = set.kappa;
@@ -233,7 +244,7 @@ impl<'a> RowCoder<'a> {
     fn write_row(&self, x: &[f32], y: &mut [f32], finite: bool, head: usize, record: &mut [u8]) -> bool {
         if !finite {
             y.fill(0.0);
-            self.write_coded(y, ROTATION_SET, &[1.0; MAX_TIERS], head, record);
+            self.write_coded(y, ROTATION_SET, &ROTATION_KAPPA, head, record);
             return true;
         }
         let cost = self.expected_error(y, &self.newest_kappa);
@@ -248,7 +259,7 @@ impl<'a> RowCoder<'a> {
         if saturated {
             Self::rotated_latents(x, other, y);
             let id = other.map_or(ROTATION_SET, |s| s.id);
-            saturated = self.write_coded(y, id, &[1.0; MAX_TIERS], head, record);
+            saturated = self.write_coded(y, id, &ROTATION_KAPPA, head, record);
         }
         saturated
     }
@@ -470,3 +481,7 @@ fn max_abs(x: &[f32]) -> f32 {
 fn widen(mean: &[f16], out: &mut [f32; MAX_DIM]) {
     mean.convert_to_f32_slice(&mut out[..mean.len()]);
 }
+
+#[cfg(test)]
+#[path = "encode_tests.rs"]
+mod tests;

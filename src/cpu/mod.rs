@@ -1,4 +1,4 @@
-//! The CPU backend: coding, attention and decoding of rows, with code paths chosen at run time.
+//! The CPU backend: rows to records, attention on records, records to rows, with code paths chosen at run time.
 
 pub mod attend;
 pub mod dequantize;

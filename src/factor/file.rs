@@ -4,7 +4,7 @@
 //! magic [8] | version u32 | layers u32 | fingerprint [32] | length u64 of the whole | layers | XXH3-64 of all before
 //! layer: query heads, KV heads, then K and V: head_dim, plan, gauge; all u32 | heads, K first
 //! head:  newest u8, sets u8, sinks u16, rows seen u64 | sets | encode | moments
-//! set:   id u8, transform u8 (0 rotation, 1 dense), kappa f32, mean f16 [d], dense: decode f16 [d][d]
+//! set:   id u8, transform u8 (0 rotation, 1 dense), kappa f32 [4], mean f16 [d], dense: decode f16 [d][d]
 //! encode: u8 (1: f32 [d][d] follows) | moments: u8 count, each: rows u64, energy f64, second u8, reference f32 [d],
 //!         sum f64 [d], with second: f32 [d (d + 1) / 2]
 //! ```
@@ -15,7 +15,7 @@ use half::f16;
 
 use super::head::HeadFactors;
 use super::moments::Moments;
-use super::sets::{FactorSet, Transform};
+use super::sets::{FactorSet, ROTATION_KAPPA, Transform};
 use super::LayerFactors;
 use crate::error::{Error, Result};
 use crate::shape::{Gauge, LayerShape, MAX_SETS, SideShape};
@@ -105,7 +105,7 @@ fn write_head(head: &HeadFactors, whole: bool, out: &mut Vec<u8>) {
     for (id, set) in sets {
         let dense = matches!(*set.transform, Transform::Dense { .. });
         out.extend([id, u8::from(dense)]);
-        out.extend(set.kappa.to_le_bytes());
+        set.kappa.iter().for_each(|k| out.extend(k.to_le_bytes()));
         set.mean.iter().for_each(|x| out.extend(x.to_le_bytes()));
         if let Transform::Dense { decode } = &*set.transform {
             decode.iter().for_each(|x| out.extend(x.to_le_bytes()));
@@ -230,15 +230,18 @@ fn read_head(cursor: &mut Cursor, shape: &SideShape, whole: bool) -> Result<Read
 
 fn read_set(cursor: &mut Cursor, d: usize) -> Result<FactorSet> {
     let dense = cursor.u8()?;
-    let kappa = f32::from_le_bytes(cursor.array()?);
-    if !(kappa.is_finite() && kappa > 0.0) {
-        return Err(Error::bad_file(format!("a set has kappa {kappa}")));
+    let mut kappa = ROTATION_KAPPA;
+    for k in &mut kappa {
+        *k = f32::from_le_bytes(cursor.array()?);
+    }
+    if !kappa.iter().all(|k| k.is_finite() && *k > 0.0) {
+        return Err(Error::bad_file(format!("a set has kappa {kappa:?}")));
     }
     let mean = cursor.f16s(d)?;
     match dense {
-        0 if kappa == 1.0 => Ok(FactorSet::rotation(mean)),
+        0 if kappa == ROTATION_KAPPA => Ok(FactorSet::rotation(mean)),
         1 => Ok(FactorSet::dense(mean, cursor.f16s(d * d)?, kappa)),
-        n => Err(Error::bad_file(format!("a set has transform {n} with kappa {kappa}"))),
+        n => Err(Error::bad_file(format!("a set has transform {n} with kappa {kappa:?}"))),
     }
 }
 

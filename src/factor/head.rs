@@ -398,7 +398,7 @@ mod tests {
                     h.refit();
                 }
                 for (_, set) in h.sets.iter() {
-                    assert!(set.mean.iter().all(|x| x.is_finite()) && set.kappa.is_finite());
+                    assert!(set.mean.iter().all(|x| x.is_finite()) && set.kappa.iter().all(|k| k.is_finite()));
                 }
             }
         }

@@ -19,8 +19,8 @@ pub mod head;
 pub mod moments;
 pub mod sets;
 
-pub use head::{HeadFactors, HeadInfo};
-pub use sets::{Encode, FactorSet, HeadSets, ROTATION_SET, Transform};
+pub use head::{HeadFactors, HeadInfo, MAX_SINKS};
+pub use sets::{Encode, FactorSet, HeadSets, ROTATION_KAPPA, ROTATION_SET, TierWeights, Transform};
 
 use crate::shape::{LayerShape, Side};
 

@@ -5,10 +5,15 @@ use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::shape::MAX_SETS;
+use crate::shape::{MAX_SETS, MAX_TIERS};
 
 /// Set 0: the plain rotation about zero.
 pub const ROTATION_SET: u8 = 0;
+
+/// One weight for each tier of a plan.
+pub type TierWeights = [f32; MAX_TIERS];
+/// The rotation spreads errors evenly.
+pub const ROTATION_KAPPA: TierWeights = [1.0; MAX_TIERS];
 
 /// The linear part of a factor set.
 #[derive(Debug)]
@@ -25,8 +30,9 @@ pub struct FactorSet {
     /// `[head_dim]`, finite.
     pub mean: Box<[f16]>,
     pub transform: Arc<Transform>,
-    /// What a unit of squared error in the coded space costs in the scores, relative to the rotation.
-    pub kappa: f32,
+    /// What a unit of squared error in each tier of the coded space costs in the scores, relative to the rotation; 1
+    /// beyond the plan's tiers.
+    pub kappa: TierWeights,
     /// Hash of mean, transform and kappa: equal content, equal hash.
     pub hash: u128,
 }
@@ -34,16 +40,16 @@ pub struct FactorSet {
 impl FactorSet {
     /// The rotation about `mean`.
     pub fn rotation(mean: Box<[f16]>) -> Self {
-        Self::new(mean, Transform::Rotation, 1.0)
+        Self::new(mean, Transform::Rotation, ROTATION_KAPPA)
     }
 
     /// A fitted set; `decode` is row-major `[channel][latent]`.
-    pub fn dense(mean: Box<[f16]>, decode: Box<[f16]>, kappa: f32) -> Self {
+    pub fn dense(mean: Box<[f16]>, decode: Box<[f16]>, kappa: TierWeights) -> Self {
         assert_eq!(decode.len(), mean.len() * mean.len());
         Self::new(mean, Transform::Dense { decode }, kappa)
     }
 
-    fn new(mean: Box<[f16]>, transform: Transform, kappa: f32) -> Self {
+    fn new(mean: Box<[f16]>, transform: Transform, kappa: TierWeights) -> Self {
         let hash = content_hash(&mean, &transform, kappa);
         Self { mean, transform: Arc::new(transform), kappa, hash }
     }
@@ -59,8 +65,8 @@ impl FactorSet {
 }
 
 /// XXH3 (128 bits) of: mean, f16 little endian; one byte, 0 for the rotation or 1 for a matrix; the matrix, f16 little
-/// endian; the bits of kappa, little endian. Format: records in state files are matched to sets by it.
-fn content_hash(mean: &[f16], transform: &Transform, kappa: f32) -> u128 {
+/// endian; kappa, f32 little endian. Format: records in state files are matched to sets by it.
+fn content_hash(mean: &[f16], transform: &Transform, kappa: TierWeights) -> u128 {
     let mut hash = Xxh3::new();
     let mut halves = |values: &[f16], tag: &[u8]| {
         for chunk in values.chunks(256) {
@@ -79,7 +85,7 @@ fn content_hash(mean: &[f16], transform: &Transform, kappa: f32) -> u128 {
             halves(decode, &[]);
         }
     }
-    hash.update(&kappa.to_bits().to_le_bytes());
+    kappa.iter().for_each(|k| hash.update(&k.to_le_bytes()));
     hash.digest128()
 }
 
@@ -273,12 +279,12 @@ mod tests {
     fn the_hash_sees_every_part() {
         let mean = || halves((0..64).map(|i| i as f32));
         let matrix = |x: f32| halves((0..4096).map(|i| if i == 4095 { x } else { 1.0 }));
-        let base = FactorSet::dense(mean(), matrix(1.0), 0.5);
-        assert_eq!(base.hash, FactorSet::dense(mean(), matrix(1.0), 0.5).hash);
+        let base = FactorSet::dense(mean(), matrix(1.0), [0.5; MAX_TIERS]);
+        assert_eq!(base.hash, FactorSet::dense(mean(), matrix(1.0), [0.5; MAX_TIERS]).hash);
         for other in [
-            FactorSet::dense(mean(), matrix(2.0), 0.5),
-            FactorSet::dense(mean(), matrix(1.0), 0.25),
-            FactorSet::dense(halves(vec![0.0; 64]), matrix(1.0), 0.5),
+            FactorSet::dense(mean(), matrix(2.0), [0.5; MAX_TIERS]),
+            FactorSet::dense(mean(), matrix(1.0), [0.25; MAX_TIERS]),
+            FactorSet::dense(halves(vec![0.0; 64]), matrix(1.0), [0.5; MAX_TIERS]),
             FactorSet::rotation(mean()),
         ] {
             assert_ne!(base.hash, other.hash);
@@ -290,5 +296,5 @@ mod tests {
     fn the_hash_is_pinned() {
         assert_eq!(about(1.5).hash, PINNED);
     }
-    const PINNED: u128 = 207424811568941619204524968447415919597;
+    const PINNED: u128 = 265712763472669973648021485205306902867;
 }

@@ -101,7 +101,7 @@ fn sets(random: &mut Random, d: usize, kind: Kind, channels_of_mean: f32) -> Hea
         // A random matrix of columns of length one, falling in size for the steep spectrum.
         let fall = if kind == Kind::Steep { 100f32.powf(-1.0 / d as f32) } else { 1.0 };
         let decode = (0..d * d).map(|i| random.normal() / (d as f32).sqrt() * fall.powi((i % d) as i32)).collect();
-        FactorSet::dense(mean(random), halves(decode), 1.0)
+        FactorSet::dense(mean(random), halves(decode), crate::factor::ROTATION_KAPPA)
     };
     match kind {
         Kind::Rotation | Kind::Extreme => {}
