@@ -89,7 +89,7 @@ struct Run {
         CHECK((out.memory().intact() && workspace.intact() && store.memory().intact()));
     }
 
-    // Largest error of an output, as a share of its sum of p |v|.
+    // Largest error of an output's row, as a share of the mean over its channels of the sum of p |v|.
     double error() const {
         const auto n = static_cast<uint32_t>(store.n_slots());
         Rows k(n, c.layer.n_kv_heads, c.layer.head_dim_k), v(n, c.layer.n_kv_heads, c.layer.head_dim_v);
@@ -125,7 +125,7 @@ struct Run {
         for (double logit : logits) {
             if (logit > -INFINITY) total += std::exp(logit - largest);
         }
-        double worst = 0;
+        double worst = 0, sizes = 0;
         for (uint32_t i = 0; i < c.layer.head_dim_v; i++) {
             double want = 0, size = 0;
             for (uint32_t j = 0; j < c.n_kv; j++) {
@@ -136,13 +136,11 @@ struct Run {
                 size += p * std::fabs(x);
             }
             const double got = double{out.get(t, h, i)};
-            if (size == 0) {
-                CHECK(got == 0);
-            } else {
-                worst = std::max(worst, std::isfinite(got) ? std::fabs(got - want) / size : INFINITY);
-            }
+            worst = std::max(worst, std::isfinite(got) ? std::fabs(got - want) : INFINITY);
+            sizes += size;
         }
-        return worst;
+        // The values' rows are rotated before they are coded, so that an error is spread over all channels.
+        return worst == 0 ? 0 : worst / (sizes / c.layer.head_dim_v);
     }
 };
 
@@ -226,7 +224,7 @@ TEST_CASE("masks, sinks, soft-cap, scale, streams, element types, strides") {
         c.q_type = c.out_type = type;
         c.gap = 3;
         // The output is rounded to 11 or 8 bits.
-        check(c, type == DQ_F16 ? 2e-3 : 6e-3);
+        check(c, type == DQ_F16 ? 2e-3 : 2e-2);
     }
 }
 
