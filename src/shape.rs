@@ -53,6 +53,9 @@ const PLANS: &[PlanSpec] = &[
     PlanSpec { id: 3, name: c"3", tiers: &[(16, 3)] },
     PlanSpec { id: 4, name: c"4", tiers: &[(16, 4)] },
     PlanSpec { id: 8, name: c"8", tiers: &[(16, 8)] },
+    // Keys have a steep spectrum: at the same size the widest latent channels deserve more bits. Values gain nothing.
+    PlanSpec { id: 103, name: c"3t", tiers: &[(4, 5), (4, 3), (8, 2)] },
+    PlanSpec { id: 104, name: c"4t", tiers: &[(4, 6), (4, 4), (8, 3)] },
 ];
 
 /// The name of a plan number, if it is one.

@@ -77,7 +77,7 @@ pub struct dq_codec {
 
 /// What `dq_context_create` is to open.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct dq_context_desc {
     /// `sizeof(dq_context_desc)`.
     pub struct_size: u32,
@@ -91,7 +91,7 @@ pub struct dq_context_desc {
 
 /// One layer of a model.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct dq_layer_desc {
     /// `sizeof(dq_layer_desc)`; also the stride of an array of layers.
     pub struct_size: u32,
@@ -115,7 +115,7 @@ pub struct dq_layer_desc {
 
 /// A whole model.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct dq_codec_desc {
     /// `sizeof(dq_codec_desc)`.
     pub struct_size: u32,
@@ -135,7 +135,7 @@ pub struct dq_codec_desc {
 
 /// Where the parts of a record lie. One record per slot; the slot's record starts at `store + slot * stride`.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct dq_layout {
     /// `sizeof(dq_layout)`, set by the caller.
     pub struct_size: u32,
@@ -161,7 +161,7 @@ pub struct dq_layout {
 
 /// State of a layer's factors.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct dq_layer_info {
     /// `sizeof(dq_layer_info)`, set by the caller.
     pub struct_size: u32,
@@ -181,7 +181,7 @@ pub struct dq_layer_info {
 
 /// Rows in the caller's memory: `[n_tokens][n_heads][head_dim]`, channels next to each other.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct dq_tensor {
     /// First element; null where the call says that the tensor may be absent. Aligned to its element.
     pub data: *mut c_void,
@@ -197,7 +197,7 @@ pub struct dq_tensor {
 
 /// The caller's memory for records.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct dq_store {
     /// First record; 16-byte aligned.
     pub data: *mut c_void,
@@ -209,7 +209,7 @@ pub struct dq_store {
 
 /// New tokens of one layer, for `dq_compress`, `dq_append` and the phases of compress.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct dq_tokens {
     /// `sizeof(dq_tokens)`.
     pub struct_size: u32,
@@ -232,7 +232,7 @@ pub struct dq_tokens {
 
 /// Additive mask `[n_streams][n_q][n_kv]`, keys next to each other; minus infinity hides a key.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct dq_mask {
     /// First element, or null: every key is visible to every query.
     pub data: *const c_void,
@@ -248,7 +248,7 @@ pub struct dq_mask {
 
 /// Attention over coded slots: `out = softmax(softcap(scale * q k^T) + mask) v` for every query head.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct dq_attend_args {
     /// `sizeof(dq_attend_args)`.
     pub struct_size: u32,
@@ -280,7 +280,7 @@ pub struct dq_attend_args {
 
 /// Upper limits of the calls that one workspace is to serve.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct dq_limits {
     /// `sizeof(dq_limits)`.
     pub struct_size: u32,

@@ -1,7 +1,7 @@
 //! Levels of each code width, as the int8 tables that kernels look up.
 //!
 //! Widths 1 to 6 are Lloyd-Max quantisers of the standard normal (Max 1960, "Quantizing for minimum distortion"),
-//! rounded to int8 with the outermost level at 127; 8 bits are uniform. A level is worth `table[code] * unit` for a row
+//! rounded to int8 with the outermost level at 127 (6 bits: at 108, where rounding costs least); 8 bits are uniform. A level is worth `table[code] * unit` for a row
 //! of unit variance; a decoded latent channel is `scale * unit * table[code]`.
 
 /// One code width.
@@ -42,20 +42,20 @@ pub fn codebook(bits: u8) -> &'static Codebook {
     use std::sync::LazyLock;
     static BOOKS: LazyLock<[Codebook; 7]> = LazyLock::new(|| {
         [
-            lloyd_max(1, &HALF_1, 0.3634),
-            lloyd_max(2, &HALF_2, 0.1175),
-            lloyd_max(3, &HALF_3, 0.03454),
-            lloyd_max(4, &HALF_4, 0.009_497),
-            lloyd_max(5, &HALF_5, 0.002_499),
-            lloyd_max(6, &HALF_6, 0.000_642),
+            lloyd_max(1, &HALF_1, 127.0, 0.3634),
+            lloyd_max(2, &HALF_2, 127.0, 0.1175),
+            lloyd_max(3, &HALF_3, 127.0, 0.03454),
+            lloyd_max(4, &HALF_4, 127.0, 0.009_497),
+            lloyd_max(5, &HALF_5, 127.0, 0.002_53),
+            lloyd_max(6, &HALF_6, 108.0, 0.000_66),
             uniform_8(),
         ]
     });
     BOOKS.iter().find(|b| b.bits == bits).expect("plans hold no other width")
 }
 
-fn lloyd_max(bits: u8, half: &[f64], distortion: f32) -> Codebook {
-    let unit = half[half.len() - 1] / 127.0;
+fn lloyd_max(bits: u8, half: &[f64], top: f64, distortion: f32) -> Codebook {
+    let unit = half[half.len() - 1] / top;
     let mut table = [0i8; 256];
     for (i, &level) in half.iter().enumerate() {
         let step = (level / unit).round_ties_even() as i8;
@@ -82,11 +82,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tables_are_symmetric_ascending_and_reach_127() {
+    fn tables_are_symmetric_ascending_and_reach_the_top() {
         for bits in 1..=6 {
             let book = codebook(bits);
             let n = 1 << bits;
-            assert_eq!(book.table[n - 1], 127);
+            assert_eq!(book.table[n - 1], if bits == 6 { 108 } else { 127 });
             for c in 0..n {
                 assert_eq!(book.table[c], -book.table[n - 1 - c]);
                 assert!(c == 0 || book.table[c] > book.table[c - 1]);

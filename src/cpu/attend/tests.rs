@@ -101,7 +101,7 @@ fn sets(random: &mut Random, d: usize, kind: Kind, channels_of_mean: f32) -> Hea
         // A random matrix of columns of length one, falling in size for the steep spectrum.
         let fall = if kind == Kind::Steep { 100f32.powf(-1.0 / d as f32) } else { 1.0 };
         let decode = (0..d * d).map(|i| random.normal() / (d as f32).sqrt() * fall.powi((i % d) as i32)).collect();
-        FactorSet::dense(mean(random), halves(decode), 1.0)
+        FactorSet::dense(mean(random), halves(decode), crate::factor::ROTATION_KAPPA)
     };
     match kind {
         Kind::Rotation | Kind::Extreme => {}
@@ -299,11 +299,17 @@ impl Fixture {
 }
 
 /// Largest error as a share of the sum of p |v|.
-fn error(truth: &oracle::Truth, got: &[f32]) -> f64 {
+///
+/// The transform spreads a row's rounding over all channels. Where one key takes nearly all of the softmax and its value
+/// happens to vanish in a channel, that channel's own sum says nothing about the arithmetic: a twentieth of the row's
+/// mean is the least that counts.
+fn error(truth: &oracle::Truth, got: &[f32], d_v: usize) -> f64 {
     let mut worst = 0.0f64;
-    for ((want, size), got) in truth.out.iter().zip(&truth.size).zip(got) {
+    for (i, ((want, size), got)) in truth.out.iter().zip(&truth.size).zip(got).enumerate() {
+        let row = &truth.size[i / d_v * d_v..][..d_v];
+        let size = size.max(row.iter().sum::<f64>() / d_v as f64 / 20.0);
         let e = (want - f64::from(*got)).abs();
-        worst = worst.max(if *size > 0.0 { e / size } else if e > 0.0 { f64::INFINITY } else { 0.0 });
+        worst = worst.max(if size > 0.0 { e / size } else if e > 0.0 { f64::INFINITY } else { 0.0 });
         if !e.is_finite() {
             return f64::INFINITY;
         }
@@ -315,14 +321,14 @@ fn check_case(name: &str, case: &Case) {
     let mut fixture = Fixture::new(case);
     let truth = fixture.truth();
     let first = fixture.run(Isa::Portable, 1);
-    let e = error(&truth, &first);
+    let e = error(&truth, &first, case.d.1);
     println!("{name}: {e:.2e}");
     assert!(e <= TOLERANCE, "{name}: error {e:.2e}");
     for isa in Isa::all() {
         for n_shards in [1, 2, 3, 7] {
             let again = fixture.run(isa, n_shards);
             let same = first.iter().zip(&again).all(|(a, b)| a.to_bits() == b.to_bits());
-            assert!(same, "{name}: {isa:?} with {n_shards} shards differs, error {:.2e}", error(&truth, &again));
+            assert!(same, "{name}: {isa:?} with {n_shards} shards differs, error {:.2e}", error(&truth, &again, case.d.1));
         }
     }
 }
