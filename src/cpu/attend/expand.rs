@@ -190,15 +190,16 @@ impl<S: Simd, const BITS: u8> Fields<S, BITS> {
         }
     }
 
-    /// Levels of 5 or 6 bits: one table for each value of the low bits, then a choice. Upper bytes of words are zero in
-    /// all tables, whatever their choice.
+    /// Levels of 5 or 6 bits: one table for each value of the low bits, then a choice. Code 0 is worth 0 in the first
+    /// table only, so the words' upper bytes have to be cleared.
     #[inline(always)]
     fn choose(&self, s: S, x: S::I, bit_0: S::I, bit_1: S::I) -> S::I {
-        let even = s.choose(bit_0, s.lookup(self.tables[0], x), s.lookup(self.tables[1], x));
-        if BITS == 5 {
-            return even;
+        let [t0, t1, t2, t3] = self.tables;
+        let mut level = s.choose(bit_0, s.lookup(t0, x), s.lookup(t1, x));
+        if BITS == 6 {
+            level = s.choose(bit_1, level, s.choose(bit_0, s.lookup(t2, x), s.lookup(t3, x)));
         }
-        s.choose(bit_1, even, s.choose(bit_0, s.lookup(self.tables[2], x), s.lookup(self.tables[3], x)))
+        s.and(level, self.byte)
     }
 
     #[inline(always)]

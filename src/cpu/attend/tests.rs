@@ -301,13 +301,13 @@ impl Fixture {
 /// Largest error as a share of the sum of p |v|.
 ///
 /// The transform spreads a row's rounding over all channels. Where one key takes nearly all of the softmax and its value
-/// happens to vanish in a channel, that channel's own sum says nothing about the arithmetic: a twentieth of the row's
-/// mean is the least that counts.
+/// happens to vanish in a channel, that channel's own sum says nothing about the arithmetic: a quarter of the row's mean
+/// is the least that counts.
 fn error(truth: &oracle::Truth, got: &[f32], d_v: usize) -> f64 {
     let mut worst = 0.0f64;
     for (i, ((want, size), got)) in truth.out.iter().zip(&truth.size).zip(got).enumerate() {
         let row = &truth.size[i / d_v * d_v..][..d_v];
-        let size = size.max(row.iter().sum::<f64>() / d_v as f64 / 20.0);
+        let size = size.max(row.iter().sum::<f64>() / d_v as f64 / 4.0);
         let e = (want - f64::from(*got)).abs();
         worst = worst.max(if size > 0.0 { e / size } else if e > 0.0 { f64::INFINITY } else { 0.0 });
         if !e.is_finite() {
