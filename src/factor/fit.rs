@@ -18,12 +18,12 @@ use super::hadamard::spread;
 use super::sets::TierWeights;
 use crate::shape::{MAX_TIERS, Tier};
 
-/// Part of the mean variance that is added to every channel; times `1 + d / rows`, so that few rows lean towards the
+/// Part of the mean variance that is added to every channel; times `1 + pull / rows`, so that few rows lean towards the
 /// plain rotation.
 const SHRINK: f64 = 0.1;
-/// The same when the latents have tiers, which trust the spectrum more: on rows of another text than the fit's, 0.1
-/// loses a fifth of the gain.
-const SHRINK_TIERS: f64 = 0.3;
+/// `pull` when the latents have tiers. These trust the spectrum more: with a pull of `head_dim`, as without tiers, a fit
+/// of 512 rows codes rows of another text no better than one width for all does.
+const PULL_TIERS: f64 = 1024.0;
 /// Smallest eigenvalue of `S` against its largest.
 const FLOOR: f64 = 1e-10;
 
@@ -60,7 +60,8 @@ pub fn round_mean(mean: impl IntoIterator<Item = f64>) -> Box<[f16]> {
 /// `None` when the moments do not give matrices that f16 can hold; the rotation about the mean then takes its place.
 pub fn fit(input: &FitInput) -> Option<Fitted> {
     let d = input.mean.len();
-    let shrink = if input.tiers.len() > 1 { SHRINK_TIERS } else { SHRINK } * (1.0 + d as f64 / input.rows.max(1) as f64);
+    let pull = if input.tiers.len() > 1 { PULL_TIERS } else { d as f64 };
+    let shrink = SHRINK * (1.0 + pull / input.rows.max(1) as f64);
     let covariance = shrunk(input.covariance, d, shrink)?;
     let query = match input.query {
         Some(q) if trace(q, d) > 0.0 => Some(shrunk(q, d, shrink)?),
@@ -341,7 +342,7 @@ pub(crate) mod tests {
         let mut m = Moments::centred(d, true);
         x.chunks_exact(d).for_each(|row| m.push(row));
         m.flush();
-        let c = shrunk(&m.second_about(&mean), d, SHRINK_TIERS * (1.0 + 64.0 / 2048.0)).unwrap();
+        let c = shrunk(&m.second_about(&mean), d, SHRINK * (1.0 + PULL_TIERS / 2048.0)).unwrap();
         // Mean over a tier's latents of a quadratic form of their encode or decode column.
         let over = |tier: &Tier, value: &dyn Fn(usize) -> f64| -> f64 {
             (tier.first..tier.first + tier.channels).map(value).sum::<f64>() / tier.channels as f64
