@@ -120,8 +120,8 @@ TEST_CASE("other files, versions and models") {
     const Scene scene(40);
     Bytes bad = scene.file;
     bad[0] = 'X';
-    scene.refuses(bad, DQ_ERROR_BAD_FILE, {"magic"});
-    scene.refuses(export_sets(scene.codec.get()), DQ_ERROR_BAD_FILE, {"magic"});
+    scene.refuses(bad, DQ_ERROR_BAD_FILE, {"begin with DQFACTOR"});
+    scene.refuses(export_sets(scene.codec.get()), DQ_ERROR_BAD_FILE, {"begin with DQFACTOR"});
     bad = scene.file;
     bad[8] = 9;
     scene.refuses(bad, DQ_ERROR_BAD_FILE, {"version", "9"});

@@ -405,7 +405,7 @@ public:
 
     // The call returns `want`, says why in a sentence with all of `words`, and changes nothing.
     void refuses(dq_status want, std::initializer_list<std::string> words, const std::function<dq_status()> &call) const {
-        REQUIRE(dq_context_create(nullptr, nullptr) == DQ_ERROR_INVALID_ARGUMENT);
+        REQUIRE(dq_context_create(nullptr, reinterpret_cast<dq_context **>(1)) == DQ_ERROR_INVALID_ARGUMENT);
         const std::string before = last_error();
         const dq_status got = call();
         const std::string message = last_error();

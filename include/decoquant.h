@@ -22,8 +22,8 @@
  *
  * Memory. On the CPU all pointers are host pointers and stream is null. Memory that a call writes must not overlap
  * memory that it reads or other memory that it writes. Pointers need to be valid during the call only. Strides and
- * sizes are in bytes. Nothing is allocated in dq_append, dq_attend and its phases, dq_encode_shard, dq_dequantize and
- * dq_remap_rows when they succeed on the CPU.
+ * sizes are in bytes. On the CPU nothing is allocated in dq_attend and its phases, dq_encode_shard, dq_dequantize and
+ * dq_remap_rows when they succeed, nor in dq_append, but for the mean of a new attention sink (four per head at most).
  *
  * Threads. A handle may be used from any thread. Calls that take a const handle may run at the same time as any other
  * call on it, dq_codec_destroy and dq_context_destroy excepted. Calls that take a non-const dq_codec and name the same
@@ -409,7 +409,7 @@ dq_status dq_compress(struct dq_codec *codec,
                       void *stream);
 
 // Decode: codes the rows with the sets in force, then adds them to the statistics when q is given. Never fits (see
-// `dq_refit`), never allocates, never blocks. Arguments, results and errors are those of `dq_compress`.
+// `dq_refit`). Arguments, results and errors are those of `dq_compress`.
 dq_status dq_append(struct dq_codec *codec,
                     uint32_t layer,
                     const struct dq_tokens *tokens,

@@ -57,7 +57,8 @@ pub unsafe fn output_rows<'a>(name: Name, tensor: &dq_tensor, dims: Dims) -> Res
 }
 
 impl Output<'_> {
-    /// Two outputs may be woven into one buffer, as `[token][k heads | v heads]`; their bytes may not meet.
+    /// Two outputs may be woven into one buffer, as `[token][k heads | v heads]` or `[token][head][k | v]`: no row of
+    /// one may meet a row of the other.
     pub fn check_apart(&self, other: &Self) -> Result<()> {
         let (a, b) = (self.region, other.region);
         let apart = a.len == 0 || b.len == 0 || a.start + a.len <= b.start || b.start + b.len <= a.start;
@@ -67,11 +68,25 @@ impl Output<'_> {
         Err(overlap(&a, &b))
     }
 
+    /// With the same strides, rows meet by the distance of their tokens and heads alone.
     fn woven(&self, other: &Self) -> bool {
-        let period = self.shape.token_stride;
-        let (a, b) = (token_bytes(&self.shape), token_bytes(&other.shape));
-        let distance = (other.region.start as i128 - self.region.start as i128).rem_euclid(period.max(1) as i128) as usize;
-        other.shape.token_stride == period && distance >= a && distance + b <= period
+        let (a, b) = (&self.shape, &other.shape);
+        if (a.n_tokens, a.n_heads, a.token_stride, a.head_stride)
+            != (b.n_tokens, b.n_heads, b.token_stride, b.head_stride)
+        {
+            return false;
+        }
+        let start = other.region.start as i128 - self.region.start as i128;
+        let (row_a, row_b) = (row_bytes(a) as i128, row_bytes(b) as i128);
+        let (heads, head_stride) = (a.n_heads as i128 - 1, a.head_stride.max(1) as i128);
+        let tokens = a.n_tokens as i128 - 1;
+        (-tokens..=tokens).all(|token| {
+            let distance = start + token * a.token_stride as i128;
+            // Heads whose rows would meet at this distance: -row_b < distance + head * head_stride < row_a.
+            let first = (-row_b - distance).div_euclid(head_stride) + 1;
+            let end = (row_a - 1 - distance).div_euclid(head_stride);
+            first.max(-heads) > end.min(heads)
+        })
     }
 }
 
@@ -240,6 +255,13 @@ mod tests {
             assert_eq!(k.check_apart(&v).is_ok(), fine, "{start}");
             assert_eq!(v.check_apart(&k).is_ok(), fine, "{start}");
         }
+        let k = output(tensor(1024, 1024, 256)).unwrap();
+        for (start, fine) in [(1152, true), (1150, false), (896, true), (898, false), (1408, true), (1280, false)] {
+            let v = output(tensor(start, 1024, 256)).unwrap();
+            assert_eq!(k.check_apart(&v).is_ok(), fine, "{start}");
+            assert_eq!(v.check_apart(&k).is_ok(), fine, "{start}");
+        }
+        assert!(k.check_apart(&output(tensor(1152, 1024, 258)).unwrap()).is_err());
     }
 
     #[test]
