@@ -5,7 +5,7 @@
 
 use decoquant::code::{header, planes};
 use decoquant::cpu::attend::{attend_merge_shard, attend_shard, workspace_size};
-use decoquant::factor::{FactorSet, LayerFactors};
+use decoquant::factor::{FactorSet, LayerFactors, ROTATION_KAPPA};
 use decoquant::shape::{Gauge, LayerShape, Side, SideDesc};
 use decoquant::view::{AttendArgs, DType, Rows, RowsMut, RowsShape, Store};
 use decoquant::workspace::Workspace;
@@ -76,7 +76,7 @@ fn run(case: &Case, copy: f64) {
         let halves = |n: usize, size: f32, random: &mut dyn FnMut() -> u32| -> Box<[f16]> {
             (0..n).map(|_| f16::from_f32((random() as f32 / (1u64 << 30) as f32 - 1.0) * size)).collect()
         };
-        let set = FactorSet::dense(halves(d, 1.0, &mut random), halves(d * d, 0.2, &mut random), 1.0);
+        let set = FactorSet::dense(halves(d, 1.0, &mut random), halves(d * d, 0.2, &mut random), ROTATION_KAPPA);
         factors.k[head].sets.push_fit(set, None).unwrap();
     }
     let mut store = vec![0u8; case.n_kv * layer.slot_bytes];

@@ -379,7 +379,8 @@ fn merge_row(
         }
     }
     let total = seen + sink.map_or(0.0, |sink| (sink - largest).exp2());
-    let inverse = if seen > 0.0 { 1.0 / total } else { 0.0 };
+    // NaN is not zero: it came from the query or its mask, and goes out.
+    let inverse = if seen == 0.0 { 0.0 } else { 1.0 / total };
     out.iter_mut().for_each(|o| *o *= inverse);
     // SAFETY: rows are split over the shards of the merge.
     unsafe { args.out.store(token, q_head, out) };

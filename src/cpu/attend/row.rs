@@ -3,7 +3,8 @@
 use super::fold::ROUND;
 use crate::cpu::simd::{LANES, Simd};
 
-/// `2^x` for `x <= 0`, relative error 4e-6; 0 below -126, for minus infinity and for NaN.
+/// `2^x` for `x <= 0`, relative error 4e-6; 0 below -126 and for minus infinity; NaN for NaN, so that a
+/// NaN in a query or its mask reaches that query's result.
 ///
 /// A polynomial of degree 4 through the Chebyshev points of [-1/2, 1/2], then the whole part into the exponent.
 #[inline(always)]

@@ -411,6 +411,32 @@ fn a_query_that_sees_nothing_yields_zeros() {
 }
 
 #[test]
+fn nan_and_infinity_reach_their_query_and_no_other() {
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for in_mask in [false, true] {
+            let mut fixture = Fixture::new(&Case { n_q: 3, mask: "causal", n_kv: 300, ..Case::BASE });
+            let row = 3 * 64;
+            let isa = Isa::detect();
+            let clean = fixture.run(isa, 1);
+            if !in_mask {
+                fixture.q[row + 5] = bad;
+            } else if bad.is_nan() {
+                // [query][key] in f32.
+                fixture.mask.as_mut().unwrap()[4 * (300 + 20)..][..4].copy_from_slice(&bad.to_le_bytes());
+            } else {
+                continue;
+            }
+            for isa in Isa::all() {
+                let out = fixture.run(isa, 2);
+                // The value 5 belongs to the query's first head.
+                assert!(out[row..row + 64].iter().all(|x| x.is_nan()), "{bad} {in_mask}");
+                assert!(out[..row].iter().chain(&out[2 * row..]).eq(clean[..row].iter().chain(&clean[2 * row..])));
+            }
+        }
+    }
+}
+
+#[test]
 fn garbage_in_visible_rows_does_no_harm() {
     let mut fixture = Fixture::new(&Case { n_q: 4, ..Case::BASE });
     let mut random = Random(1);

@@ -61,7 +61,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn keep_above(self, x: __m256, bound: __m256, y: __m256) -> __m256 {
-        unsafe { _mm256_and_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(x, bound), y) }
+        unsafe { _mm256_and_ps(_mm256_cmp_ps::<_CMP_NLE_UQ>(x, bound), y) }
     }
     #[inline(always)]
     fn to_float(self, x: __m256i) -> __m256 {

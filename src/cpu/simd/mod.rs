@@ -83,7 +83,7 @@ pub trait Simd: Copy {
     fn div(self, a: Self::F, b: Self::F) -> Self::F;
     /// `if a > b { a } else { b }`: `b` where either is NaN.
     fn max(self, a: Self::F, b: Self::F) -> Self::F;
-    /// `y` where `x > bound`, else 0.
+    /// 0 where `x <= bound`, else `y`: NaN in `x` keeps `y`.
     fn keep_above(self, x: Self::F, bound: Self::F, y: Self::F) -> Self::F;
     fn to_float(self, x: Self::I) -> Self::F;
     /// The bits of each lane.

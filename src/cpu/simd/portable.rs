@@ -64,7 +64,7 @@ impl Simd for Portable {
     }
     #[inline(always)]
     fn keep_above(self, x: Self::F, bound: Self::F, y: Self::F) -> Self::F {
-        from_fn(|i| if x[i] > bound[i] { y[i] } else { 0.0 })
+        from_fn(|i| if x[i] <= bound[i] { 0.0 } else { y[i] })
     }
     #[inline(always)]
     fn to_float(self, x: Self::I) -> Self::F {
