@@ -45,7 +45,7 @@ const TILE_LANES: usize = 16 * MAX_LANES;
 const MAX_ROWS: usize = 48;
 const ROW_FLOATS: usize = 48 * 96;
 /// Bytes of a row's spread low bits.
-const LOW_STRIDE: usize = 64;
+const LOW_STRIDE: usize = 128;
 /// Items that a call is cut into if it is long enough, and the fewest keys of a chunk: folding queries and unfolding
 /// outputs cost as much as some tens of keys.
 const ITEMS: usize = 32;

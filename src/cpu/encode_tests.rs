@@ -202,7 +202,7 @@ fn fits_and_tiers_lower_the_error_of_the_scores() {
         };
         let (plain, fitted, tiers) = (error(4, Gauge::Rotation), error(4, Gauge::Attention), error(104, Gauge::Attention));
         assert!(fitted < plain / 2.0, "head_dim {d}: {fitted} against {plain}");
-        assert!(tiers < fitted * 0.8, "head_dim {d}: {tiers} against {fitted}");
+        assert!(tiers < fitted * 0.9, "head_dim {d}: {tiers} against {fitted}");
     }
 }
 

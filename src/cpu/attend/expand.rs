@@ -6,7 +6,8 @@ use crate::cpu::simd::Simd;
 
 /// Levels of keys as `[pair of channels][tile]`, both channels of a pair in one 32-bit lane.
 ///
-/// `rows[..n]` point at records; `n` is a multiple of 8, at most `tile`.
+/// `rows[..n]` point at records; `n` is a multiple of 8, at most `tile`. The codes `ahead` bytes further on will be needed
+/// next: asking for them here, a few rows at a time, spreads the waiting.
 ///
 /// # Safety
 /// Every row is readable over its record. `out` has room for `head_dim / 2 * tile` lanes, `low` for
@@ -20,19 +21,28 @@ pub unsafe fn keys<S: Simd>(
     tile: usize,
     out: *mut i32,
     low: *mut u8,
+    ahead: usize,
 ) {
     for tier in lanes.tiers() {
         // SAFETY: `out` has room for every tier's pairs; the rest is the caller's promise.
         unsafe {
             let out = out.add(tier.first_pair * tile);
             match tier.bits {
-                8 => tier_of_keys::<S, 8>(s, tier, rows, n, tile, out, low),
-                4 => tier_of_keys::<S, 4>(s, tier, rows, n, tile, out, low),
+                8 => tier_of_keys::<S, 8>(s, tier, rows, n, tile, out, low, ahead),
+                4 => tier_of_keys::<S, 4>(s, tier, rows, n, tile, out, low, ahead),
+                2 => tier_of_keys::<S, 2>(s, tier, rows, n, tile, out, low, ahead),
                 3 => {
-                    spread_low_bits(tier, rows, n, low);
-                    tier_of_keys::<S, 3>(s, tier, rows, n, tile, out, low);
+                    spread_low_bits::<3>(tier, rows, n, low);
+                    tier_of_keys::<S, 3>(s, tier, rows, n, tile, out, low, ahead);
                 }
-                _ => tier_of_keys::<S, 2>(s, tier, rows, n, tile, out, low),
+                5 => {
+                    spread_low_bits::<5>(tier, rows, n, low);
+                    tier_of_keys::<S, 5>(s, tier, rows, n, tile, out, low, ahead);
+                }
+                _ => {
+                    spread_low_bits::<6>(tier, rows, n, low);
+                    tier_of_keys::<S, 6>(s, tier, rows, n, tile, out, low, ahead);
+                }
             }
         }
     }
@@ -50,45 +60,62 @@ pub unsafe fn values<S: Simd>(
     n: usize,
     out: *mut i32,
     low: *mut u8,
+    ahead: usize,
 ) {
     for tier in lanes.tiers() {
         // SAFETY: a tier's lanes lie within those of the side; the rest is the caller's promise.
         unsafe {
             let out = out.add(tier.first_lane);
             match tier.bits {
-                8 => tier_of_values::<S, 8>(s, tier, rows, n, lanes.lanes, out, low),
-                4 => tier_of_values::<S, 4>(s, tier, rows, n, lanes.lanes, out, low),
+                8 => tier_of_values::<S, 8>(s, tier, rows, n, lanes.lanes, out, low, ahead),
+                4 => tier_of_values::<S, 4>(s, tier, rows, n, lanes.lanes, out, low, ahead),
+                2 => tier_of_values::<S, 2>(s, tier, rows, n, lanes.lanes, out, low, ahead),
                 3 => {
-                    spread_low_bits(tier, rows, n, low);
-                    tier_of_values::<S, 3>(s, tier, rows, n, lanes.lanes, out, low);
+                    spread_low_bits::<3>(tier, rows, n, low);
+                    tier_of_values::<S, 3>(s, tier, rows, n, lanes.lanes, out, low, ahead);
                 }
-                _ => tier_of_values::<S, 2>(s, tier, rows, n, lanes.lanes, out, low),
+                5 => {
+                    spread_low_bits::<5>(tier, rows, n, low);
+                    tier_of_values::<S, 5>(s, tier, rows, n, lanes.lanes, out, low, ahead);
+                }
+                _ => {
+                    spread_low_bits::<6>(tier, rows, n, low);
+                    tier_of_values::<S, 6>(s, tier, rows, n, lanes.lanes, out, low, ahead);
+                }
             }
         }
     }
 }
 
-/// Gives the 1-bit plane the shape of the 2-bit plane above it: byte `j` holds, at bit `2 k`, the low bit of the channel
-/// whose upper bits stand at bits `2 k` of byte `j` there. The plane of half as many bytes is followed by itself
-/// shifted down by one.
+/// Gives the plane of low bits the shape of the main plane: as many bytes, and the low bits of a code at the place of its
+/// upper bits (3 bits: at bit 0 of each two; 5 and 6 bits: at bit 0 of each nibble). The low plane repeats to do so,
+/// each copy shifted down by one code more.
 #[inline(always)]
-unsafe fn spread_low_bits(tier: &TierLanes, rows: &[*const u8; MAX_TILE], n: usize, low: *mut u8) {
+unsafe fn spread_low_bits<const BITS: u8>(tier: &TierLanes, rows: &[*const u8; MAX_TILE], n: usize, low: *mut u8) {
+    let (copies, shift) = match BITS {
+        3 => (2, 1),
+        5 => (4, 1),
+        _ => (2, 2),
+    };
     let bytes = tier.low_bytes;
     for (key, row) in rows[..n].iter().enumerate() {
-        // SAFETY: the plane lies within the record; two copies of at most 32 bytes fit a stride.
+        // SAFETY: the plane lies within the record; its copies fill as much as the main plane of a tier of more than 2
+        // bits, at most 128 bytes.
         unsafe {
             let (from, to) = (row.add(tier.low), low.add(key * LOW_STRIDE));
             let mut at = 0;
             while at + 8 <= bytes {
                 let x = from.add(at).cast::<u64>().read_unaligned();
-                to.add(at).cast::<u64>().write_unaligned(x);
-                to.add(bytes + at).cast::<u64>().write_unaligned(x >> 1);
+                for copy in 0..copies {
+                    to.add(copy * bytes + at).cast::<u64>().write_unaligned(x >> (copy * shift));
+                }
                 at += 8;
             }
             while at + 2 <= bytes {
                 let x = from.add(at).cast::<u16>().read_unaligned();
-                to.add(at).cast::<u16>().write_unaligned(x);
-                to.add(bytes + at).cast::<u16>().write_unaligned(x >> 1);
+                for copy in 0..copies {
+                    to.add(copy * bytes + at).cast::<u16>().write_unaligned(x >> (copy * shift));
+                }
                 at += 2;
             }
         }
@@ -98,7 +125,7 @@ unsafe fn spread_low_bits(tier: &TierLanes, rows: &[*const u8; MAX_TILE], n: usi
 /// The unfolding proper: one vector of code words to `fields` vectors of levels.
 #[derive(Clone, Copy)]
 struct Fields<S: Simd, const BITS: u8> {
-    tables: [S::I; 2],
+    tables: [S::I; 4],
     nibble: S::I,
     m66: S::I,
     m11: S::I,
@@ -106,10 +133,18 @@ struct Fields<S: Simd, const BITS: u8> {
 }
 
 impl<S: Simd, const BITS: u8> Fields<S, BITS> {
+    /// Words of levels that one word of codes gives.
+    const COUNT: usize = match BITS {
+        8 => 2,
+        2 | 3 => 8,
+        _ => 4,
+    };
+    const HAS_LOW: bool = matches!(BITS, 3 | 5 | 6);
+
     #[inline(always)]
     fn new(s: S, tier: &TierLanes) -> Self {
         Self {
-            tables: [s.table(&tier.tables[0]), s.table(&tier.tables[1])],
+            tables: tier.tables.each_ref().map(|table| s.table(table)),
             nibble: s.splat_i(0x000f_000f),
             m66: s.splat_i(0x6666_6666),
             m11: s.splat_i(0x1111_1111),
@@ -135,12 +170,35 @@ impl<S: Simd, const BITS: u8> Fields<S, BITS> {
                     self.nibbles(s, self.tables[0], even, out, stride);
                     self.nibbles(s, self.tables[0], odd, out.add(4 * stride), stride);
                 }
-                _ => {
+                2 => {
                     self.nibbles(s, self.tables[0], codes, out, stride);
                     self.nibbles(s, self.tables[1], codes, out.add(4 * stride), stride);
                 }
+                // Bit 0 of the low bits, moved to bit 7 of the word's lower byte, and bit 1.
+                _ => {
+                    let nibble = self.nibble;
+                    let x = s.and(codes, nibble);
+                    s.store_i(out, self.choose(s, x, s.shl16::<7>(low), s.shl16::<6>(low)));
+                    let x = s.and(s.shr16::<4>(codes), nibble);
+                    s.store_i(out.add(stride), self.choose(s, x, s.shl16::<3>(low), s.shl16::<2>(low)));
+                    let x = s.and(s.shr16::<8>(codes), nibble);
+                    s.store_i(out.add(2 * stride), self.choose(s, x, s.shr16::<1>(low), s.shr16::<2>(low)));
+                    let x = s.shr16::<12>(codes);
+                    s.store_i(out.add(3 * stride), self.choose(s, x, s.shr16::<5>(low), s.shr16::<6>(low)));
+                }
             }
         }
+    }
+
+    /// Levels of 5 or 6 bits: one table for each value of the low bits, then a choice. Upper bytes of words are zero in
+    /// all tables, whatever their choice.
+    #[inline(always)]
+    fn choose(&self, s: S, x: S::I, bit_0: S::I, bit_1: S::I) -> S::I {
+        let even = s.choose(bit_0, s.lookup(self.tables[0], x), s.lookup(self.tables[1], x));
+        if BITS == 5 {
+            return even;
+        }
+        s.choose(bit_1, even, s.choose(bit_0, s.lookup(self.tables[2], x), s.lookup(self.tables[3], x)))
     }
 
     #[inline(always)]
@@ -164,32 +222,53 @@ unsafe fn tier_of_keys<S: Simd, const BITS: u8>(
     tile: usize,
     out: *mut i32,
     low: *const u8,
+    ahead: usize,
 ) {
     let fields = Fields::<S, BITS>::new(s, tier);
     for first in (0..n).step_by(8) {
         let planes: [*const u8; 8] = std::array::from_fn(|k| rows[first + k].wrapping_add(tier.main));
         let lows: [*const u8; 8] = std::array::from_fn(|k| low.wrapping_add((first + k) * LOW_STRIDE));
+        planes.iter().for_each(|p| s.prefetch(p.wrapping_add(ahead)));
+        let mut out = out.wrapping_add(first);
         let mut at = 0;
-        while at < tier.bytes {
-            let left = tier.bytes - at;
-            // SAFETY: `left` bytes of the plane remain; spread low bits are read in whole chunks of their stride, which
-            // holds them all.
-            unsafe {
-                let (codes, groups) = match left {
-                    16.. => (transpose::<S, 16>(s, &planes, at), 4),
-                    8.. => (transpose::<S, 8>(s, &planes, at), 2),
-                    _ => (transpose::<S, 4>(s, &planes, at), 1),
-                };
-                let low = if BITS == 3 { transpose::<S, 16>(s, &lows, at) } else { codes };
-                for g in 0..groups {
-                    // [pair][key]: group g of this chunk starts pair (at / 4 + g) * fields.
-                    let out = out.add((at / 4 + g) * tier.fields * tile + first);
-                    fields.write(s, codes[g], low[g], out, tile);
-                }
+        // SAFETY: bytes `at ..` of the planes remain in each step; spread low bits are read in whole chunks of their
+        // stride, which holds them all. Group g of the planes starts pair `g * COUNT` of `[pair][key]`.
+        unsafe {
+            while at + 16 <= tier.bytes {
+                out = groups::<S, BITS, 16>(s, &fields, &planes, &lows, at, out, tile);
+                at += 16;
             }
-            at += 16;
+            match tier.bytes - at {
+                4 => _ = groups::<S, BITS, 4>(s, &fields, &planes, &lows, at, out, tile),
+                8 => _ = groups::<S, BITS, 8>(s, &fields, &planes, &lows, at, out, tile),
+                12 => _ = groups::<S, BITS, 12>(s, &fields, &planes, &lows, at, out, tile),
+                _ => {}
+            }
         }
     }
+}
+
+/// Levels of `BYTES / 4` groups of eight rows; returns where the next go.
+#[inline(always)]
+unsafe fn groups<S: Simd, const BITS: u8, const BYTES: usize>(
+    s: S,
+    fields: &Fields<S, BITS>,
+    planes: &[*const u8; 8],
+    lows: &[*const u8; 8],
+    at: usize,
+    mut out: *mut i32,
+    tile: usize,
+) -> *mut i32 {
+    // SAFETY: as in `tier_of_keys`.
+    unsafe {
+        let codes = transpose::<S, BYTES>(s, planes, at);
+        let low = if Fields::<S, BITS>::HAS_LOW { transpose::<S, 16>(s, lows, at) } else { codes };
+        for g in 0..BYTES / 4 {
+            fields.write(s, codes[g], low[g], out, tile);
+            out = out.add(Fields::<S, BITS>::COUNT * tile);
+        }
+    }
+    out
 }
 
 /// 32-bit groups `at / 4 ..` of eight rows: one vector per group, one lane per row.
@@ -217,31 +296,72 @@ unsafe fn tier_of_values<S: Simd, const BITS: u8>(
     lanes: usize,
     out: *mut i32,
     low: *const u8,
+    ahead: usize,
 ) {
     let fields = Fields::<S, BITS>::new(s, tier);
     for pair in 0..n / 2 {
         let (a, b) = (rows[2 * pair].wrapping_add(tier.main), rows[2 * pair + 1].wrapping_add(tier.main));
+        s.prefetch(a.wrapping_add(ahead));
+        s.prefetch(b.wrapping_add(ahead));
         let low = low.wrapping_add(2 * pair * LOW_STRIDE);
+        let mut out = out.wrapping_add(pair * lanes);
         let mut at = 0;
-        while at < tier.bytes {
-            let left = tier.bytes - at;
-            // SAFETY: `left` bytes of the planes remain; low bits as in `tier_of_keys`.
-            unsafe {
-                let codes = match left {
-                    16.. => interleave::<S, 16>(s, a.add(at), b.add(at)),
-                    8.. => interleave::<S, 8>(s, a.add(at), b.add(at)),
-                    _ => interleave::<S, 4>(s, a.add(at), b.add(at)),
+        // SAFETY: as in `tier_of_keys`. Chunk c (16 bytes) of the planes starts lane `c * COUNT * 8` of the tier.
+        unsafe {
+            while at + 32 <= tier.bytes {
+                // Words 0..4 and 8..12 of both rows, then 4..8 and 12..16: shuffles stay within half vectors.
+                let (lo, hi) = interleave_32(s, a.add(at), b.add(at));
+                let (low_lo, low_hi) = match Fields::<S, BITS>::HAS_LOW {
+                    true => interleave_32(s, low.add(at), low.add(LOW_STRIDE + at)),
+                    false => (lo, hi),
                 };
-                let low = match BITS {
-                    3 => interleave::<S, 16>(s, low.add(at), low.add(LOW_STRIDE + at)),
-                    _ => codes,
-                };
-                // [pair][lane]: this chunk starts lane at / 16 * fields * 8 of the tier.
-                fields.write(s, codes, low, out.add(pair * lanes + at / 2 * tier.fields), 8);
+                fields.write(s, lo, low_lo, out, 8);
+                fields.write(s, hi, low_hi, out.add(8 * Fields::<S, BITS>::COUNT), 8);
+                out = out.add(16 * Fields::<S, BITS>::COUNT);
+                at += 32;
             }
-            at += 16;
+            if at + 16 <= tier.bytes {
+                out = chunk::<S, BITS, 16>(s, &fields, a.add(at), b.add(at), low.wrapping_add(at), out);
+                at += 16;
+            }
+            let (a, b, low) = (a.wrapping_add(at), b.wrapping_add(at), low.wrapping_add(at));
+            match tier.bytes - at {
+                4 => _ = chunk::<S, BITS, 4>(s, &fields, a, b, low, out),
+                8 => _ = chunk::<S, BITS, 8>(s, &fields, a, b, low, out),
+                12 => _ = chunk::<S, BITS, 12>(s, &fields, a, b, low, out),
+                _ => {}
+            }
         }
     }
+}
+
+/// Levels of one chunk of a pair of rows; returns where the next go.
+#[inline(always)]
+unsafe fn chunk<S: Simd, const BITS: u8, const BYTES: usize>(
+    s: S,
+    fields: &Fields<S, BITS>,
+    a: *const u8,
+    b: *const u8,
+    low: *const u8,
+    out: *mut i32,
+) -> *mut i32 {
+    // SAFETY: as in `tier_of_values`.
+    unsafe {
+        let codes = interleave::<S, BYTES>(s, a, b);
+        let low = match Fields::<S, BITS>::HAS_LOW {
+            true => interleave::<S, 16>(s, low, low.add(LOW_STRIDE)),
+            false => codes,
+        };
+        fields.write(s, codes, low, out, 8);
+        out.add(8 * Fields::<S, BITS>::COUNT)
+    }
+}
+
+#[inline(always)]
+unsafe fn interleave_32<S: Simd>(s: S, a: *const u8, b: *const u8) -> (S::I, S::I) {
+    // SAFETY: the caller has 32 bytes at both.
+    let (a, b) = unsafe { (s.load_i(a.cast()), s.load_i(b.cast())) };
+    (s.unpack_lo16(a, b), s.unpack_hi16(a, b))
 }
 
 #[inline(always)]

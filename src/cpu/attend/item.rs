@@ -200,36 +200,31 @@ impl<S: Simd> State<'_, '_, S> {
             let mut rows = [std::ptr::null::<u8>(); MAX_TILE];
             let base = item.records.wrapping_add(first * item.record_stride);
             let stand_in = seen.trailing_zeros() as usize;
-            let (mut k_sets, mut v_sets) = (0u16, 0u16);
+            let (k_header, v_header, stride) = (item.k.header, item.v.header, item.record_stride);
             let (mut k_bits, mut v_bits) = ([0u32; MAX_TILE], [0u32; MAX_TILE]);
+            let mut row = base;
             for key in 0..padded {
-                let from = if key < MAX_TILE && seen >> key & 1 == 1 { key } else { stand_in };
-                let row = base.wrapping_add(from * item.record_stride);
-                rows[key] = row;
-                let ahead = row.wrapping_add(item.tile * item.record_stride);
-                s.prefetch(ahead.wrapping_add(item.k.header));
-                s.prefetch(ahead.wrapping_add(item.k.tiers()[0].main));
-                s.prefetch(ahead.wrapping_add(item.v.tiers()[0].main));
-                let k = row.add(item.k.header).cast::<u16>().read_unaligned();
-                let v = row.add(item.v.header).cast::<u16>().read_unaligned();
-                k_bits[key] = u32::from(k);
-                v_bits[key] = u32::from(v);
-                k_sets |= 1 << (k & 15);
-                v_sets |= 1 << (v & 15);
+                let at = if seen >> key & 1 == 1 { row } else { base.wrapping_add(stand_in * stride) };
+                rows[key] = at;
+                k_bits[key] = u32::from(at.add(k_header).cast::<u16>().read_unaligned());
+                v_bits[key] = u32::from(at.add(v_header).cast::<u16>().read_unaligned());
+                s.prefetch(row.wrapping_add(item.tile * stride + k_header));
+                row = row.wrapping_add(stride);
             }
-            scales(s, &k_bits, padded, &mut (*x).k_scale, &mut (*x).k_set);
-            scales(s, &v_bits, padded, &mut (*x).v_scale, &mut (*x).v_set);
+            let k_sets = scales(s, &k_bits, padded, &mut (*x).k_scale, &mut (*x).k_set);
+            let v_sets = scales(s, &v_bits, padded, &mut (*x).v_scale, &mut (*x).v_set);
             self.v_seen |= v_sets;
 
             // Scores.
             let levels = (&raw mut (*x).levels).cast::<i32>();
             let low = (&raw mut (*x).low).cast::<u8>();
-            expand::keys(s, item.k, &rows, padded, item.tile, levels, low);
+            let ahead = item.tile * stride;
+            expand::keys(s, item.k, &rows, padded, item.tile, levels, low, ahead);
             self.scores(k_sets, padded);
             let grown = self.softmax(mask, v_sets, padded);
 
             // Outputs.
-            expand::values(s, item.v, &rows, padded, levels, low);
+            expand::values(s, item.v, &rows, padded, levels, low, ahead);
             self.outputs(v_sets, padded, grown);
         }
     }
@@ -612,19 +607,42 @@ impl<S: Simd> super::product::Finish<S> for MoreScores {
     }
 }
 
-/// Scales and set ids of row headers. The f16 scale stands in bits 4.. of a header; put where f32 keeps exponent and
-/// mantissa it is short by the difference of the exponents' biases, 112, and no bit pattern gives NaN or infinity.
+/// Scales of row headers; returns their sets as bits. Ids by row are written only where they differ.
+///
+/// The f16 scale stands in bits 4.. of a header; put where f32 keeps exponent and mantissa it is short by the difference
+/// of the exponents' biases, 112, and no bit pattern gives NaN or infinity.
 #[inline(always)]
-unsafe fn scales<S: Simd>(s: S, bits: &[u32; MAX_TILE], n: usize, scale: &mut [f32; MAX_TILE], set: &mut [u8; MAX_TILE]) {
+unsafe fn scales<S: Simd>(
+    s: S,
+    bits: &[u32; MAX_TILE],
+    n: usize,
+    scale: &mut [f32; MAX_TILE],
+    set: &mut [u8; MAX_TILE],
+) -> u16 {
     let (keep, rebias) = (s.splat_i(0xfff0), s.splat(f32::from_bits((127 + 112) << 23)));
+    let (mut any, mut all) = (s.splat_i(0), s.splat_i(-1));
     for key in (0..n).step_by(LANES) {
         // SAFETY: `n` is a multiple of 8, at most MAX_TILE.
         unsafe {
-            let half = s.and(s.load_i(bits.as_ptr().add(key).cast()), keep);
-            s.store(scale.as_mut_ptr().add(key), s.mul(s.from_bits(s.shl32::<12>(half)), rebias));
+            let header = s.load_i(bits.as_ptr().add(key).cast());
+            (any, all) = (s.or(any, header), s.and(all, header));
+            s.store(scale.as_mut_ptr().add(key), s.mul(s.from_bits(s.shl32::<12>(s.and(header, keep))), rebias));
         }
     }
+    let (mut any_lanes, mut all_lanes) = ([0; LANES], [0; LANES]);
+    // SAFETY: eight lanes.
+    unsafe {
+        s.store_i(any_lanes.as_mut_ptr(), any);
+        s.store_i(all_lanes.as_mut_ptr(), all);
+    }
+    let any = any_lanes.iter().fold(0, |a, b| a | b) & 15;
+    if any == all_lanes.iter().fold(15, |a, b| a & b) {
+        return 1 << any;
+    }
+    let mut sets = 0;
     for (set, bits) in set[..n].iter_mut().zip(bits) {
         *set = (bits & 15) as u8;
+        sets |= 1 << *set;
     }
+    sets
 }

@@ -35,8 +35,8 @@ pub struct TierLanes {
     pub lanes: usize,
     /// What is added to each level.
     pub offset: i32,
-    /// Levels plus offset by nibble; two tables where a nibble holds two codes.
-    pub tables: [[u8; 16]; 2],
+    /// Levels plus offset by nibble: one table per code of a nibble, or per value of the low bits.
+    pub tables: [[u8; 16]; 4],
     pub unit: f32,
     pub first: usize,
     pub channels: usize,
@@ -66,7 +66,7 @@ impl TierLanes {
         first_lane: 0,
         lanes: 0,
         offset: 0,
-        tables: [[0; 16]; 2],
+        tables: [[0; 16]; 4],
         unit: 0.0,
         first: 0,
         channels: 0,
@@ -77,8 +77,8 @@ impl TierLanes {
         // Fields come in rounds of four nibbles of a word; a round with `round` = 1 takes the odd codes of 2 bits.
         let (byte, code) = match self.bits {
             8 => (byte + f, 0),
-            4 => (byte + f / 2, f % 2),
-            _ => (byte + f % 4 / 2, 2 * (f % 2) + f / 4),
+            2 | 3 => (byte + f % 4 / 2, 2 * (f % 2) + f / 4),
+            _ => (byte + f / 2, f % 2),
         };
         if byte < self.bytes { self.first + byte + code * self.bytes } else { usize::from(NO_CHANNEL) }
     }
@@ -94,13 +94,17 @@ impl SideLanes {
             let low = if main.shift > 0 { planes.next() } else { None };
             let book = codebook(tier.bits);
             let offset = -i32::from(book.table[0]);
-            // The code of a nibble: itself, or its lower or upper two bits.
             let level = |code: usize| (i32::from(book.table[code]) + offset) as u8;
-            let tables = match tier.bits {
-                2 => [std::array::from_fn(|n| level(n & 3)), std::array::from_fn(|n| level(n >> 2))],
-                3 => [std::array::from_fn(|n| level(n & 7)); 2],
-                _ => [std::array::from_fn(level); 2],
-            };
+            let tables = std::array::from_fn(|t| {
+                std::array::from_fn(|n| match tier.bits {
+                    2 => level(n >> (2 * t) & 3),
+                    3 => level(n & 7),
+                    // The low bits choose the table.
+                    5 => level(2 * n + t % 2),
+                    6 => level(4 * n + t),
+                    _ => level(n),
+                })
+            });
             // One vector of values takes 8 words, 16 bytes, of codes.
             let fields = 16 / usize::from(main.bits);
             let lanes = main.head_bytes.div_ceil(16) * 8 * fields;
@@ -150,14 +154,17 @@ impl SideLanes {
 
     /// Values: channel of each lane, or [`NO_CHANNEL`].
     ///
-    /// Eight words of codes, bytes `16 c ..`, give `fields` vectors of eight lanes.
+    /// Eight words of codes, bytes `16 c ..`, give `fields` vectors of eight lanes; two such chunks that come together
+    /// exchange the second half of the first for the first half of the second.
     pub fn value_order(&self, order: &mut [u16]) {
         for tier in self.tiers() {
             for c in 0..tier.bytes.div_ceil(16) {
                 for f in 0..tier.fields {
                     for w in 0..8 {
                         let lane = tier.first_lane + (c * tier.fields + f) * 8 + w;
-                        order[lane] = tier.channel(16 * c + 2 * w, f) as u16;
+                        let paired = (c | 1) * 16 + 16 <= tier.bytes;
+                        let word = if paired { 8 * (c & !1) + 4 * (c & 1) + w + (w & 4) } else { 8 * c + w };
+                        order[lane] = tier.channel(2 * word, f) as u16;
                     }
                 }
             }
@@ -173,7 +180,7 @@ mod tests {
     #[test]
     fn every_channel_has_one_place() {
         for d in HEAD_DIMS {
-            for plan in [2, 3, 4, 8] {
+            for plan in [2, 3, 4, 8, 103, 104] {
                 let desc = SideDesc { head_dim: d, plan, gauge: Gauge::Rotation };
                 let shape = LayerShape::new(2, 2, desc, desc).unwrap();
                 let lanes = SideLanes::new(&shape.k, 1);

@@ -336,8 +336,9 @@ fn check_case(name: &str, case: &Case) {
 #[test]
 fn every_width_and_head_dim() {
     for (i, d_k) in HEAD_DIMS.into_iter().enumerate() {
-        for (j, plan) in [2, 3, 4, 8].into_iter().enumerate() {
-            let (d_v, v_plan) = (HEAD_DIMS[(i + j) % 6], [2, 3, 4, 8][(i + j) % 4]);
+        const PLANS: [u32; 6] = [2, 3, 4, 8, 103, 104];
+        for (j, plan) in PLANS.into_iter().enumerate() {
+            let (d_v, v_plan) = (HEAD_DIMS[(i + j) % 6], PLANS[(2 * i + j) % 6]);
             for kind in [Kind::Rotation, Kind::Dense, Kind::Mixed] {
                 let case = Case { d: (d_k, d_v), plans: (plan, v_plan), kind, n_kv: 150, n_q: 2, ..Case::BASE };
                 check_case(&format!("d {d_k}, {d_v}, plans {plan}, {v_plan}"), &case);
@@ -349,7 +350,7 @@ fn every_width_and_head_dim() {
 #[test]
 fn hostile_rows() {
     for kind in [Kind::Steep, Kind::Extreme] {
-        for plan in [2, 3, 4, 8] {
+        for plan in [2, 3, 4, 8, 103, 104] {
             for n_kv in [1, 5, 64, 130] {
                 let case = Case { plans: (plan, plan), kind, n_kv, ..Case::BASE };
                 check_case(&format!("hostile, plan {plan}, {n_kv} keys"), &case);

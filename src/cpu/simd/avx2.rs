@@ -136,6 +136,18 @@ impl Simd for Avx2 {
         unsafe { _mm256_shuffle_epi8(table, index) }
     }
     #[inline(always)]
+    fn choose(self, mask: __m256i, a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_blendv_epi8(a, b, mask) }
+    }
+    #[inline(always)]
+    fn unpack_lo16(self, a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_unpacklo_epi16(a, b) }
+    }
+    #[inline(always)]
+    fn unpack_hi16(self, a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_unpackhi_epi16(a, b) }
+    }
+    #[inline(always)]
     fn unpack_lo32(self, a: __m256i, b: __m256i) -> __m256i {
         unsafe { _mm256_unpacklo_epi32(a, b) }
     }
@@ -158,6 +170,7 @@ impl Simd for Avx2 {
             match BYTES {
                 4 => _mm_cvtsi32_si128(p.cast::<i32>().read_unaligned()),
                 8 => _mm_loadl_epi64(p.cast()),
+                12 => _mm_insert_epi32::<2>(_mm_loadl_epi64(p.cast()), p.add(8).cast::<i32>().read_unaligned()),
                 _ => _mm_loadu_si128(p.cast()),
             }
         }

@@ -141,6 +141,18 @@ impl Simd for Avx512 {
         self.0.lookup(table, index)
     }
     #[inline(always)]
+    fn choose(self, mask: __m256i, a: __m256i, b: __m256i) -> __m256i {
+        self.0.choose(mask, a, b)
+    }
+    #[inline(always)]
+    fn unpack_lo16(self, a: __m256i, b: __m256i) -> __m256i {
+        self.0.unpack_lo16(a, b)
+    }
+    #[inline(always)]
+    fn unpack_hi16(self, a: __m256i, b: __m256i) -> __m256i {
+        self.0.unpack_hi16(a, b)
+    }
+    #[inline(always)]
     fn unpack_lo32(self, a: __m256i, b: __m256i) -> __m256i {
         self.0.unpack_lo32(a, b)
     }

@@ -118,12 +118,16 @@ pub trait Simd: Copy {
     fn table(self, bytes: &[u8; 16]) -> Self::I;
     /// Each byte, at most 15, replaced by the table's.
     fn lookup(self, table: Self::I, index: Self::I) -> Self::I;
+    /// Each byte of `b` where the mask's has its top bit set, else of `a`.
+    fn choose(self, mask: Self::I, a: Self::I, b: Self::I) -> Self::I;
+    fn unpack_lo16(self, a: Self::I, b: Self::I) -> Self::I;
+    fn unpack_hi16(self, a: Self::I, b: Self::I) -> Self::I;
     fn unpack_lo32(self, a: Self::I, b: Self::I) -> Self::I;
     fn unpack_hi32(self, a: Self::I, b: Self::I) -> Self::I;
     fn unpack_lo64(self, a: Self::I, b: Self::I) -> Self::I;
     fn unpack_hi64(self, a: Self::I, b: Self::I) -> Self::I;
 
-    /// `BYTES` (4, 8 or 16) bytes, zeros behind them.
+    /// `BYTES` (4, 8, 12 or 16) bytes, zeros behind them.
     /// # Safety
     /// `BYTES` bytes are readable at `p`.
     unsafe fn load_h<const BYTES: usize>(self, p: *const u8) -> Self::H;

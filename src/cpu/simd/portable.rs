@@ -145,6 +145,28 @@ impl Simd for Portable {
         })
     }
     #[inline(always)]
+    fn choose(self, mask: Self::I, a: Self::I, b: Self::I) -> Self::I {
+        from_fn(|i| {
+            let top = (mask[i] as u32 >> 7) & 0x0101_0101;
+            let all = (top * 255) as i32;
+            b[i] & all | a[i] & !all
+        })
+    }
+    #[inline(always)]
+    fn unpack_lo16(self, a: Self::I, b: Self::I) -> Self::I {
+        let low = |i: usize| from_fn::<_, 4, _>(|w| {
+            let shift = 16 * (w % 2);
+            (a[i + w / 2] >> shift & 0xffff) | (b[i + w / 2] >> shift) << 16
+        });
+        let (x, y) = (low(0), low(4));
+        from_fn(|i| if i < 4 { x[i] } else { y[i - 4] })
+    }
+    #[inline(always)]
+    fn unpack_hi16(self, a: Self::I, b: Self::I) -> Self::I {
+        let up = |x: [i32; 8]| [x[2], x[3], x[0], x[1], x[6], x[7], x[4], x[5]];
+        self.unpack_lo16(up(a), up(b))
+    }
+    #[inline(always)]
     fn unpack_lo32(self, a: Self::I, b: Self::I) -> Self::I {
         [a[0], b[0], a[1], b[1], a[4], b[4], a[5], b[5]]
     }
