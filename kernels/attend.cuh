@@ -109,6 +109,11 @@ __device__ __forceinline__ float mask_of(const DqAttend& p, uint32_t stream, uin
     return v * LOG2_E;
 }
 
+// The linear part of a set. Records under a mask may name any set: whatever comes, the answer is within the tables.
+__device__ __forceinline__ uint32_t transform_of(const DqHeadSets& sets, uint32_t set) {
+    return sets.transform[set] & (DQ_MAX_TRANSFORMS - 1);
+}
+
 // ---- Folded queries in registers ----
 
 template <class K, int NT>
@@ -145,7 +150,8 @@ struct Query {
 template <class K, int NT>
 __device__ __forceinline__ void score_dots(float (&dots)[NT][4], const Query<K, NT>& query, const uint8_t* rows, uint32_t stride, const uint32_t* planes, int lane) {
     const int g = lane >> 2, q = lane & 3;
-    DQ_UNROLL
+    // Not unrolled: with both halves' loads in flight the registers would not suffice for two blocks to an SM.
+    DQ_UNROLL_BY_1
     for (int half = 0; half < 2; half++) {
         const uint8_t* upper = rows + (16 * half + g) * stride;
         const uint8_t* lower = upper + 8 * stride;
@@ -170,8 +176,10 @@ __device__ __forceinline__ void score_dots(float (&dots)[NT][4], const Query<K, 
         // Columns 2q and 2q + 1 are the high and the low byte of row q.
         DQ_UNROLL
         for (int n = 0; n < NT; n++) {
-            dots[n][2 * half] = float((high[n][0] - low[n][0]) * 256 + (high[n][1] - low[n][1])) * query.step[n];
-            dots[n][2 * half + 1] = float((high[n][2] - low[n][2]) * 256 + (high[n][3] - low[n][3])) * query.step[n];
+            const float upper_dot = float((high[n][0] - low[n][0]) * 256 + (high[n][1] - low[n][1])) * query.step[n];
+            const float lower_dot = float((high[n][2] - low[n][2]) * 256 + (high[n][3] - low[n][3])) * query.step[n];
+            if (half == 0) dots[n][0] = upper_dot, dots[n][1] = lower_dot;
+            else dots[n][2] = upper_dot, dots[n][3] = lower_dot;
         }
     }
 }
@@ -249,14 +257,10 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
     for (int s = 0; s < STAGES - 1; s++) copy_tile(first_tile + s);
 
     // Phase 3: queries for the set that most rows are in.
-    uint64_t k_transforms = 0, v_transforms = 0;
-    for (int e = 0; e < DQ_MAX_SETS; e++) {
-        k_transforms |= uint64_t(p.k.heads[head].transform[e] & 7) << (4 * e);
-        v_transforms |= uint64_t(v_sets.transform[e] & 7) << (4 * e);
-    }
-    uint32_t k_set = p.k.heads[head].newest, v_set = v_sets.newest;
+    const DqHeadSets& k_sets = p.k.heads[head];
+    uint32_t k_set = header_set(k_sets.newest), v_set = header_set(v_sets.newest);
     Query<K, NT> query;
-    query.load(p, stream, head, k_transforms >> (4 * k_set) & 7, row_tile * NT, lane);
+    query.load(p, stream, head, transform_of(k_sets, k_set), row_tile * NT, lane);
     query.load_constants(p, stream, head, k_set, row_tile * NT, lane);
 
     float m[NT], sum[NT], acc[BLOCKS][2][NT];
@@ -315,8 +319,8 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
                 const uint32_t set = __ffs(left) - 1;
                 left &= left - 1;
                 if (set != k_set) {
-                    const uint32_t transform = k_transforms >> (4 * set) & 7;
-                    if (transform != (k_transforms >> (4 * k_set) & 7)) {
+                    const uint32_t transform = transform_of(k_sets, set);
+                    if (transform != transform_of(k_sets, k_set)) {
                         query.load(p, stream, head, transform, row_tile * NT, lane);
                         fresh = false;
                     }
@@ -340,7 +344,9 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
             for (int i = 0; i < 4; i++) {
                 if (p.softcap > 0.0f) s[n][i] = tanh_fast(s[n][i]) * (p.softcap * LOG2_E);
                 if (p.mask != nullptr || p.lengths != nullptr || first_key + KEYS_PER_WARP > n_keys) {
-                    s[n][i] += mask_of(p, stream, token < p.n_q ? token : 0, first_key + g + 8 * i, n_keys);
+                    // A hidden key's record may hold anything; its score must not come through as NaN.
+                    const float added = mask_of(p, stream, token < p.n_q ? token : 0, first_key + g + 8 * i, n_keys);
+                    s[n][i] = added == NEVER ? NEVER : s[n][i] + added;
                 }
             }
         }
@@ -406,7 +412,8 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
             DQ_UNROLL
             for (int i = 0; i < 4; i++) {
                 // A hidden key's record may hold anything: its scale must not meet a zero weight.
-                const bool counts = weight[n][i] > 0.0f && (v_transforms >> (4 * header_set(v_header[i])) & 7) == v_transform;
+                bool counts = weight[n][i] > 0.0f;
+                if (p.v_transforms > 1) counts = counts && transform_of(v_sets, header_set(v_header[i])) == v_transform;
                 weight[n][i] = counts ? weight[n][i] * header_scale(v_header[i]) : 0.0f;
                 largest = fmaxf(largest, weight[n][i]);
             }
@@ -461,7 +468,7 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
         if (row >= n_rows) continue;
         const uint64_t at = (first_row + 4 * n + q) * parts + part;
         for (int e = g; e < DQ_MAX_SETS; e += 8) {
-            const bool mine = (v_transforms >> (4 * e) & 7) == v_transform;
+            const bool mine = p.v_transforms == 1 || transform_of(v_sets, e) == v_transform;
             p.partial_sums[at * SUMS + e] = mine ? sums[(e * NT + n) * 4 + q] : 0.0f;
         }
         if (g == 0) p.partial_sums[at * SUMS + DQ_MAX_SETS] = m[n];

@@ -22,9 +22,9 @@ template <int BITS>
 __device__ __forceinline__ Levels look_up(uint32_t selector, uint32_t flipped) {
     using B = Book<BITS>;
     if constexpr (B::two_tables) {
-        return {prmt(B::high[0], B::high[1], flipped), prmt(B::low[0], B::low[1], selector)};
+        return {prmt(B::high_0, B::high_1, flipped), prmt(B::low_0, B::low_1, selector)};
     } else {
-        return {prmt(B::table[0], B::table[1], selector), 0};
+        return {prmt(B::table_0, B::table_1, selector), 0};
     }
 }
 

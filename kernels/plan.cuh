@@ -14,8 +14,8 @@ namespace dq {
 // Tiers of a plan; plan p of one tier is the uniform width of p bits.
 template <int PLAN> struct PlanTiers {
     static constexpr int count = 1;
-    static constexpr int sixteenths[1] = {16};
-    static constexpr int bits[1] = {PLAN};
+    __host__ __device__ static constexpr int sixteenths(int) { return 16; }
+    __host__ __device__ static constexpr int bits(int) { return PLAN; }
 };
 
 __host__ __device__ constexpr int planes_of(int bits) { return bits == 3 || bits == 5 || bits == 6 ? 2 : 1; }
@@ -33,45 +33,53 @@ template <int DIM, int PLAN, bool ALIGNED> struct Side {
     static constexpr int plan = PLAN;
     static constexpr int tiers = Tiers::count;
 
-    // Tiers end on multiples of 16 channels.
-    static constexpr int tier_end(int t) {
+    // Tiers end on multiples of 16 channels: the first rounded down, the others to the nearest.
+    __host__ __device__ static constexpr int tier_end(int t) {
         int share = 0;
-        for (int i = 0; i <= t; i++) share += Tiers::sixteenths[i];
-        int end = (DIM * share / 16 + 15) / 16 * 16;
-        return end < DIM ? end : DIM;
+        for (int i = 0; i <= t; i++) share += Tiers::sixteenths(i);
+        int exact = DIM * share / 16;
+        return (t == 0 && share < 16 ? exact : exact + 8) / 16 * 16;
     }
-    static constexpr int first(int t) { return t == 0 ? 0 : tier_end(t - 1); }
-    static constexpr int channels(int t) { return tier_end(t) - first(t); }
-    static constexpr int bits(int t) { return Tiers::bits[t]; }
-    static constexpr int head_bytes(int t, int plane) { return channels(t) * plane_bits(bits(t), plane) / 8; }
+    __host__ __device__ static constexpr int first(int t) { return t == 0 ? 0 : tier_end(t - 1); }
+    __host__ __device__ static constexpr int channels(int t) { return tier_end(t) - first(t); }
+    __host__ __device__ static constexpr int bits(int t) { return Tiers::bits(t); }
+    __host__ __device__ static constexpr int head_bytes(int t, int plane) { return channels(t) * plane_bits(bits(t), plane) / 8; }
     // Bytes of one head in all planes before this one.
-    static constexpr int bytes_before(int t, int plane) {
+    __host__ __device__ static constexpr int bytes_before(int t, int plane) {
         int bytes = 0;
         for (int i = 0; i < t; i++) bytes += channels(i) * bits(i) / 8;
         for (int i = 0; i < plane; i++) bytes += head_bytes(t, i);
         return bytes;
     }
     static constexpr int row_bytes = bytes_before(Tiers::count, 0);
-    static constexpr int planes() {
+    __host__ __device__ static constexpr int planes() {
         int n = 0;
         for (int t = 0; t < tiers; t++) n += planes_of(bits(t));
         return n;
     }
     // Number of plane `i` of tier t among all planes of the side.
-    static constexpr int plane_index(int t, int i) {
+    __host__ __device__ static constexpr int plane_index(int t, int i) {
         int n = i;
         for (int u = 0; u < t; u++) n += planes_of(bits(u));
         return n;
     }
-    static constexpr int tier_of_plane(int p) {
+    __host__ __device__ static constexpr int tier_of_plane(int p) {
         int t = 0;
         while (p >= planes_of(bits(t))) p -= planes_of(bits(t++));
         return t;
     }
 
+    // Whether some number of heads can put a plane off its alignment.
+    __host__ __device__ static constexpr bool can_be_unaligned() {
+        for (int t = 0; t < tiers; t++) {
+            for (int i = 0; i < planes_of(bits(t)); i++) if (head_bytes(t, i) % 16 != 0) return true;
+        }
+        return false;
+    }
+
     // A group is 32 channels of one tier: one k step of the score mma, two m blocks of the value mma. Tiers that are
     // not a multiple of 32 end in a group with channels that do not exist.
-    static constexpr int groups_before(int t) {
+    __host__ __device__ static constexpr int groups_before(int t) {
         int n = 0;
         for (int i = 0; i < t; i++) n += (channels(i) + 31) / 32;
         return n;
@@ -97,18 +105,18 @@ __device__ __forceinline__ uint32_t header_set(uint32_t header) { return header 
 template <int BITS> struct Book;
 template <> struct Book<2> {
     static constexpr bool two_tables = false;
-    static constexpr uint32_t table[2] = {0x7F26DA81u, 0};
+    static constexpr uint32_t table_0 = 0x7F26DA81u, table_1 = 0;
     static constexpr float unit = float(1.5104 / 127.0);
 };
 template <> struct Book<3> {
     static constexpr bool two_tables = false;
-    static constexpr uint32_t table[2] = {0xF2D3B181u, 0x7F4F2D0Eu};
+    static constexpr uint32_t table_0 = 0xF2D3B181u, table_1 = 0x7F4F2D0Eu;
     static constexpr float unit = float(2.1519 / 127.0);
 };
 template <> struct Book<4> {
     static constexpr bool two_tables = true;
-    static constexpr uint32_t low[2] = {0x3A4B607Fu, 0x06121F2Cu};
-    static constexpr uint32_t high[2] = {0x2C1F1206u, 0x7F604B3Au};
+    static constexpr uint32_t low_0 = 0x3A4B607Fu, low_1 = 0x06121F2Cu;
+    static constexpr uint32_t high_0 = 0x2C1F1206u, high_1 = 0x7F604B3Au;
     static constexpr float unit = float(2.7326 / 127.0);
 };
 template <> struct Book<8> {

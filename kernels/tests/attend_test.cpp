@@ -22,7 +22,7 @@ struct Case {
 };
 
 template <class K, class V, int NT> __global__ void __launch_bounds__(128) fold_kernel(const DqAttend p) { dq::fold_queries<K>(p); }
-template <class K, class V, int NT> __global__ void __launch_bounds__(256) attend_kernel(const DqAttend p) { dq::attend_decode<K, V, NT, 3>(p); }
+template <class K, class V, int NT> __global__ void __launch_bounds__(256, NT == 1 ? 2 : 1) attend_kernel(const DqAttend p) { dq::attend_decode<K, V, NT, 3>(p); }
 template <class V> __global__ void __launch_bounds__(512) merge_kernel(const DqAttend p) { dq::attend_merge<V>(p); }
 
 // Factors on the device.
@@ -206,9 +206,10 @@ template <int DK, int KP, int DV, int VP>
 void all_cases(std::mt19937_64& rng, int from, int to) {
     for (int i = from; i < to; i++) {
         const Case& c = CASES[i];
-        bool aligned = dq::planes_aligned<dq::Side<DK, KP, true>, dq::Side<DV, VP, true>>(c.n_kv);
-        if (aligned) run<DK, KP, DV, VP, 1, true>(c, rng);
-        else run<DK, KP, DV, VP, 1, false>(c, rng);
+        using K = dq::Side<DK, KP, true>;
+        using V = dq::Side<DV, VP, true>;
+        if (dq::planes_aligned<K, V>(c.n_kv)) run<DK, KP, DV, VP, 1, true>(c, rng);
+        else if constexpr (K::can_be_unaligned() || V::can_be_unaligned()) run<DK, KP, DV, VP, 1, false>(c, rng);
     }
 }
 

@@ -1,0 +1,205 @@
+// On a device: the decode attention suite against the oracle, then times beside a device copy.
+//   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a kernels/tests/device_main.cu -o device_main && ./device_main
+// Arguments: "check" or "bench" for one of the two.
+#include <algorithm>
+
+#include "attend_test.cpp"
+
+namespace {
+
+constexpr int N_KV = 8, GROUP = 4, D = 128;
+
+__global__ void fill(uint32_t* words, size_t n) {
+    for (size_t i = blockIdx.x * 256ull + threadIdx.x; i < n; i += gridDim.x * 256ull) {
+        uint64_t z = (i + 1) * 0x9E3779B97F4A7C15ull;
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+        words[i] = uint32_t((z ^ (z >> 27)) * 0x94D049BB133111EBull >> 32);
+    }
+}
+// Headers of scale about one; `mixed`: some rows of every tile in another set.
+__global__ void fill_headers(uint8_t* store, size_t slots, uint32_t slot_bytes, uint32_t headers, bool mixed) {
+    for (size_t i = blockIdx.x * 256ull + threadIdx.x; i < slots * 2 * N_KV; i += gridDim.x * 256ull) {
+        size_t slot = i / (2 * N_KV), h = i % (2 * N_KV);
+        uint16_t set = mixed && slot % 5 == 0 ? 1 : 2;
+        uint16_t* at = reinterpret_cast<uint16_t*>(store + slot * slot_bytes + headers);
+        at[h] = uint16_t(0x7800 + (slot * 37 + h * 11) % 16 * 16) | set;
+    }
+}
+
+// The copies of the attention kernel and nothing else: what its pipeline could reach.
+template <int STAGES>
+__global__ void __launch_bounds__(256, 2) copies_only(const DqAttend p, float* out, uint32_t row_bytes) {
+    DQ_DYNAMIC_SHARED(shared);
+    const uint32_t warp = threadIdx.x >> 5, lane = threadIdx.x & 31, stride = dq::padded_row(row_bytes / 16), tile_keys = 32;
+    const uint32_t tiles = p.n_kv / tile_keys, share = (tiles + p.n_splits - 1) / p.n_splits;
+    const uint32_t first = blockIdx.x * share, end = min(first + share, tiles);
+    auto copy_tile = [&](uint32_t tile) {
+        if (tile < end) {
+            uint8_t* stage = shared + (tile - first) % STAGES * tile_keys * stride;
+            for (uint32_t row = warp; row < tile_keys; row += 8) {
+                const uint8_t* from = p.store.data + dq::slot_of(p, blockIdx.z, tile * tile_keys + row) * p.store.stride;
+                for (uint32_t c = lane; c < row_bytes / 16; c += 32) dq::cp_async_16(stage + row * stride + 16 * c, from + 16 * c);
+            }
+        }
+        dq::cp_async_commit();
+    };
+    for (int s = 0; s < STAGES - 1; s++) copy_tile(first + s);
+    float sum = 0;
+    for (uint32_t tile = first; tile < end; tile++) {
+        dq::cp_async_wait<STAGES - 2>();
+        __syncthreads();
+        copy_tile(tile + STAGES - 1);
+        sum += shared[(tile - first) % STAGES * tile_keys * stride + threadIdx.x];
+    }
+    dq::cp_async_wait<0>();
+    if (sum == -1.0f) *out = sum;
+}
+
+template <int STAGES, int KP, int VP>
+__global__ void __launch_bounds__(256, 2) bench_kernel(const DqAttend p) {
+    dq::attend_decode<dq::Side<D, KP, true>, dq::Side<D, VP, true>, 1, STAGES>(p);
+}
+
+struct Timer {
+    cudaEvent_t begin, end;
+    cudaStream_t stream;
+    Timer() {
+        cudaEventCreate(&begin), cudaEventCreate(&end);
+        rt::check(cudaStreamCreate(&stream), "stream");
+    }
+    // Median time of one call in microseconds; `calls` calls with rotating inputs are captured and replayed.
+    template <class F> double median(int calls, F&& call) {
+        cudaGraph_t graph;
+        cudaGraphExec_t exec;
+        rt::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
+        for (int i = 0; i < calls; i++) call(i, stream);
+        rt::check(cudaStreamEndCapture(stream, &graph), "end capture");
+        rt::check(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
+        std::vector<float> times;
+        for (int r = 0; r < 12; r++) {
+            cudaEventRecord(begin, stream);
+            rt::check(cudaGraphLaunch(exec, stream), "replay");
+            cudaEventRecord(end, stream);
+            rt::check(cudaEventSynchronize(end), "replayed");
+            float ms;
+            cudaEventElapsedTime(&ms, begin, end);
+            if (r >= 2) times.push_back(ms);
+        }
+        cudaGraphExecDestroy(exec), cudaGraphDestroy(graph);
+        std::sort(times.begin(), times.end());
+        return times[times.size() / 2] * 1e3 / calls;
+    }
+};
+
+double copy_bandwidth(Timer& timer) {
+    size_t bytes = 4ull << 30;
+    rt::Buffer<uint8_t> a(bytes), b(bytes);
+    fill<<<4096, 256>>>(reinterpret_cast<uint32_t*>(a.get()), bytes / 4);
+    rt::sync();
+    double us = timer.median(2, [&](int, cudaStream_t s) { cudaMemcpyAsync(b.get(), a.get(), bytes, cudaMemcpyDeviceToDevice, s); });
+    return 2 * bytes / us / 1e3;
+}
+
+template <int STAGES, int KP, int VP>
+void bench(const char* name, Timer& timer, double copy, bool mixed, bool brief) {
+    using K = dq::Side<D, KP, true>;
+    using V = dq::Side<D, VP, true>;
+    auto l = ref::layout(N_KV, D, KP, D, VP);
+    std::mt19937_64 rng(3);
+    DeviceFactors kf(ref::random_factors(D, N_KV, {2, 1}, rng)), vf(ref::random_factors(D, N_KV, {3, 0}, rng));
+    const uint32_t most_streams = 64, most_keys = 131072;
+    const size_t budget = size_t(most_streams) * most_keys * l.slot_bytes, slots = budget / l.slot_bytes;
+    rt::Buffer<uint8_t> store(budget);
+    fill<<<8192, 256>>>(reinterpret_cast<uint32_t*>(store.get()), budget / 4);
+    fill_headers<<<8192, 256>>>(store.get(), slots, l.slot_bytes, l.k.headers, mixed);
+    rt::Buffer<float> q(std::vector<float>(size_t(most_streams) * N_KV * GROUP * D, 0.05f));
+    rt::Buffer<float> out(size_t(most_streams) * N_KV * GROUP * D);
+    const size_t most_parts = 2048;
+    rt::Buffer<uint8_t> folded(size_t(most_streams) * N_KV * DQ_MAX_TRANSFORMS * K::groups * 256);
+    rt::Buffer<float> scales(size_t(most_streams) * N_KV * DQ_MAX_TRANSFORMS * 4), constants(size_t(most_streams) * N_KV * DQ_MAX_SETS * 4);
+    rt::Buffer<float> partial(most_parts * 8 * N_KV * GROUP * D), partial_sums(most_parts * 8 * N_KV * GROUP * dq::SUMS);
+
+    DqAttend p{};
+    p.k = kf.params(), p.v = vf.params();
+    p.q = {q.get(), uint64_t(N_KV) * GROUP * D * 4, D * 4, DQ_TYPE_F32, 0};
+    p.out = {out.get(), uint64_t(N_KV) * GROUP * D * 4, D * 4, DQ_TYPE_F32, 0};
+    p.n_kv_heads = N_KV, p.group = GROUP, p.n_q = 1, p.scale = 0.088f;
+    p.v_transforms = 1, p.heads_per_block = 8, p.key_warps = 1, p.row_tiles = 1;
+    p.folded = folded.get(), p.folded_scales = scales.get(), p.constants = constants.get();
+    p.partial = partial.get(), p.partial_sums = partial_sums.get();
+    const uint32_t shared = dq::attend_shared_bytes<K, V, 1, STAGES>(p);
+    rt::check(cudaFuncSetAttribute(bench_kernel<STAGES, KP, VP>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
+    rt::check(cudaFuncSetAttribute(copies_only<STAGES>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
+    int per_sm = 0, sms = 0;
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, bench_kernel<STAGES, KP, VP>, 256, shared);
+    cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0);
+    std::printf("\n%s%s: %u bytes a slot, %d stages, %u bytes shared, %d blocks on each of %d SMs\n", name, mixed ? ", two sets in every tile" : "", l.slot_bytes, STAGES, shared, per_sm, sms);
+    std::printf("%6s %7s %6s | %9s %9s %9s | %9s %7s %7s %7s\n", "batch", "keys", "splits", "copies us", "attend us", "all us", "GB/s all", "copies", "attend", "all");
+
+    for (uint32_t streams : {1u, 8u, 64u}) {
+        for (uint32_t keys : {4096u, 8192u, 16384u, 65536u, 131072u}) {
+            if (brief && keys != 16384 && keys != 65536) continue;
+            size_t bytes = size_t(streams) * keys * l.slot_bytes, copies = std::max<size_t>(1, std::min<size_t>(slots / (size_t(streams) * keys), 64));
+            double best = 1e30, best_attend = 0, best_copies = 0;
+            uint32_t best_splits = 0, tried = 0;
+            for (double waves : {1.0, 2.0, 4.0}) {
+                uint32_t splits = uint32_t(waves * per_sm * sms / streams), tiles = keys / 32;
+                splits = std::max(1u, std::min(splits, tiles));
+                // No empty splits.
+                uint32_t share = (tiles + splits - 1) / splits;
+                splits = (tiles + share - 1) / share;
+                if (splits == tried || splits * streams > most_parts * 8) continue;
+                tried = splits;
+                DqAttend a = p;
+                a.n_streams = streams, a.n_kv = keys, a.n_splits = splits, a.stream_slots = keys;
+                auto at = [&](int i) {
+                    a.store = {store.get() + i % copies * bytes, l.slot_bytes, slots};
+                    return a;
+                };
+                int calls = bytes > (1ull << 30) ? 4 : 20;
+                dim3 grid(splits, 1, streams);
+                auto attend = [&](int i, cudaStream_t s) { bench_kernel<STAGES, KP, VP><<<grid, 256, shared, s>>>(at(i)); };
+                uint32_t merge_threads = 32 * std::min(16u, std::max(4u, (splits + 3) / 4));
+                double all = timer.median(calls, [&](int i, cudaStream_t s) {
+                    fold_kernel<K, V, 1><<<dim3(N_KV * DQ_MAX_TRANSFORMS, 1, streams), 128, 0, s>>>(at(i));
+                    attend(i, s);
+                    merge_kernel<V><<<streams * N_KV * GROUP, merge_threads, 0, s>>>(at(i));
+                });
+                if (all < best) {
+                    best = all, best_splits = splits;
+                    best_attend = timer.median(calls, attend);
+                    best_copies = timer.median(calls, [&](int i, cudaStream_t s) { copies_only<STAGES><<<grid, 256, shared, s>>>(at(i), out.get(), l.slot_bytes); });
+                }
+            }
+            auto share = [&](double us) { return 100 * bytes / us / 1e3 / copy; };
+            std::printf("%6u %7u %6u | %9.1f %9.1f %9.1f | %9.0f %6.0f%% %6.0f%% %6.0f%%\n", streams, keys, best_splits, best_copies, best_attend, best, bytes / best / 1e3, share(best_copies), share(best_attend), share(best));
+            std::fflush(stdout);
+        }
+    }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    std::string what = argc > 1 ? argv[1] : "";
+    if (what != "bench") {
+        std::mt19937_64 rng(1);
+        const int n = sizeof CASES / sizeof *CASES;
+        all_cases<128, 4, 128, 4>(rng, 0, n);
+        all_cases<128, 3, 128, 3>(rng, 0, n);
+        all_cases<64, 3, 64, 3>(rng, 0, n);
+        run<128, 4, 128, 4, 2, true>({"wide group", 2, 7, 1, 1, 70, 2, {2, 1}, {2, 0}, 1, true, 0, false, false, 4}, rng);
+        run<128, 4, 128, 4, 1, true>({"eight heads", 8, 4, 2, 1, 3000, 20, {2, 2}, {3, 0}, 1, true, 0, true, false, 8}, rng);
+        if (rt::report("attend on the device")) return 1;
+    }
+    if (what != "check") {
+        Timer timer;
+        double copy = copy_bandwidth(timer);
+        std::printf("device copy, bytes read and written: %.0f GB/s\n", copy);
+        bench<3, 4, 4>("dq4", timer, copy, false, false);
+        bench<3, 3, 3>("dq3", timer, copy, false, false);
+        bench<3, 4, 4>("dq4", timer, copy, true, true);
+        bench<2, 4, 4>("dq4", timer, copy, false, true);
+    }
+    return 0;
+}
