@@ -11,7 +11,8 @@
 //   output    acc[b][i]: channel row g + 8 i of m block b, row q
 // Shared memory:
 //   stages    [STAGES][32 * key_warps] rows of `row_stride` bytes, an odd multiple of 16 (no bank conflicts)
-//   chunks    u16 per 16 bytes of a row: where in the record it comes from, in units of 16
+//   barriers  one per stage, for bulk copies
+//   runs      where in a record the row's parts lie
 //   sums      f32 [warp][set][4 NT]: weights of earlier runs of keys, for the means of the value sets
 // Result per part (v_transform, split, key warp), relative to the part's maximum m:
 //   partial       [row][part][channel of V] unnormalised, in steps of the book
@@ -35,34 +36,40 @@ __host__ __device__ __forceinline__ uint32_t attend_parts(const DqAttend& p) { r
 
 // ---- The row of a stage: what of a record a head group needs ----
 
-// Runs of bytes of a record, each widened to 16-byte chunks. Bases of this head's planes are offsets into the row.
+// A run of a record in the row; all in units of 16 bytes.
+struct Run {
+    uint16_t source, to, chunks, unused;
+};
+constexpr int MOST_RUNS = 16;
+
+// Runs of bytes of a record, each widened to 16-byte chunks. Bases of one head's planes are offsets into the row.
 template <class K, class V>
 struct RowImage {
+    static_assert(K::planes() + V::planes() + 2 <= MOST_RUNS, "");
     uint32_t k_planes[K::planes()], v_planes[V::planes()];
     uint32_t k_headers, v_headers;
-    uint32_t chunks;
+    uint32_t runs, chunks;
 
-    // Lays out the row of the heads first .. first + heads for one of them; `sources` (may be null) gets the chunks.
-    __host__ __device__ void lay_out(uint32_t n_kv, uint32_t first, uint32_t heads, uint32_t head, uint16_t* sources) {
+    // Lays out the row of the heads first .. first + heads for one of them; `table` (may be null) gets the runs.
+    __host__ __device__ void lay_out(uint32_t n_kv, uint32_t first, uint32_t heads, uint32_t head, Run* table) {
+        runs = chunks = 0;
         if (heads == n_kv) {
             // The whole record, as it is.
-            chunks = Record<K, V>::bytes(n_kv) / 16;
+            add_run(0, Record<K, V>::bytes(n_kv), 0, 1, 0, table);
             for (int i = 0; i < K::planes(); i++) k_planes[i] = plane_at<K>(n_kv, i) + head * plane_bytes<K>(i);
             for (int i = 0; i < V::planes(); i++) v_planes[i] = n_kv * K::row_bytes + plane_at<V>(n_kv, i) + head * plane_bytes<V>(i);
             k_headers = Record<K, V>::k_headers(n_kv) + 2 * head;
             v_headers = Record<K, V>::v_headers(n_kv) + 2 * head;
-            if (sources) for (uint32_t c = 0; c < chunks; c++) sources[c] = uint16_t(c);
             return;
         }
-        chunks = 0;
         for (int i = 0; i < K::planes(); i++) {
-            k_planes[i] = add_run(plane_at<K>(n_kv, i), plane_bytes<K>(i), first, heads, head, sources);
+            k_planes[i] = add_run(plane_at<K>(n_kv, i), plane_bytes<K>(i), first, heads, head, table);
         }
         for (int i = 0; i < V::planes(); i++) {
-            v_planes[i] = add_run(n_kv * K::row_bytes + plane_at<V>(n_kv, i), plane_bytes<V>(i), first, heads, head, sources);
+            v_planes[i] = add_run(n_kv * K::row_bytes + plane_at<V>(n_kv, i), plane_bytes<V>(i), first, heads, head, table);
         }
-        k_headers = add_run(Record<K, V>::k_headers(n_kv), 2, first, heads, head, sources);
-        v_headers = add_run(Record<K, V>::v_headers(n_kv), 2, first, heads, head, sources);
+        k_headers = add_run(Record<K, V>::k_headers(n_kv), 2, first, heads, head, table);
+        v_headers = add_run(Record<K, V>::v_headers(n_kv), 2, first, heads, head, table);
     }
 
     template <class S> __host__ __device__ static uint32_t plane_at(uint32_t n_kv, int plane) {
@@ -75,12 +82,12 @@ struct RowImage {
     }
 
   private:
-    __host__ __device__ uint32_t add_run(uint32_t at, uint32_t bytes, uint32_t first, uint32_t heads, uint32_t head, uint16_t* sources) {
-        uint32_t begin = at + first * bytes, aligned = begin / 16, end = (begin + heads * bytes + 15) / 16;
-        uint32_t base = chunks * 16 + begin % 16 + (head - first) * bytes;
-        for (uint32_t c = aligned; c < end; c++, chunks++) {
-            if (sources) sources[chunks] = uint16_t(c);
-        }
+    __host__ __device__ uint32_t add_run(uint32_t at, uint32_t bytes, uint32_t first, uint32_t heads, uint32_t head, Run* table) {
+        const uint32_t begin = at + first * bytes, aligned = begin / 16, length = (begin + heads * bytes + 15) / 16 - aligned;
+        const uint32_t base = chunks * 16 + begin % 16 + (head - first) * bytes;
+        if (table) table[runs] = {uint16_t(aligned), uint16_t(chunks), uint16_t(length), 0};
+        runs++;
+        chunks += length;
         return base;
     }
 };
@@ -229,29 +236,48 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
     RowImage<K, V> image;
     image.lay_out(p.n_kv_heads, first_head, p.heads_per_block, head, nullptr);
     const uint32_t stride = padded_row(image.chunks), stage_bytes = tile_keys * stride;
-    uint16_t* chunks = reinterpret_cast<uint16_t*>(shared + STAGES * stage_bytes);
-    float* sums = reinterpret_cast<float*>(shared + STAGES * stage_bytes + (image.chunks + 7) / 8 * 16) + warp * DQ_MAX_SETS * 4 * NT;
+    uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + STAGES * stage_bytes);
+    Run* runs = reinterpret_cast<Run*>(barriers + 8);
+    float* sums = reinterpret_cast<float*>(runs + MOST_RUNS) + warp * DQ_MAX_SETS * 4 * NT;
     for (int i = lane; i < DQ_MAX_SETS * 4 * NT; i += 32) sums[i] = 0.0f;
     if (t == 0) {
         RowImage<K, V> again;
-        again.lay_out(p.n_kv_heads, first_head, p.heads_per_block, first_head, chunks);
+        again.lay_out(p.n_kv_heads, first_head, p.heads_per_block, first_head, runs);
+        for (int s = 0; s < STAGES; s++) barrier_init(barriers + s, 1);
+        barrier_init_done();
     }
     __syncthreads();
 
-    // Phase 2: copies of the first stages. A warp copies whole rows, lanes next to each other.
+    // Phase 2: copies of the first stages. Beyond the last key comes the last key once more; its score is masked.
     auto copy_tile = [&](uint32_t tile) {
-        if (tile < end_tile) {
-            uint8_t* stage = shared + (tile - first_tile) % STAGES * stage_bytes;
-            for (uint32_t row = warp; row < tile_keys; row += warps) {
-                // Beyond the end: the last key once more; its score is masked.
-                uint32_t key = tile * tile_keys + row;
-                if (key >= n_keys) key = n_keys - 1;
-                const uint8_t* from = p.store.data + slot_of(p, stream, key) * p.store.stride;
-                uint8_t* to = stage + row * stride;
-                for (uint32_t c = lane; c < image.chunks; c += 32) cp_async_16(to + 16 * c, from + 16 * chunks[c]);
+        const uint32_t index = (tile - first_tile) % STAGES;
+        uint8_t* stage = shared + index * stage_bytes;
+        auto record_of = [&](uint32_t row) {
+            uint32_t key = tile * tile_keys + row;
+            return p.store.data + slot_of(p, stream, key < n_keys ? key : n_keys - 1) * p.store.stride;
+        };
+        if constexpr (HAS_BULK_COPY) {
+            // A run of a row to a lane, dealt over the warps.
+            if (tile >= end_tile) return;
+            if (t == 0) barrier_expect(barriers + index, tile_keys * image.chunks * 16);
+            for (uint32_t i = lane * warps + warp; i < tile_keys * image.runs; i += 32 * warps) {
+                const uint32_t row = image.runs == 1 ? i : i / image.runs;
+                const Run run = runs[i - row * image.runs];
+                bulk_copy(stage + row * stride + 16 * run.to, record_of(row) + 16 * run.source, 16 * run.chunks, barriers + index);
             }
+        } else {
+            // A row to a warp, lanes next to each other.
+            for (uint32_t row = warp; row < tile_keys && tile < end_tile; row += warps) {
+                const uint8_t* from = record_of(row);
+                for (uint32_t r = 0; r < image.runs; r++) {
+                    const Run run = runs[r];
+                    for (uint32_t c = lane; c < run.chunks; c += 32) {
+                        cp_async_16(stage + row * stride + 16 * (run.to + c), from + 16 * (run.source + c));
+                    }
+                }
+            }
+            cp_async_commit();
         }
-        cp_async_commit();
     };
     DQ_UNROLL
     for (int s = 0; s < STAGES - 1; s++) copy_tile(first_tile + s);
@@ -285,11 +311,13 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
 
     for (uint32_t tile = first_tile; tile < end_tile; tile++) {
         // Phase 4: the tile is there for all warps, and all are done with the one whose place the next copy takes.
-        cp_async_wait<STAGES - 2>();
+        const uint32_t turn = tile - first_tile;
+        if constexpr (HAS_BULK_COPY) barrier_wait(barriers + turn % STAGES, turn / STAGES & 1);
+        else cp_async_wait<STAGES - 2>();
         __syncthreads();
         copy_tile(tile + STAGES - 1);
         if (idle) continue;
-        const uint8_t* rows = shared + (tile - first_tile) % STAGES * stage_bytes + key_warp * KEYS_PER_WARP * stride;
+        const uint8_t* rows = shared + turn % STAGES * stage_bytes + key_warp * KEYS_PER_WARP * stride;
         const uint32_t first_key = tile * tile_keys + key_warp * KEYS_PER_WARP;
 
         // Phase 5: headers. Usually the whole tile is in the sets at hand.
@@ -458,7 +486,7 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
             });
         });
     }
-    cp_async_wait<0>();
+    if constexpr (!HAS_BULK_COPY) cp_async_wait<0>();
 
     // Phase 11: the part's result. Nothing but the maximum is read of a part that saw no key.
     flush_sums();
@@ -496,7 +524,7 @@ uint32_t attend_shared_bytes(const DqAttend& p) {
     image.lay_out(p.n_kv_heads, 0, p.heads_per_block, 0, nullptr);
     // Groups of heads that start within a chunk can need one chunk more; room for it in every run.
     uint32_t chunks = image.chunks + (p.heads_per_block == p.n_kv_heads ? 0 : K::planes() + V::planes() + 2);
-    return STAGES * KEYS_PER_WARP * p.key_warps * padded_row(chunks) + (chunks + 7) / 8 * 16
+    return STAGES * KEYS_PER_WARP * p.key_warps * padded_row(chunks) + 64 + MOST_RUNS * sizeof(Run)
         + p.heads_per_block * p.key_warps * DQ_MAX_SETS * 4 * NT * 4;
 }
 

@@ -78,6 +78,17 @@ inline void cp_async_16(void* shared, const void* global) { emu::start_copy(shar
 inline void cp_async_commit() { emu::commit_copies(); }
 template <int LEFT> inline void cp_async_wait() { emu::wait_copies(LEFT); }
 
+#ifdef DQ_EMU_BULK
+constexpr bool HAS_BULK_COPY = true;
+#else
+constexpr bool HAS_BULK_COPY = false;
+#endif
+inline void barrier_init(uint64_t* b, uint32_t count) { emu::mbarrier_init(b, count); }
+inline void barrier_init_done() {}
+inline void barrier_expect(uint64_t* b, uint32_t bytes) { emu::mbarrier_arrive_expect(b, bytes); }
+inline void barrier_wait(uint64_t* b, uint32_t parity) { emu::mbarrier_wait(b, parity); }
+inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* b) { emu::start_bulk_copy(shared, global, bytes, b); }
+
 inline float half_to_float(uint16_t h) { return dq_half_bits_to_float(h); }
 inline uint16_t float_to_half(float f) { return dq_float_to_half_bits(f); }
 inline float bf16_to_float(uint16_t h) { return dq_bf16_bits_to_float(h); }
@@ -153,6 +164,41 @@ template <int LEFT>
 __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
+
+// Bulk copies (compute capability 9.0): one thread moves a run of bytes, a multiple of 16, and a barrier in shared
+// memory counts them. A barrier's phase ends when `count` threads have arrived and the announced bytes are there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool HAS_BULK_COPY = true;
+__device__ __forceinline__ void barrier_init(uint64_t* b, uint32_t count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count) : "memory");
+}
+// To be called by the thread that initialised barriers, before the block's next barrier.
+__device__ __forceinline__ void barrier_init_done() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Arrives and announces bytes.
+__device__ __forceinline__ void barrier_expect(uint64_t* b, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
+}
+// Waits until the phase of this parity has ended.
+__device__ __forceinline__ void barrier_wait(uint64_t* b, uint32_t parity) {
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "AGAIN_%=:\n"
+                 "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+                 "@!done bra AGAIN_%=;\n"
+                 "}" ::"r"(shared_address(b)), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* b) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(b)) : "memory");
+}
+#else
+constexpr bool HAS_BULK_COPY = false;
+__device__ __forceinline__ void barrier_init(uint64_t*, uint32_t) {}
+__device__ __forceinline__ void barrier_init_done() {}
+__device__ __forceinline__ void barrier_expect(uint64_t*, uint32_t) {}
+__device__ __forceinline__ void barrier_wait(uint64_t*, uint32_t) {}
+__device__ __forceinline__ void bulk_copy(void*, const void*, uint32_t, uint64_t*) {}
+#endif
 
 __device__ __forceinline__ float half_to_float(uint16_t h) { return __half2float(__ushort_as_half(h)); }
 __device__ __forceinline__ uint16_t float_to_half(float f) { return __half_as_ushort(__float2half_rn(f)); }

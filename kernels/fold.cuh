@@ -13,7 +13,7 @@
 //
 // Grid: (kv head * DQ_MAX_TRANSFORMS, n tile, stream), 128 threads.
 #pragma once
-#include "plan.cuh"
+#include "rows.cuh"
 
 namespace dq {
 
@@ -29,24 +29,6 @@ __device__ __forceinline__ uint64_t folded_tile(const DqAttend& p, uint32_t stre
 // The factor that turns q . x into the exponent's argument; with a softcap, into the argument of tanh.
 __device__ __forceinline__ float fold_factor(const DqAttend& p) {
     return p.softcap > 0.0f ? p.scale / p.softcap : p.scale * LOG2_E;
-}
-
-__device__ __forceinline__ float load_row(const DqRows& rows, uint64_t token, uint32_t head, uint32_t channel) {
-    uint64_t at = token * rows.token_stride + head * rows.head_stride;
-    if (rows.type == DQ_TYPE_F32) return at_bytes<float>(rows.data, at + 4ull * channel);
-    uint16_t bits = at_bytes<uint16_t>(rows.data, at + 2ull * channel);
-    return rows.type == DQ_TYPE_F16 ? half_to_float(bits) : bf16_to_float(bits);
-}
-
-__device__ __forceinline__ float warp_max(float v) {
-    DQ_UNROLL
-    for (int d = 16; d > 0; d /= 2) v = fmaxf(v, __shfl_xor_sync(ALL_LANES, v, d));
-    return v;
-}
-__device__ __forceinline__ float warp_sum(float v) {
-    DQ_UNROLL
-    for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(ALL_LANES, v, d);
-    return v;
 }
 
 template <class K>

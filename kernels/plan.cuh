@@ -106,22 +106,32 @@ template <int BITS> struct Book;
 template <> struct Book<2> {
     static constexpr bool two_tables = false;
     static constexpr uint32_t table_0 = 0x7F26DA81u, table_1 = 0;
-    static constexpr float unit = float(1.5104 / 127.0);
+    static constexpr double exact_unit = 1.5104 / 127.0;
+    static constexpr float unit = float(exact_unit), distortion = 0.1175f;
+    // Magnitude m of the positive half, in steps.
+    __host__ __device__ static constexpr int magnitude(int m) { return table_0 >> (16 + 8 * m) & 0xFF; }
 };
 template <> struct Book<3> {
     static constexpr bool two_tables = false;
     static constexpr uint32_t table_0 = 0xF2D3B181u, table_1 = 0x7F4F2D0Eu;
-    static constexpr float unit = float(2.1519 / 127.0);
+    static constexpr double exact_unit = 2.1519 / 127.0;
+    static constexpr float unit = float(exact_unit), distortion = 0.03454f;
+    // Magnitude m of the positive half, in steps.
+    __host__ __device__ static constexpr int magnitude(int m) { return table_1 >> (8 * m) & 0xFF; }
 };
 template <> struct Book<4> {
     static constexpr bool two_tables = true;
     static constexpr uint32_t low_0 = 0x3A4B607Fu, low_1 = 0x06121F2Cu;
     static constexpr uint32_t high_0 = 0x2C1F1206u, high_1 = 0x7F604B3Au;
-    static constexpr float unit = float(2.7326 / 127.0);
+    static constexpr double exact_unit = 2.7326 / 127.0;
+    static constexpr float unit = float(exact_unit), distortion = 0.009497f;
+    // Magnitude m of the positive half, in steps.
+    __host__ __device__ static constexpr int magnitude(int m) { return (m < 4 ? high_0 : high_1) >> (8 * (m & 3)) & 0xFF; }
 };
 template <> struct Book<8> {
     static constexpr bool two_tables = false;
-    static constexpr float unit = float(4.0 / 127.0);
+    static constexpr double exact_unit = 4.0 / 127.0;
+    static constexpr float unit = float(exact_unit), distortion = float(exact_unit * exact_unit / 12.0);
 };
 
 }  // namespace dq

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <vector>
 
 #include "fiber.h"
@@ -48,8 +49,16 @@ struct Thread {
     char* stack = nullptr;
 };
 
+struct MBarrier {
+    unsigned count, pending;
+    uint64_t expected;
+    unsigned phase;
+    std::vector<PendingCopy> copies;
+};
+
 struct Block {
     std::vector<Thread> threads;
+    std::map<void*, MBarrier> barriers;
     dim3 block_dim, grid_dim, index;
     unsigned live = 0, current = 0;
     std::function<void()> kernel;
@@ -86,6 +95,9 @@ inline void thread_main() {
     b.kernel();
     Thread& t = me();
     if (!t.open.empty() || !t.groups.empty()) die("a thread ends with copies under way");
+    if (b.live == 1) {
+        for (auto& barrier : b.barriers) if (!barrier.second.copies.empty()) die("a block ends with bulk copies under way");
+    }
     t.state = State::Done;
     b.live--;
     switch_context(t.context, b.scheduler, true);
@@ -134,6 +146,7 @@ inline std::vector<unsigned> turns_of(size_t n, Order order) {
 
 inline void run_block(Block& b, Order order, uint64_t& seed) {
     b.live = b.threads.size();
+    b.barriers.clear();
     std::memset(b.shared, 0xCB, b.shared_bytes);
     for (unsigned i = 0; i < b.threads.size(); i++) {
         Thread& t = b.threads[i];
@@ -145,8 +158,10 @@ inline void run_block(Block& b, Order order, uint64_t& seed) {
         prepare_context(t.context, t.stack, thread_main);
     }
     auto turns = turns_of(b.threads.size(), order);
+    // Rounds in which threads did nothing but poll.
+    unsigned idle_rounds = 0;
     while (b.live) {
-        bool ran = false;
+        bool ran = false, moved = false;
         arrange(turns, order, seed);
         for (unsigned i : turns) {
             if (b.threads[i].state == State::Spins) b.threads[i].state = State::Runs;
@@ -154,8 +169,10 @@ inline void run_block(Block& b, Order order, uint64_t& seed) {
             ran = true;
             b.current = i;
             switch_context(b.scheduler, b.threads[i].context, false);
+            moved |= b.threads[i].state != State::Spins;
         }
-        if (!ran) die("deadlock");
+        idle_rounds = moved ? 0 : idle_rounds + 1;
+        if (!ran || idle_rounds > 100) die("deadlock");
     }
 }
 

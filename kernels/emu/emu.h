@@ -1,7 +1,7 @@
 // Device code as plain C++17 on the CPU. Include this in place of the CUDA headers.
 //   types.h  f16, bf16, integer intrinsics        fiber.h  stacks and switches
 //   block.h  scheduler, launch, __syncthreads     warp.h   shuffles, votes, mma, ldmatrix
-//   async.h  cp.async
+//   async.h  cp.async, mbarrier, bulk copies
 #pragma once
 #include "async.h"
 #include "block.h"

@@ -34,11 +34,12 @@ inline int32_t __float_as_int(float v) { return emu::bits_as<int32_t>(v); }
 inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 inline int __ffs(uint32_t v) { return __builtin_ffs(int(v)); }
 inline int __clz(uint32_t v) { return v ? __builtin_clz(v) : 32; }
+// One rounding each, as on the device; compile with -ffp-contract=off.
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
-inline float __fmul_rn(float a, float b) { volatile float r = a * b; return r; }
-inline float __fadd_rn(float a, float b) { volatile float r = a + b; return r; }
-inline float __fsub_rn(float a, float b) { volatile float r = a - b; return r; }
-inline float __fdiv_rn(float a, float b) { volatile float r = a / b; return r; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline int __float2int_rn(float v) { return int(std::nearbyint(v)); }

@@ -26,32 +26,45 @@ __global__ void fill_headers(uint8_t* store, size_t slots, uint32_t slot_bytes, 
     }
 }
 
-// The copies of the attention kernel and nothing else: what its pipeline could reach.
-template <int STAGES>
+// The copies of the attention kernel and nothing else, by bulk copies or by cp.async: what its pipeline could reach.
+template <int STAGES, bool BULK>
 __global__ void __launch_bounds__(256, 2) copies_only(const DqAttend p, float* out, uint32_t row_bytes) {
     DQ_DYNAMIC_SHARED(shared);
     const uint32_t warp = threadIdx.x >> 5, lane = threadIdx.x & 31, stride = dq::padded_row(row_bytes / 16), tile_keys = 32;
     const uint32_t tiles = p.n_kv / tile_keys, share = (tiles + p.n_splits - 1) / p.n_splits;
     const uint32_t first = blockIdx.x * share, end = min(first + share, tiles);
+    uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + STAGES * tile_keys * stride);
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; s++) dq::barrier_init(barriers + s, 1);
+        dq::barrier_init_done();
+    }
+    __syncthreads();
     auto copy_tile = [&](uint32_t tile) {
-        if (tile < end) {
-            uint8_t* stage = shared + (tile - first) % STAGES * tile_keys * stride;
-            for (uint32_t row = warp; row < tile_keys; row += 8) {
-                const uint8_t* from = p.store.data + dq::slot_of(p, blockIdx.z, tile * tile_keys + row) * p.store.stride;
-                for (uint32_t c = lane; c < row_bytes / 16; c += 32) dq::cp_async_16(stage + row * stride + 16 * c, from + 16 * c);
-            }
+        const uint32_t index = (tile - first) % STAGES;
+        uint8_t* stage = shared + index * tile_keys * stride;
+        auto record = [&](uint32_t row) { return p.store.data + dq::slot_of(p, blockIdx.z, tile * tile_keys + row) * p.store.stride; };
+        if (BULK) {
+            if (tile >= end) return;
+            if (threadIdx.x == 0) dq::barrier_expect(barriers + index, tile_keys * row_bytes);
+            const uint32_t row = lane * 8 + warp;
+            if (row < tile_keys) dq::bulk_copy(stage + row * stride, record(row), row_bytes, barriers + index);
+            return;
+        }
+        for (uint32_t row = warp; row < tile_keys && tile < end; row += 8) {
+            for (uint32_t c = lane; c < row_bytes / 16; c += 32) dq::cp_async_16(stage + row * stride + 16 * c, record(row) + 16 * c);
         }
         dq::cp_async_commit();
     };
     for (int s = 0; s < STAGES - 1; s++) copy_tile(first + s);
     float sum = 0;
     for (uint32_t tile = first; tile < end; tile++) {
-        dq::cp_async_wait<STAGES - 2>();
+        if (BULK) dq::barrier_wait(barriers + (tile - first) % STAGES, (tile - first) / STAGES & 1);
+        else dq::cp_async_wait<STAGES - 2>();
         __syncthreads();
         copy_tile(tile + STAGES - 1);
         sum += shared[(tile - first) % STAGES * tile_keys * stride + threadIdx.x];
     }
-    dq::cp_async_wait<0>();
+    if (!BULK) dq::cp_async_wait<0>();
     if (sum == -1.0f) *out = sum;
 }
 
@@ -129,18 +142,19 @@ void bench(const char* name, Timer& timer, double copy, bool mixed, bool brief) 
     p.partial = partial.get(), p.partial_sums = partial_sums.get();
     const uint32_t shared = dq::attend_shared_bytes<K, V, 1, STAGES>(p);
     rt::check(cudaFuncSetAttribute(bench_kernel<STAGES, KP, VP>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
-    rt::check(cudaFuncSetAttribute(copies_only<STAGES>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
+    rt::check(cudaFuncSetAttribute(copies_only<STAGES, true>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
+    rt::check(cudaFuncSetAttribute(copies_only<STAGES, false>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
     int per_sm = 0, sms = 0;
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, bench_kernel<STAGES, KP, VP>, 256, shared);
     cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0);
     std::printf("\n%s%s: %u bytes a slot, %d stages, %u bytes shared, %d blocks on each of %d SMs\n", name, mixed ? ", two sets in every tile" : "", l.slot_bytes, STAGES, shared, per_sm, sms);
-    std::printf("%6s %7s %6s | %9s %9s %9s | %9s %7s %7s %7s\n", "batch", "keys", "splits", "copies us", "attend us", "all us", "GB/s all", "copies", "attend", "all");
+    std::printf("%6s %7s %6s | %9s %9s %9s %9s | %9s %9s %7s %7s %7s\n", "batch", "keys", "splits", "bulk us", "async us", "attend us", "all us", "GB/s all", "bulk", "async", "attend", "all");
 
     for (uint32_t streams : {1u, 8u, 64u}) {
         for (uint32_t keys : {4096u, 8192u, 16384u, 65536u, 131072u}) {
             if (brief && keys != 16384 && keys != 65536) continue;
             size_t bytes = size_t(streams) * keys * l.slot_bytes, copies = std::max<size_t>(1, std::min<size_t>(slots / (size_t(streams) * keys), 64));
-            double best = 1e30, best_attend = 0, best_copies = 0;
+            double best = 1e30, best_attend = 0, best_bulk = 0, best_async = 0;
             uint32_t best_splits = 0, tried = 0;
             for (double waves : {1.0, 2.0, 4.0}) {
                 uint32_t splits = uint32_t(waves * per_sm * sms / streams), tiles = keys / 32;
@@ -168,11 +182,12 @@ void bench(const char* name, Timer& timer, double copy, bool mixed, bool brief) 
                 if (all < best) {
                     best = all, best_splits = splits;
                     best_attend = timer.median(calls, attend);
-                    best_copies = timer.median(calls, [&](int i, cudaStream_t s) { copies_only<STAGES><<<grid, 256, shared, s>>>(at(i), out.get(), l.slot_bytes); });
+                    best_bulk = timer.median(calls, [&](int i, cudaStream_t s) { copies_only<STAGES, true><<<grid, 256, shared, s>>>(at(i), out.get(), l.slot_bytes); });
+                    best_async = timer.median(calls, [&](int i, cudaStream_t s) { copies_only<STAGES, false><<<grid, 256, shared, s>>>(at(i), out.get(), l.slot_bytes); });
                 }
             }
             auto share = [&](double us) { return 100 * bytes / us / 1e3 / copy; };
-            std::printf("%6u %7u %6u | %9.1f %9.1f %9.1f | %9.0f %6.0f%% %6.0f%% %6.0f%%\n", streams, keys, best_splits, best_copies, best_attend, best, bytes / best / 1e3, share(best_copies), share(best_attend), share(best));
+            std::printf("%6u %7u %6u | %9.1f %9.1f %9.1f %9.1f | %9.0f %8.0f%% %6.0f%% %6.0f%% %6.0f%%\n", streams, keys, best_splits, best_bulk, best_async, best_attend, best, bytes / best / 1e3, share(best_bulk), share(best_async), share(best_attend), share(best));
             std::fflush(stdout);
         }
     }
