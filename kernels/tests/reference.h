@@ -25,6 +25,7 @@ inline uint16_t to_half(double v) {
     v = std::fabs(v);
     if (std::isnan(v)) return 0x7E00;
     if (v >= 65520) return sign | 0x7C00;
+    if (v == 0) return sign;
     int exponent = 0;
     std::frexp(v, &exponent);
     int shift = std::max(exponent - 11, -24);
