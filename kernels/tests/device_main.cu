@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "attend_test.cpp"
+#include "encode_test.cpp"
 
 namespace {
 
@@ -193,6 +194,32 @@ void bench(const char* name, Timer& timer, double copy, bool mixed, bool brief) 
     }
 }
 
+// Encode of a chunk: K in the newest (dense) set, V about a mean.
+template <int ROWS>
+void bench_encode(Timer& timer, uint32_t n) {
+    using S = dq::Side<D, 4, true>;
+    auto l = ref::layout(N_KV, D, 4, D, 4);
+    std::mt19937_64 rng(4);
+    DeviceFactors kf(ref::random_factors(D, N_KV, {2, 1}, rng)), vf(ref::random_factors(D, N_KV, {3, 0}, rng));
+    std::vector<uint16_t> half(size_t(n) * N_KV * D);
+    std::normal_distribution<double> normal;
+    for (auto& x : half) x = ref::to_half(normal(rng));
+    std::vector<int64_t> slots(n);
+    for (uint32_t i = 0; i < n; i++) slots[i] = i;
+    rt::Buffer<uint16_t> rows(half);
+    rt::Buffer<int64_t> d_slots(slots);
+    rt::Buffer<uint8_t> store(size_t(n) * l.slot_bytes);
+    DqEncode p{};
+    p.store = {store.get(), l.slot_bytes, n};
+    p.k = kf.params(), p.v = vf.params();
+    p.k_rows = p.v_rows = {rows.get(), N_KV * D * 2, D * 2, DQ_TYPE_F16, 0};
+    p.slots = d_slots.get(), p.n = n, p.n_kv_heads = N_KV;
+    const uint32_t shared = dq::encode_shared_bytes<S, S, ROWS>(), per_block = dq::ENCODE_HALVES * ROWS;
+    rt::check(cudaFuncSetAttribute(encode_kernel<S, S, ROWS>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
+    double us = timer.median(20, [&](int, cudaStream_t s) { encode_kernel<S, S, ROWS><<<dim3((n + per_block - 1) / per_block, N_KV, 2), 256, shared, s>>>(p); });
+    std::printf("encode, %u tokens, %d rows to a half warp: %.1f us a layer\n", n, ROWS, us);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -205,12 +232,14 @@ int main(int argc, char** argv) {
         all_cases<64, 3, 64, 3>(rng, 0, n);
         run<128, 4, 128, 4, 2, true>({"wide group", 2, 7, 1, 1, 70, 2, {2, 1}, {2, 0}, 1, true, 0, false, false, 4}, rng);
         run<128, 4, 128, 4, 1, true>({"eight heads", 8, 4, 2, 1, 3000, 20, {2, 2}, {3, 0}, 1, true, 0, true, false, 8}, rng);
-        if (rt::report("attend on the device")) return 1;
+        encode_cases(rng);
+        if (rt::report("kernels on the device")) return 1;
     }
     if (what != "check") {
         Timer timer;
         double copy = copy_bandwidth(timer);
         std::printf("device copy, bytes read and written: %.0f GB/s\n", copy);
+        for (uint32_t n : {1u, 64u, 512u}) bench_encode<1>(timer, n), bench_encode<2>(timer, n);
         bench<3, 4, 4>("dq4", timer, copy, false, false);
         bench<3, 3, 3>("dq3", timer, copy, false, false);
         bench<3, 4, 4>("dq4", timer, copy, true, true);
