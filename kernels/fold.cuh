@@ -44,9 +44,7 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     const DqHeadSets& sets = p.k.heads[head];
 
     // Nothing to do for a linear part that no set names.
-    bool named = transform == 0;
-    for (int e = 0; e < DQ_MAX_SETS; e++) named |= (sets.present >> e & 1) && sets.transform[e] == transform;
-    if (!named) return;
+    if (!names_transform(sets, transform)) return;
 
     // Queries to shared memory; rows that do not exist are zero.
     for (int i = t; i < ROWS * D; i += THREADS) {

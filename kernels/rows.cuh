@@ -4,6 +4,13 @@
 
 namespace dq {
 
+// Whether a head has a set over this linear part. The rotation always has one.
+__device__ __forceinline__ bool names_transform(const DqHeadSets& sets, uint32_t transform) {
+    bool named = transform == 0;
+    for (int e = 0; e < DQ_MAX_SETS; e++) named |= (sets.present >> e & 1) && sets.transform[e] == transform;
+    return named;
+}
+
 __device__ __forceinline__ float load_row(const DqRows& rows, uint64_t token, uint32_t head, uint32_t channel) {
     uint64_t at = token * rows.token_stride + head * rows.head_stride;
     if (rows.type == DQ_TYPE_F32) return at_bytes<float>(rows.data, at + 4ull * channel);

@@ -8,6 +8,7 @@ int main(int argc, char** argv) {
     std::mt19937_64 rng(1 + order);
 #ifdef DQ_FAST
     all_cases<128, 4, 128, 4>(rng, 0, 2);
+    prefill_cases<128, 4, 128, 4, 4, 3>(rng, 0, 4);
 #else
     const int n = sizeof CASES / sizeof *CASES;
     all_cases<128, 4, 128, 4>(rng, 0, n);
@@ -21,6 +22,11 @@ int main(int argc, char** argv) {
     all_cases<80, 4, 80, 3>(rng, 1, 4);
     all_cases<96, 3, 96, 4>(rng, 1, 4);
     all_cases<192, 4, 128, 8>(rng, 1, 3);
+    prefill_cases<128, 4, 128, 4, 4, 4>(rng, 0, 4);
+    prefill_cases<128, 3, 128, 3, 2, 2>(rng, 0, 4);
+    prefill_cases<64, 3, 64, 8, 4, 2>(rng, 0, 4);
+    prefill_cases<80, 4, 96, 3, 2, 3>(rng, 0, 3);
+    prefill_cases<256, 2, 256, 4, 1, 4>(rng, 0, 2);
 #endif
     return rt::report("attend on the emulator");
 }

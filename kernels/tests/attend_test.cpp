@@ -2,6 +2,7 @@
 // Build with g++ -DDQ_EMU for the emulator, or include from device_main.cu.
 #include <functional>
 
+#include "../attend_prefill.cuh"
 #include "../host.h"
 #include "../merge.cuh"
 #include "reference.h"
@@ -23,6 +24,7 @@ struct Case {
 
 template <class K, class V, int NT> __global__ void __launch_bounds__(128) fold_kernel(const DqAttend p) { dq::fold_queries<K>(p); }
 template <class K, class V, int NT> __global__ void __launch_bounds__(256, NT == 1 ? 2 : 1) attend_kernel(const DqAttend p) { dq::attend_decode<K, V, NT, 3>(p); }
+template <class K, class V, int NT> __global__ void __launch_bounds__(256) prefill_kernel(const DqAttend p) { dq::attend_prefill<K, V, NT>(p); }
 template <class V> __global__ void __launch_bounds__(512) merge_kernel(const DqAttend p) { dq::attend_merge<V>(p); }
 
 // Factors on the device.
@@ -37,7 +39,8 @@ struct DeviceFactors {
     DqFactors params() const { return {heads.get(), means.get(), decode.get(), encode.get(), rotation.get(), max_dense, 0}; }
 };
 
-template <int DK, int KP, int DV, int VP, int NT, bool ALIGNED>
+// PREFILL: by the kernel for many queries, that many warps to a block.
+template <int DK, int KP, int DV, int VP, int NT, bool ALIGNED, int PREFILL = 0>
 void run(const Case& c, std::mt19937_64& rng) {
     using K = dq::Side<DK, KP, ALIGNED>;
     using V = dq::Side<DV, VP, ALIGNED>;
@@ -134,6 +137,7 @@ void run(const Case& c, std::mt19937_64& rng) {
     auto cut = dq::cut_attend(c.n_kv, c.n_q * c.group, NT, c.n_keys, c.n_streams, 1, c.most_warps);
     p.heads_per_block = cut.heads_per_block, p.key_warps = cut.key_warps, p.row_tiles = cut.row_tiles;
     p.n_splits = c.n_splits;
+    if (PREFILL) p.heads_per_block = p.key_warps = 1;
     p.v_transforms = c.v_sets.dense ? DQ_MAX_TRANSFORMS : 1;
     const uint32_t n_tiles = cut.row_tiles * NT, parts = dq::attend_parts(p), rows = c.n_streams * c.n_kv * c.n_q * c.group;
     rt::Buffer<uint8_t> folded(size_t(c.n_streams) * c.n_kv * DQ_MAX_TRANSFORMS * n_tiles * K::groups * 256);
@@ -144,7 +148,10 @@ void run(const Case& c, std::mt19937_64& rng) {
     p.partial = partial.get(), p.partial_sums = partial_sums.get();
 
     rt::launch(fold_kernel<K, V, NT>, dim3(c.n_kv * DQ_MAX_TRANSFORMS, n_tiles, c.n_streams), 128, 0, p);
-    rt::launch(attend_kernel<K, V, NT>, dim3(p.n_splits, c.n_kv / p.heads_per_block * p.row_tiles, c.n_streams * p.v_transforms),
+    if constexpr (PREFILL > 0) {
+        rt::launch(prefill_kernel<K, V, NT>, dim3(p.n_splits, c.n_kv * ((p.row_tiles + PREFILL - 1) / PREFILL), c.n_streams * p.v_transforms), 32 * PREFILL,
+                   dq::prefill_shared_bytes<K, V, NT>(p, PREFILL), p);
+    } else rt::launch(attend_kernel<K, V, NT>, dim3(p.n_splits, c.n_kv / p.heads_per_block * p.row_tiles, c.n_streams * p.v_transforms),
                32 * p.heads_per_block * p.key_warps, dq::attend_shared_bytes<K, V, NT, 3>(p), p);
     rt::launch(merge_kernel<V>, dim3(rows), parts > 4 ? 256 : 64, 0, p);
     rt::sync();
@@ -185,7 +192,7 @@ void run(const Case& c, std::mt19937_64& rng) {
             }
         }
     }
-    std::string name = std::string(c.name) + " k" + std::to_string(DK) + "@" + std::to_string(KP) + " v" + std::to_string(DV) + "@" + std::to_string(VP) + " nt" + std::to_string(NT) + (ALIGNED ? "" : " unaligned");
+    std::string name = std::string(c.name) + " k" + std::to_string(DK) + "@" + std::to_string(KP) + " v" + std::to_string(DV) + "@" + std::to_string(VP) + " nt" + std::to_string(NT) + (ALIGNED ? "" : " unaligned") + (PREFILL ? " prefill" : "");
     if (std::getenv("DQ_VERBOSE")) std::printf("%-60s %.2e\n", name.c_str(), worst);
     rt::expect(name, worst, 1e-3);
 }
@@ -201,6 +208,24 @@ const Case CASES[] = {
     {"dense values", 2, 2, 1, 1, 90, 2, {1, 1}, {2, 2}, 1, true, 0, false, false, 2},
     {"paged",        2, 4, 3, 2, 90, 3, {1, 1}, {2, 0}, 0, false, 0, true, true, 4},
 };
+
+const Case PREFILL_CASES[] = {
+    {"chunk",         2, 4, 1, 20, 150, 1, {2, 1}, {3, 0}, 1, true, 0, false, false, 1},
+    {"chunk hostile", 1, 3, 2, 9, 130, 2, {3, 1}, {4, 0}, 1, false, 0, true, false, 1},
+    {"chunk softcap", 3, 2, 1, 11, 70, 1, {1, 1}, {2, 2}, 2, true, 5, false, false, 1},
+    {"chunk paged",   2, 4, 3, 13, 140, 2, {1, 1}, {2, 0}, 0, false, 0, true, true, 1},
+};
+
+template <int DK, int KP, int DV, int VP, int NT, int WARPS>
+void prefill_cases(std::mt19937_64& rng, int from, int to) {
+    for (int i = from; i < to; i++) {
+        const Case& c = PREFILL_CASES[i];
+        using K = dq::Side<DK, KP, true>;
+        using V = dq::Side<DV, VP, true>;
+        if (dq::planes_aligned<K, V>(c.n_kv)) run<DK, KP, DV, VP, NT, true, WARPS>(c, rng);
+        else if constexpr (K::can_be_unaligned() || V::can_be_unaligned()) run<DK, KP, DV, VP, NT, false, WARPS>(c, rng);
+    }
+}
 
 template <int DK, int KP, int DV, int VP>
 void all_cases(std::mt19937_64& rng, int from, int to) {
