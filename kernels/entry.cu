@@ -1,6 +1,7 @@
 // The kernels by name, as the driver layer looks them up. Names: what, head_dim, key plan, value plan; attention also
 // the number of row tiles of four (n1: up to four rows of queries to a KV head in one pass, n2: up to eight) and, where
 // an odd number of heads can put planes off their alignment, a variant `u` that reads byte pairs.
+#include "attend_prefill.cuh"
 #include "dequantize.cuh"
 #include "encode.cuh"
 #include "instances.h"
@@ -13,6 +14,9 @@
 #define DQ_KERNELS(d, kp, vp)                                                                                         \
     DQ_ATTEND(dq_attend_##d##_##kp##_##vp##_n1, d, kp, vp, 1, true)                                                   \
     DQ_ATTEND(dq_attend_##d##_##kp##_##vp##_n2, d, kp, vp, 2, true)                                                   \
+    extern "C" __global__ void __launch_bounds__(256) dq_prefill_##d##_##kp##_##vp(const DqAttend p) {                \
+        dq::attend_prefill<dq::Side<d, kp, true>, dq::Side<d, vp, true>, (d) <= 128 ? 4 : 2>(p);                      \
+    }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(128) dq_fold_##d##_##kp##_##vp(const DqAttend p) {                   \
         dq::fold_queries<dq::Side<d, kp, true>>(p);                                                                   \
     }                                                                                                                 \

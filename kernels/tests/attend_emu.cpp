@@ -7,7 +7,7 @@ int main(int argc, char** argv) {
     rt::how().seed = 7;
     std::mt19937_64 rng(1 + order);
 #ifdef DQ_FAST
-    all_cases<128, 4, 128, 4>(rng, 0, 2);
+    all_cases<128, 4, 128, 4>(rng, 0, 3);
     prefill_cases<128, 4, 128, 4, 4, 3>(rng, 0, 4);
 #else
     const int n = sizeof CASES / sizeof *CASES;

@@ -200,6 +200,7 @@ void run(const Case& c, std::mt19937_64& rng) {
 const Case CASES[] = {
     //  name         kv grp st nq keys spl  k sets  v sets  mask sink  cap  host   paged warps
     {"plain",        2, 4, 1, 1, 100, 2, {1, 0}, {1, 0}, 0, false, 0, false, false, 4},
+    {"long",         2, 3, 1, 1, 460, 1, {2, 1}, {2, 0}, 0, false, 0, false, false, 4},
     {"sets",         2, 4, 2, 1, 150, 3, {2, 2}, {3, 0}, 1, true, 0, false, false, 4},
     {"hostile",      1, 3, 2, 2, 130, 2, {3, 1}, {4, 0}, 1, false, 0, true, false, 4},
     {"softcap",      4, 2, 1, 2, 70, 1, {1, 1}, {2, 0}, 2, true, 5, false, false, 4},

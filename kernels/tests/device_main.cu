@@ -69,11 +69,6 @@ __global__ void __launch_bounds__(256, 2) copies_only(const DqAttend p, float* o
     if (sum == -1.0f) *out = sum;
 }
 
-template <int STAGES, int KP, int VP>
-__global__ void __launch_bounds__(256, 2) bench_kernel(const DqAttend p) {
-    dq::attend_decode<dq::Side<D, KP, true>, dq::Side<D, VP, true>, 1, STAGES>(p);
-}
-
 struct Timer {
     cudaEvent_t begin, end;
     cudaStream_t stream;
@@ -114,10 +109,11 @@ double copy_bandwidth(Timer& timer) {
     return 2 * bytes / us / 1e3;
 }
 
-template <int STAGES, int KP, int VP>
+template <int KP, int VP>
 void bench(const char* name, Timer& timer, double copy, bool mixed, bool brief) {
     using K = dq::Side<D, KP, true>;
     using V = dq::Side<D, VP, true>;
+    constexpr int STAGES = 3;
     auto l = ref::layout(N_KV, D, KP, D, VP);
     std::mt19937_64 rng(3);
     DeviceFactors kf(ref::random_factors(D, N_KV, {2, 1}, rng)), vf(ref::random_factors(D, N_KV, {3, 0}, rng));
@@ -142,11 +138,11 @@ void bench(const char* name, Timer& timer, double copy, bool mixed, bool brief) 
     p.folded = folded.get(), p.folded_scales = scales.get(), p.constants = constants.get();
     p.partial = partial.get(), p.partial_sums = partial_sums.get();
     const uint32_t shared = dq::attend_shared_bytes<K, V, 1, STAGES>(p);
-    rt::check(cudaFuncSetAttribute(bench_kernel<STAGES, KP, VP>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
+    rt::check(cudaFuncSetAttribute(attend_kernel<K, V, 1>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
     rt::check(cudaFuncSetAttribute(copies_only<STAGES, true>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
     rt::check(cudaFuncSetAttribute(copies_only<STAGES, false>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
     int per_sm = 0, sms = 0;
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, bench_kernel<STAGES, KP, VP>, 256, shared);
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, attend_kernel<K, V, 1>, 256, shared);
     cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0);
     std::printf("\n%s%s: %u bytes a slot, %d stages, %u bytes shared, %d blocks on each of %d SMs\n", name, mixed ? ", two sets in every tile" : "", l.slot_bytes, STAGES, shared, per_sm, sms);
     std::printf("%6s %7s %6s | %9s %9s %9s %9s | %9s %9s %7s %7s %7s\n", "batch", "keys", "splits", "bulk us", "async us", "attend us", "all us", "GB/s all", "bulk", "async", "attend", "all");
@@ -173,7 +169,7 @@ void bench(const char* name, Timer& timer, double copy, bool mixed, bool brief) 
                 };
                 int calls = bytes > (1ull << 30) ? 4 : 20;
                 dim3 grid(splits, 1, streams);
-                auto attend = [&](int i, cudaStream_t s) { bench_kernel<STAGES, KP, VP><<<grid, 256, shared, s>>>(at(i)); };
+                auto attend = [&](int i, cudaStream_t s) { attend_kernel<K, V, 1><<<grid, 256, shared, s>>>(at(i)); };
                 uint32_t merge_threads = 32 * std::min(16u, std::max(4u, (splits + 3) / 4));
                 double all = timer.median(calls, [&](int i, cudaStream_t s) {
                     fold_kernel<K, V, 1><<<dim3(N_KV * DQ_MAX_TRANSFORMS, 1, streams), 128, 0, s>>>(at(i));
@@ -192,6 +188,42 @@ void bench(const char* name, Timer& timer, double copy, bool mixed, bool brief) 
             std::fflush(stdout);
         }
     }
+}
+
+// A prefill chunk of `n` queries at the end of `keys` keys, paged and causal; the cost of the fold beside it.
+void bench_prefill(Timer& timer, uint32_t n, uint32_t keys) {
+    using S = dq::Side<D, 4, true>;
+    auto l = ref::layout(N_KV, D, 4, D, 4);
+    std::mt19937_64 rng(5);
+    DeviceFactors kf(ref::random_factors(D, N_KV, {2, 1}, rng)), vf(ref::random_factors(D, N_KV, {3, 0}, rng));
+    rt::Buffer<uint8_t> store(size_t(keys) * l.slot_bytes);
+    fill<<<1024, 256>>>(reinterpret_cast<uint32_t*>(store.get()), size_t(keys) * l.slot_bytes / 4);
+    fill_headers<<<1024, 256>>>(store.get(), keys, l.slot_bytes, l.k.headers, false);
+    std::vector<int32_t> identity(keys / 16);
+    for (size_t i = 0; i < identity.size(); i++) identity[i] = int32_t(i);
+    rt::Buffer<int32_t> table(identity), lengths(std::vector<int32_t>{int32_t(keys)});
+    const size_t rows = size_t(n) * N_KV * GROUP;
+    const uint32_t n_tiles = (n * GROUP + 15) / 16 * 4;
+    rt::Buffer<float> q(std::vector<float>(rows * D, 0.05f)), out(rows * D), partial(rows * D), sums(rows * dq::SUMS);
+    rt::Buffer<uint8_t> folded(size_t(N_KV) * DQ_MAX_TRANSFORMS * n_tiles * S::groups * 256);
+    rt::Buffer<float> scales(size_t(N_KV) * DQ_MAX_TRANSFORMS * n_tiles * 4), constants(size_t(N_KV) * DQ_MAX_SETS * n_tiles * 4);
+    DqAttend p{};
+    p.store = {store.get(), l.slot_bytes, keys};
+    p.k = kf.params(), p.v = vf.params();
+    p.q = {q.get(), uint64_t(N_KV) * GROUP * D * 4, D * 4, DQ_TYPE_F32, 0};
+    p.out = {out.get(), uint64_t(N_KV) * GROUP * D * 4, D * 4, DQ_TYPE_F32, 0};
+    p.block_table = table.get(), p.lengths = lengths.get(), p.table_stride = keys / 16, p.block_shift = 4, p.causal = 1;
+    p.n_kv_heads = N_KV, p.group = GROUP, p.n_streams = 1, p.n_q = n, p.n_kv = keys, p.scale = 0.088f;
+    p.v_transforms = 1, p.heads_per_block = p.key_warps = p.n_splits = 1, p.row_tiles = n_tiles / 4;
+    p.folded = folded.get(), p.folded_scales = scales.get(), p.constants = constants.get(), p.partial = partial.get(), p.partial_sums = sums.get();
+    const uint32_t warps = 8, shared = dq::prefill_shared_bytes<S, S, 4>(p, warps);
+    rt::check(cudaFuncSetAttribute(prefill_kernel<S, S, 4>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
+    auto fold = [&](int, cudaStream_t s) { fold_kernel<S, S, 4><<<dim3(N_KV * DQ_MAX_TRANSFORMS, n_tiles, 1), 128, 0, s>>>(p); };
+    auto attend = [&](int, cudaStream_t s) { prefill_kernel<S, S, 4><<<dim3(1, N_KV * ((p.row_tiles + warps - 1) / warps), 1), 32 * warps, shared, s>>>(p); };
+    auto merge = [&](int, cudaStream_t s) { merge_kernel<S><<<unsigned(rows), 64, 0, s>>>(p); };
+    const double a = timer.median(5, fold), b = timer.median(5, attend), c = timer.median(5, merge);
+    const double flops = 4.0 * D * N_KV * GROUP * (double(n) * keys - double(n) * (n - 1) / 2);
+    std::printf("prefill, %u queries over %u keys: fold %.1f, attend %.1f, merge %.1f us; %.0f TFLOP/s in attend\n", n, keys, a, b, c, flops / b / 1e6);
 }
 
 // Encode of a chunk: K in the newest (dense) set, V about a mean.
@@ -232,7 +264,9 @@ int main(int argc, char** argv) {
         all_cases<64, 3, 64, 3>(rng, 0, n);
         run<128, 4, 128, 4, 2, true>({"wide group", 2, 7, 1, 1, 70, 2, {2, 1}, {2, 0}, 1, true, 0, false, false, 4}, rng);
         run<128, 4, 128, 4, 1, true>({"eight heads", 8, 4, 2, 1, 3000, 20, {2, 2}, {3, 0}, 1, true, 0, true, false, 8}, rng);
-        encode_cases(rng);
+        prefill_cases<128, 4, 128, 4, 4, 8>(rng, 0, 4);
+        prefill_cases<128, 3, 128, 3, 2, 8>(rng, 0, 4);
+        encode_cases_short(rng);
         if (rt::report("kernels on the device")) return 1;
     }
     if (what != "check") {
@@ -240,10 +274,10 @@ int main(int argc, char** argv) {
         double copy = copy_bandwidth(timer);
         std::printf("device copy, bytes read and written: %.0f GB/s\n", copy);
         for (uint32_t n : {1u, 64u, 512u}) bench_encode<1>(timer, n), bench_encode<2>(timer, n);
-        bench<3, 4, 4>("dq4", timer, copy, false, false);
-        bench<3, 3, 3>("dq3", timer, copy, false, false);
-        bench<3, 4, 4>("dq4", timer, copy, true, true);
-        bench<2, 4, 4>("dq4", timer, copy, false, true);
+        bench_prefill(timer, 512, 4096), bench_prefill(timer, 2048, 16384);
+        bench<4, 4>("dq4", timer, copy, false, false);
+        bench<3, 3>("dq3", timer, copy, false, false);
+        bench<4, 4>("dq4", timer, copy, true, true);
     }
     return 0;
 }
