@@ -2,7 +2,7 @@
 # The main job: one small model through the patched llama.cpp with seven kinds of KV cache. Size, quality and speed, all
 # measured now, then a few sentences from the dq4 cache. About 10 minutes on two cores once everything is built.
 #   run.sh [MODEL.gguf]       SmolLM2-135M if none is given
-# Environment: DEPTH (4096): how full the cache is in the second half of the speed test. CHUNKS (8): texts of 512 tokens.
+# Environment: THREADS (all cores). DEPTH (4096): how full the cache is in the second half of the speed test. CHUNKS (8): texts of 512 tokens.
 set -euo pipefail
 source "$(dirname "$0")/paths.sh"
 bash "$here/build.sh"
@@ -10,7 +10,7 @@ bash "$here/build.sh"
 model=${1:-$small}
 depth=${DEPTH:-4096}
 chunks=${CHUNKS:-8}
-threads=$(nproc)
+threads=${THREADS:-$(nproc)}
 types=(f16 q8_0 q4_0 dq8 dq4 dq3 dq2)
 
 tmp=$(mktemp -d)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """llama-server on a coded cache: four slots at once, then prompts that come back from the RAM prompt cache.
 
-    server.py LLAMA_SERVER MODEL FACTORS
+    server.py LLAMA_SERVER MODEL FACTORS THREADS
 
 The factors are loaded, so an answer does not depend on what was asked before or at the same time.
 """
@@ -15,12 +15,11 @@ import time
 import urllib.request
 
 TOPICS = ["the history of paper", "how bridges carry load", "why the sea is salt", "the life of bees",
-          "sorting a list of numbers", "the phases of the moon", "baking bread at home", "how a clock keeps time",
-          "the rules of chess", "growing tomatoes", "the first railways", "reading a map"]
+          "sorting a list of numbers", "the phases of the moon", "baking bread at home", "how a clock keeps time"]
 
 
 def prompt(i):
-    filler = " ".join(f"Note {n} about {TOPICS[i]}: it has {n * 7 % 13} parts." for n in range(30))
+    filler = " ".join(f"Note {n} about {TOPICS[i]}: it has {n * 7 % 13} parts." for n in range(12))
     return f"{filler}\nIn short, {TOPICS[i]} is"
 
 
@@ -31,11 +30,11 @@ def free_port():
 
 
 class Server:
-    def __init__(self, binary, model, factors):
+    def __init__(self, binary, model, factors, threads):
         self.port = free_port()
         self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")
         self.process = subprocess.Popen(
-            [binary, "-m", model, "-ctk", "dq4", "-ctv", "dq4", "--kv-factors", factors, "-np", "4", "-c", "6144", "-t", "1",
+            [binary, "-m", model, "-ctk", "dq4", "-ctv", "dq4", "--kv-factors", factors, "-np", "4", "-c", "4096", "-t", threads,
              "--cache-ram", "512", "--host", "127.0.0.1", "--port", str(self.port), "-lv", "4"],
             stdout=self.log, stderr=subprocess.STDOUT)
         for _ in range(600):
@@ -46,6 +45,7 @@ class Server:
                 if self.process.poll() is not None:
                     raise RuntimeError(f"llama-server ended with {self.process.returncode}:\n{self.text()[-3000:]}")
                 time.sleep(0.1)
+        self.stop()
         raise RuntimeError("llama-server does not answer")
 
     def text(self):
@@ -53,7 +53,7 @@ class Server:
             return f.read()
 
     def complete(self, i):
-        body = {"prompt": prompt(i), "n_predict": 24, "temperature": 0, "cache_prompt": True}
+        body = {"prompt": prompt(i), "n_predict": 16, "temperature": 0, "cache_prompt": True}
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/completion", json.dumps(body).encode(),
                                          {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=300) as response:
@@ -65,7 +65,7 @@ class Server:
 
 
 def main():
-    server = Server(*sys.argv[1:4])
+    server = Server(*sys.argv[1:5])
     try:
         # four slots at once
         first = [None] * 4
@@ -96,7 +96,7 @@ def main():
         server.stop()
     text = server.text()
     assert "sets of K" in text, "no word about the sets at the end"
-    print(f"four slots at once, then 8 other prompts: {from_cache} of 4 prompts come back from RAM with the same answers")
+    print(f"four slots at once, then 4 other prompts: {from_cache} of 4 prompts come back from RAM with the same answers")
 
 
 if __name__ == "__main__":

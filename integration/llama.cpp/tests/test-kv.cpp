@@ -961,19 +961,19 @@ static int archs(const std::string & dir) {
             setup s;
             s.type     = type;
             s.n_ctx    = 256;
-            s.n_ubatch = 32;
+            s.n_ubatch = 64;
             llama_context_params params = params_of(s);
             params.flash_attn_type = type == GGML_TYPE_F16 ? LLAMA_FLASH_ATTN_TYPE_AUTO : LLAMA_FLASH_ATTN_TYPE_ENABLED;
             context_ptr ctx(llama_init_from_model(model.get(), params));
-            if (!ctx) {
+            if (!ctx || !llama_get_memory(ctx.get())) {
                 return false;
             }
             tokens toks;
-            for (int i = 0; i < 100; ++i) {
+            for (int i = 0; i < 56; ++i) {
                 toks.push_back((i*7919 + 13) % n_vocab);
             }
-            res = feed(ctx.get(), tokens(toks.begin(), toks.begin() + 80), 0, 0, true);
-            for (int i = 80; i < 100; ++i) {
+            res = feed(ctx.get(), tokens(toks.begin(), toks.begin() + 48), 0, 0, true);
+            for (int i = 48; i < 56; ++i) {
                 res.push_back(feed(ctx.get(), { toks[i] }, i)[0]);
             }
             return true;
