@@ -160,7 +160,8 @@ typedef struct dq_layout {
     uint64_t k_headers_offset;
     // Offset of the value headers, u16 per KV head.
     uint64_t v_headers_offset;
-    // Most bytes that the library will hold for this layer's factors and statistics.
+    // Most bytes of this layer's factor sets (imported ones come on top). Statistics are held besides until the last
+    // fit is made, at 4,096 rows by default: see `dq_layer_info`.
     uint64_t max_factor_bytes;
     // Bits per value of a record: `8 * slot_bytes / (n_kv_heads * (head_dim_k + head_dim_v))`.
     double bits_per_value;

@@ -120,10 +120,10 @@ impl Codec {
         info
     }
 
-    /// Most bytes that a layer's factors and statistics hold at one time. Sets that are imported come on top.
+    /// Most bytes of a layer's factor sets. Sets that are imported come on top, and moments until the last fit.
     pub fn max_factor_bytes(&self, layer: usize) -> usize {
         let shape = &self.layers[layer].shape;
-        let side = |side| HeadFactors::max_bytes(shape.side(side), side, self.max_fits);
+        let side = |side| HeadFactors::max_bytes(shape.side(side), self.max_fits);
         shape.n_kv_heads * (side(Side::K) + side(Side::V))
     }
 

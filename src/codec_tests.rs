@@ -103,15 +103,14 @@ fn observed_layers_report_themselves() {
     // The rotation, the sink and one fit for the thresholds crossed at once.
     assert_eq!((info.k_sets, info.v_sets, info.frozen, info.rows_seen), (3, 3, false, 599));
     assert!(info.factor_bytes > 0 && info.moment_bytes > 0);
-    assert!(info.factor_bytes + info.moment_bytes <= codec.max_factor_bytes(0));
+    assert!(info.factor_bytes <= codec.max_factor_bytes(0));
     assert!(codec.has_set(0, Side::K, 2, 2) && !codec.has_set(0, Side::K, 2, 3) && !codec.has_set(0, Side::V, 3, 0));
 }
 
 #[test]
 fn smollm2_fits_its_budget() {
     let codec = Codec::new(desc()).unwrap();
-    // The peak is before the last fit, while the moments are there; the budget is for what stays.
-    assert!(codec.max_factor_bytes(0) < 240_000, "{}", codec.max_factor_bytes(0));
+    assert!(codec.max_factor_bytes(0) < 180_000, "{}", codec.max_factor_bytes(0));
     for (t, seed) in [(16, 1), (64, 3), (512, 5), (4000, 7)] {
         feed(&codec, 0, t, seed, 1);
     }

@@ -154,7 +154,8 @@ pub struct dq_layout {
     pub k_headers_offset: u64,
     /// Offset of the value headers, u16 per KV head.
     pub v_headers_offset: u64,
-    /// Most bytes that the library will hold for this layer's factors and statistics.
+    /// Most bytes of this layer's factor sets (imported ones come on top). Statistics are held besides until the last
+    /// fit is made, at 4,096 rows by default: see `dq_layer_info`.
     pub max_factor_bytes: u64,
     /// Bits per value of a record: `8 * slot_bytes / (n_kv_heads * (head_dim_k + head_dim_v))`.
     pub bits_per_value: f64,

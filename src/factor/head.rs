@@ -215,20 +215,17 @@ impl HeadFactors {
         }
     }
 
-    /// Most bytes that a head and side holds at one time, sets imported from elsewhere not counted: either all fits but
-    /// one and the moments, or all fits; and the sinks, the rotation's mean and the fixed parts.
-    pub fn max_bytes(shape: &SideShape, side: Side, max_fits: usize) -> usize {
+    /// Most bytes that a head and side holds for sets, those imported from elsewhere not counted: all fits, the sinks, the
+    /// rotation's mean and the fixed parts. Moments come on top until the last fit.
+    pub fn max_bytes(shape: &SideShape, max_fits: usize) -> usize {
         let d = shape.head_dim;
         let fixed = size_of::<Self>() + 2 * d + shape.plan.tiers.len() * size_of::<Tier>();
-        let (fit, encode, with_second) = match shape.gauge {
+        let (fit, encode) = match shape.gauge {
             Gauge::Rotation => return fixed,
-            Gauge::Centred => (2 * d, 0, false),
-            Gauge::Attention => (2 * d + 2 * d * d, 4 * d * d, true),
+            Gauge::Centred => (2 * d, 0),
+            Gauge::Attention => (2 * d + 2 * d * d, 4 * d * d),
         };
-        let queries = if with_second && side == Side::K { Moments::bytes_of(d, true) } else { 0 };
-        let moments = Moments::bytes_of(d, with_second) + queries;
-        let running = (max_fits - 1) * fit + if max_fits > 1 { encode } else { 0 } + moments;
-        fixed + MAX_SINKS * 2 * d + running.max(max_fits * fit + encode)
+        fixed + MAX_SINKS * 2 * d + max_fits * fit + encode
     }
 }
 
@@ -374,13 +371,13 @@ mod tests {
                 let desc = SideDesc { head_dim: d, plan: 4, gauge };
                 let shape = LayerShape::new(1, 1, desc, desc).unwrap();
                 let h = head(d, gauge, max_fits);
-                let bound = HeadFactors::max_bytes(&shape.k, Side::K, max_fits);
+                let bound = HeadFactors::max_bytes(&shape.k, max_fits);
                 (0..9).for_each(|i| h.observe(&(0..d).map(|c| if c == i { 300.0 } else { 0.1 }).collect::<Vec<f32>>(), true));
                 for row in rows(5000, d, 0.0, 1).chunks_exact(d) {
                     h.observe(row, false);
                     h.refit();
                     let info = h.info();
-                    assert!(info.factor_bytes + info.moment_bytes <= bound);
+                    assert!(info.factor_bytes <= bound && (!info.frozen || info.moment_bytes == 0));
                 }
             }
         }
