@@ -35,7 +35,7 @@ class Server:
         self.port = free_port()
         self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")
         self.process = subprocess.Popen(
-            [binary, "-m", model, "-ctk", "dq4", "-ctv", "dq4", "--kv-factors", factors, "-np", "4", "-c", "6144", "-t", "2",
+            [binary, "-m", model, "-ctk", "dq4", "-ctv", "dq4", "--kv-factors", factors, "-np", "4", "-c", "6144", "-t", "1",
              "--cache-ram", "512", "--host", "127.0.0.1", "--port", str(self.port), "-lv", "4"],
             stdout=self.log, stderr=subprocess.STDOUT)
         for _ in range(600):

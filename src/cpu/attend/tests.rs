@@ -12,6 +12,9 @@ use crate::view::{DType, Mask, Rows, RowsMut, RowsShape, Store};
 
 /// Error allowed, of the sum of p |v|.
 const TOLERANCE: f64 = 1e-3;
+const FLOOR: f64 = 0.25;
+/// Queries are folded to integers.
+const STRICT: f64 = 1e-2;
 
 struct Random(u64);
 
@@ -298,16 +301,16 @@ impl Fixture {
     }
 }
 
-/// Largest error as a share of the sum of p |v|.
+/// Largest error as a share of the sum of p |v|, of which `floor` times the row's mean is the least that counts.
 ///
 /// The transform spreads a row's rounding over all channels. Where one key takes nearly all of the softmax and its value
-/// happens to vanish in a channel, that channel's own sum says nothing about the arithmetic: a quarter of the row's mean
-/// is the least that counts.
-fn error(truth: &oracle::Truth, got: &[f32], d_v: usize) -> f64 {
+/// happens to vanish in a channel, that channel's own sum says little about the arithmetic: [`TOLERANCE`] holds with a
+/// floor of a quarter, [`STRICT`] without any.
+fn error(truth: &oracle::Truth, got: &[f32], d_v: usize, floor: f64) -> f64 {
     let mut worst = 0.0f64;
     for (i, ((want, size), got)) in truth.out.iter().zip(&truth.size).zip(got).enumerate() {
         let row = &truth.size[i / d_v * d_v..][..d_v];
-        let size = size.max(row.iter().sum::<f64>() / d_v as f64 / 4.0);
+        let size = size.max(row.iter().sum::<f64>() / d_v as f64 * floor);
         let e = (want - f64::from(*got)).abs();
         worst = worst.max(if size > 0.0 { e / size } else if e > 0.0 { f64::INFINITY } else { 0.0 });
         if !e.is_finite() {
@@ -321,14 +324,14 @@ fn check_case(name: &str, case: &Case) {
     let mut fixture = Fixture::new(case);
     let truth = fixture.truth();
     let first = fixture.run(Isa::Portable, 1);
-    let e = error(&truth, &first, case.d.1);
-    println!("{name}: {e:.2e}");
-    assert!(e <= TOLERANCE, "{name}: error {e:.2e}");
+    let (e, strict) = (error(&truth, &first, case.d.1, FLOOR), error(&truth, &first, case.d.1, 0.0));
+    println!("{name}: {e:.2e}, strictly {strict:.2e}");
+    assert!(e <= TOLERANCE && strict <= STRICT, "{name}: error {e:.2e}, strictly {strict:.2e}");
     for isa in Isa::all() {
         for n_shards in [1, 2, 3, 7] {
             let again = fixture.run(isa, n_shards);
             let same = first.iter().zip(&again).all(|(a, b)| a.to_bits() == b.to_bits());
-            assert!(same, "{name}: {isa:?} with {n_shards} shards differs, error {:.2e}", error(&truth, &again, case.d.1));
+            assert!(same, "{name}: {isa:?} with {n_shards} shards differs, error {:.2e}", error(&truth, &again, case.d.1, FLOOR));
         }
     }
 }
@@ -336,9 +339,9 @@ fn check_case(name: &str, case: &Case) {
 #[test]
 fn every_width_and_head_dim() {
     for (i, d_k) in HEAD_DIMS.into_iter().enumerate() {
-        const PLANS: [u32; 6] = [2, 3, 4, 8, 103, 104];
+        const PLANS: [u32; 7] = [2, 3, 4, 8, 102, 103, 104];
         for (j, plan) in PLANS.into_iter().enumerate() {
-            let (d_v, v_plan) = (HEAD_DIMS[(i + j) % 6], PLANS[(2 * i + j) % 6]);
+            let (d_v, v_plan) = (HEAD_DIMS[(i + j) % 6], PLANS[(2 * i + j) % 7]);
             for kind in [Kind::Rotation, Kind::Dense, Kind::Mixed] {
                 let case = Case { d: (d_k, d_v), plans: (plan, v_plan), kind, n_kv: 150, n_q: 2, ..Case::BASE };
                 check_case(&format!("d {d_k}, {d_v}, plans {plan}, {v_plan}"), &case);

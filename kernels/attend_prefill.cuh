@@ -1,0 +1,181 @@
+// Attention of many queries over coded slots: a whole prefill chunk, or decode with more rows to a KV head than one warp
+// takes. The block's warps look the levels of a tile up once, together, and put them into shared memory as fragments;
+// then every warp uses all of them for its own rows.
+//
+// Block: one KV head, up to 8 warps, 4 NT rows each.
+// Grid: (split of the keys, KV head * blocks of rows, stream * v_transforms).
+//
+// Shared memory:
+//   stages     [2][TILE_KEYS] rows of `stride` bytes, as in attend.cuh
+//   fragments  uint4 [TILE_KEYS / 32][keys: half, group; values: group, block][lane]: the A registers of a lane
+//   runs       where in a record the row's parts lie
+//   sums       f32 [warp][set][4 NT]
+#pragma once
+#include "attend_warp.cuh"
+
+namespace dq {
+
+constexpr int TILE_KEYS = 64;
+
+// high - low for bytes of which at least one is zero, high and low from 0 to 127.
+__device__ __forceinline__ uint32_t join_levels(uint32_t high, uint32_t low) {
+    return high | ((0x80808080u - low) ^ 0x80808080u);
+}
+
+// Levels that the block has looked up: 32 keys.
+template <class K, class V>
+struct FromFragments {
+    template <int BITS> static constexpr bool two_tables = false;
+    static constexpr int KEYS = 2 * K::groups, COUNT = KEYS + 2 * V::groups;
+    const uint4* fragments;
+    int lane;
+
+    template <int T, int G>
+    __device__ __forceinline__ void keys(int half, uint32_t (&high)[4], uint32_t (&)[4]) const {
+        const uint4 a = fragments[(half * K::groups + K::groups_before(T) + G) * 32 + lane];
+        high[0] = a.x, high[1] = a.y, high[2] = a.z, high[3] = a.w;
+    }
+    template <int T, int G>
+    __device__ __forceinline__ void values(ValueFragments& f) const {
+        DQ_UNROLL
+        for (int e = 0; e < 2; e++) {
+            const uint4 a = fragments[(KEYS + 2 * (V::groups_before(T) + G) + e) * 32 + lane];
+            f.high[e][0] = a.x, f.high[e][1] = a.y, f.high[e][2] = a.z, f.high[e][3] = a.w;
+        }
+    }
+};
+
+// This warp's share of the look-ups for 32 keys; pieces are dealt by number.
+template <class K, class V>
+__device__ __forceinline__ void look_up_tile(uint4* fragments, const FromCodes<K, V>& codes, uint32_t warp, uint32_t warps, int lane) {
+    auto join = [](const uint32_t (&h)[4], const uint32_t (&l)[4]) {
+        return make_uint4(join_levels(h[0], l[0]), join_levels(h[1], l[1]), join_levels(h[2], l[2]), join_levels(h[3], l[3]));
+    };
+    for_each<K::tiers>([&](auto tier) {
+        constexpr int T = decltype(tier)::value;
+        for_each<(K::channels(T) + 31) / 32>([&](auto group) {
+            constexpr int G = decltype(group)::value, AT = K::groups_before(T) + G;
+            DQ_UNROLL
+            for (int half = 0; half < 2; half++) {
+                if ((half * K::groups + AT) % warps != warp) continue;
+                uint32_t high[4], low[4];
+                codes.template keys<T, G>(half, high, low);
+                uint4 whole = make_uint4(high[0], high[1], high[2], high[3]);
+                if constexpr (FromCodes<K, V>::template two_tables<K::bits(T)>) whole = join(high, low);
+                fragments[(half * K::groups + AT) * 32 + lane] = whole;
+            }
+        });
+    });
+    for_each<V::tiers>([&](auto tier) {
+        constexpr int T = decltype(tier)::value;
+        for_each<(V::channels(T) + 31) / 32>([&](auto group) {
+            constexpr int G = decltype(group)::value, AT = V::groups_before(T) + G;
+            if ((2 * K::groups + AT) % warps != warp) return;
+            ValueFragments f;
+            codes.template values<T, G>(f);
+            DQ_UNROLL
+            for (int e = 0; e < 2; e++) {
+                uint4 whole = make_uint4(f.high[e][0], f.high[e][1], f.high[e][2], f.high[e][3]);
+                if constexpr (FromCodes<K, V>::template two_tables<V::bits(T)>) whole = join(f.high[e], f.low[e]);
+                fragments[(FromFragments<K, V>::KEYS + 2 * AT + e) * 32 + lane] = whole;
+            }
+        });
+    });
+}
+
+template <class K, class V, int NT>
+__device__ __forceinline__ void attend_prefill(const DqAttend& p) {
+    DQ_DYNAMIC_SHARED(shared);
+    using Fragments = FromFragments<K, V>;
+    constexpr int HALVES = TILE_KEYS / KEYS_PER_WARP;
+
+    // Phase 1: what this block and warp work on.
+    const uint32_t t = threadIdx.x, warp = t >> 5, warps = blockDim.x >> 5;
+    const int lane = t & 31;
+    const uint32_t row_blocks = (p.row_tiles + warps - 1) / warps, head = blockIdx.y / row_blocks, row_block = blockIdx.y % row_blocks;
+    const uint32_t row_tile = row_block * warps + warp;
+    const uint32_t stream = blockIdx.z / p.v_transforms, v_transform = blockIdx.z % p.v_transforms;
+    const uint32_t n_keys = p.lengths != nullptr ? uint32_t(p.lengths[stream]) : p.n_kv;
+    const uint32_t tiles = (n_keys + TILE_KEYS - 1) / TILE_KEYS, share = (tiles + p.n_splits - 1) / p.n_splits;
+    uint32_t first_tile = blockIdx.x * share, end_tile = first_tile + share < tiles ? first_tile + share : tiles;
+    if (p.lengths != nullptr && p.causal) {
+        // Keys behind the block's last query, or out of its first one's window, are nobody's.
+        const uint32_t rows = p.n_q * p.group, first_row = row_block * warps * 4 * NT;
+        const uint32_t last_row = first_row + warps * 4 * NT < rows ? first_row + warps * 4 * NT : rows;
+        const int64_t behind = int64_t(n_keys) - p.n_q, last = behind + (last_row - 1) / p.group, start = behind + first_row / p.group - p.window + 1;
+        const int64_t bound = last / TILE_KEYS + 1;
+        if (bound < int64_t(end_tile)) end_tile = uint32_t(bound);
+        if (p.window > 0 && start > 0 && start / TILE_KEYS > int64_t(first_tile)) first_tile = uint32_t(start / TILE_KEYS);
+    }
+    const bool idle = row_tile >= p.row_tiles || !names_transform(p.v.heads[head], v_transform);
+
+    RowImage<K, V> image;
+    image.lay_out(p.n_kv_heads, head, 1, head, nullptr);
+    const uint32_t stride = padded_row(image.chunks), stage_bytes = TILE_KEYS * stride;
+    uint4* fragments = reinterpret_cast<uint4*>(shared + 2 * stage_bytes);
+    Run* runs = reinterpret_cast<Run*>(fragments + HALVES * Fragments::COUNT * 32);
+    float* sums = reinterpret_cast<float*>(runs + MOST_RUNS) + warp * DQ_MAX_SETS * 4 * NT;
+    if (t == 0) {
+        RowImage<K, V> again;
+        again.lay_out(p.n_kv_heads, head, 1, head, runs);
+    }
+    __syncthreads();
+
+    // Phase 2: copies. A row has few chunks, so that a warp takes several rows at once, four lanes to a row.
+    auto copy_tile = [&](uint32_t tile) {
+        uint8_t* stage = shared + (tile & 1) * stage_bytes;
+        for (uint32_t row = t / 4; row < TILE_KEYS && tile < end_tile; row += blockDim.x / 4) {
+            const uint32_t key = tile * TILE_KEYS + row;
+            const uint8_t* from = p.store.data + slot_of(p, stream, key < n_keys ? key : n_keys - 1) * p.store.stride;
+            for (uint32_t r = 0; r < image.runs; r++) {
+                const Run run = runs[r];
+                for (uint32_t c = t % 4; c < run.chunks; c += 4) {
+                    cp_async_16(stage + row * stride + 16 * (run.to + c), from + 16 * (run.source + c));
+                }
+            }
+        }
+        cp_async_commit();
+    };
+    copy_tile(first_tile);
+
+    AttendWarp<K, V, NT> state(p, stream, head, row_tile < p.row_tiles ? row_tile : 0, v_transform, lane, sums);
+    for (uint32_t tile = first_tile; tile < end_tile; tile++) {
+        // Phase 3: the tile is there; nobody reads fragments or the other stage any more.
+        cp_async_wait<0>();
+        __syncthreads();
+        copy_tile(tile + 1);
+        const uint8_t* rows = shared + (tile & 1) * stage_bytes;
+
+        // Phase 4: levels, once for all rows.
+        DQ_UNROLL_BY_1
+        for (int part = 0; part < HALVES; part++) {
+            const FromCodes<K, V> codes{rows + part * KEYS_PER_WARP * stride, stride, image, lane};
+            look_up_tile(fragments + part * Fragments::COUNT * 32, codes, warp, warps, lane);
+        }
+        __syncthreads();
+
+        // Phase 5: scores, softmax, weighted sums.
+        if (idle) continue;
+        DQ_UNROLL_BY_1
+        for (int part = 0; part < HALVES; part++) {
+            const Fragments source{fragments + part * Fragments::COUNT * 32, lane};
+            state.take(source, rows + part * KEYS_PER_WARP * stride, stride, image.k_headers, image.v_headers, tile * TILE_KEYS + part * KEYS_PER_WARP, n_keys);
+        }
+    }
+    cp_async_wait<0>();
+
+    // Phase 6: the part's result.
+    if (row_tile < p.row_tiles) state.finish(v_transform * p.n_splits + blockIdx.x);
+}
+
+// Bytes of dynamic shared memory of a block.
+template <class K, class V, int NT>
+uint32_t prefill_shared_bytes(const DqAttend& p, uint32_t warps) {
+    RowImage<K, V> image;
+    image.lay_out(p.n_kv_heads, 0, 1, 0, nullptr);
+    const uint32_t chunks = image.chunks + (p.n_kv_heads == 1 ? 0 : K::planes() + V::planes() + 2);
+    return 2 * TILE_KEYS * padded_row(chunks) + TILE_KEYS / KEYS_PER_WARP * FromFragments<K, V>::COUNT * 512 + MOST_RUNS * sizeof(Run)
+        + warps * DQ_MAX_SETS * 4 * NT * 4;
+}
+
+}  // namespace dq

@@ -1,0 +1,99 @@
+// What the attention kernels share with each other: where keys live, what hides them, and how the part of a record that a
+// block needs becomes a row in shared memory.
+#pragma once
+#include "codes.cuh"
+#include "fold.cuh"
+
+namespace dq {
+
+constexpr int KEYS_PER_WARP = 32;
+constexpr float NEVER = -__builtin_huge_valf();
+
+// ---- The row of a stage: what of a record a head group needs ----
+
+// A run of a record in the row; all in units of 16 bytes.
+struct Run {
+    uint16_t source, to, chunks, unused;
+};
+constexpr int MOST_RUNS = 16;
+
+// Runs of bytes of a record, each widened to 16-byte chunks. Bases of one head's planes are offsets into the row.
+template <class K, class V>
+struct RowImage {
+    static_assert(K::planes() + V::planes() + 2 <= MOST_RUNS, "");
+    uint32_t k_planes[K::planes()], v_planes[V::planes()];
+    uint32_t k_headers, v_headers;
+    uint32_t runs, chunks;
+
+    // Lays out the row of the heads first .. first + heads for one of them; `table` (may be null) gets the runs.
+    __host__ __device__ void lay_out(uint32_t n_kv, uint32_t first, uint32_t heads, uint32_t head, Run* table) {
+        runs = chunks = 0;
+        if (heads == n_kv) {
+            // The whole record, as it is.
+            add_run(0, Record<K, V>::bytes(n_kv), 0, 1, 0, table);
+            for (int i = 0; i < K::planes(); i++) k_planes[i] = plane_at<K>(n_kv, i) + head * plane_bytes<K>(i);
+            for (int i = 0; i < V::planes(); i++) v_planes[i] = n_kv * K::row_bytes + plane_at<V>(n_kv, i) + head * plane_bytes<V>(i);
+            k_headers = Record<K, V>::k_headers(n_kv) + 2 * head;
+            v_headers = Record<K, V>::v_headers(n_kv) + 2 * head;
+            return;
+        }
+        for (int i = 0; i < K::planes(); i++) {
+            k_planes[i] = add_run(plane_at<K>(n_kv, i), plane_bytes<K>(i), first, heads, head, table);
+        }
+        for (int i = 0; i < V::planes(); i++) {
+            v_planes[i] = add_run(n_kv * K::row_bytes + plane_at<V>(n_kv, i), plane_bytes<V>(i), first, heads, head, table);
+        }
+        k_headers = add_run(Record<K, V>::k_headers(n_kv), 2, first, heads, head, table);
+        v_headers = add_run(Record<K, V>::v_headers(n_kv), 2, first, heads, head, table);
+    }
+
+    template <class S> __host__ __device__ static uint32_t plane_at(uint32_t n_kv, int plane) {
+        int t = S::tier_of_plane(plane);
+        return n_kv * S::bytes_before(t, plane - S::plane_index(t, 0));
+    }
+    template <class S> __host__ __device__ static uint32_t plane_bytes(int plane) {
+        int t = S::tier_of_plane(plane);
+        return S::head_bytes(t, plane - S::plane_index(t, 0));
+    }
+
+  private:
+    __host__ __device__ uint32_t add_run(uint32_t at, uint32_t bytes, uint32_t first, uint32_t heads, uint32_t head, Run* table) {
+        const uint32_t begin = at + first * bytes, aligned = begin / 16, length = (begin + heads * bytes + 15) / 16 - aligned;
+        const uint32_t base = chunks * 16 + begin % 16 + (head - first) * bytes;
+        if (table) table[runs] = {uint16_t(aligned), uint16_t(chunks), uint16_t(length), 0};
+        runs++;
+        chunks += length;
+        return base;
+    }
+};
+
+__host__ __device__ __forceinline__ uint32_t padded_row(uint32_t chunks) { return (chunks | 1) * 16; }
+
+// ---- Which slot a key lives in ----
+
+__device__ __forceinline__ uint64_t slot_of(const DqAttend& p, uint32_t stream, uint32_t key) {
+    if (p.block_table == nullptr) return p.first_slot + stream * p.stream_slots + key;
+    uint64_t block = p.block_table[stream * p.table_stride + (key >> p.block_shift)];
+    return (block << p.block_shift) + (key & ((1u << p.block_shift) - 1));
+}
+
+// What is added to the score of (query, key): the mask in units of log2, or minus infinity.
+__device__ __forceinline__ float mask_of(const DqAttend& p, uint32_t stream, uint32_t query, uint32_t key, uint32_t n_keys) {
+    if (key >= n_keys) return NEVER;
+    if (p.lengths != nullptr) {
+        int64_t position = int64_t(n_keys) - p.n_q + query;
+        if (p.causal && key > position) return NEVER;
+        if (p.window > 0 && key + int64_t(p.window) <= position) return NEVER;
+    }
+    if (p.mask == nullptr) return 0.0f;
+    uint64_t at = stream * p.mask_stream_stride + query * p.mask_query_stride;
+    float v = p.mask_type == DQ_TYPE_F32 ? at_bytes<float>(p.mask, at + 4ull * key) : half_to_float(at_bytes<uint16_t>(p.mask, at + 2ull * key));
+    return v * LOG2_E;
+}
+
+// The linear part of a set. Records under a mask may name any set: whatever comes, the answer is within the tables.
+__device__ __forceinline__ uint32_t transform_of(const DqHeadSets& sets, uint32_t set) {
+    return sets.transform[set] & (DQ_MAX_TRANSFORMS - 1);
+}
+
+}  // namespace dq

@@ -1,0 +1,227 @@
+// What the kernels use of the machine: every line of inline PTX and every intrinsic that the CPU emulator replaces.
+//
+// Fragments, lane = 4 g + q:
+//   mma m16n8k32 (8-bit): A0 row g, k 4q..; A1 row g+8, k 4q..; A2 row g, k 16+4q..; A3 row g+8, k 16+4q..
+//                         B0 column g, k 4q..; B1 column g, k 16+4q..    C0 C1 row g, columns 2q 2q+1; C2 C3 row g+8
+//   mma m16n8k16 (16-bit): the same with k 2q.. and 8+2q..
+#pragma once
+
+#ifdef DQ_EMU
+#include "emu/emu.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+#endif
+
+namespace dq {
+
+constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
+
+#ifdef DQ_EMU
+
+#define DQ_DYNAMIC_SHARED(name) uint8_t* name = emu::dynamic_shared()
+#define DQ_UNROLL
+#define DQ_UNROLL_BY_8
+#define DQ_UNROLL_BY_1
+
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline float tanh_fast(float x) { return std::tanh(x); }
+inline float rcp_fast(float x) { return 1.0f / x; }
+
+// Byte i of the result is byte (sel nibble i & 7) of b:a, or eight copies of its sign when bit 3 of the nibble is set.
+inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t sel) {
+    uint64_t both = a | uint64_t(b) << 32;
+    uint32_t r = 0;
+    for (int i = 0; i < 4; i++) {
+        uint32_t s = sel >> (4 * i) & 15;
+        uint32_t byte = uint32_t(both >> (8 * (s & 7))) & 0xFF;
+        if (s & 8) byte = byte & 0x80 ? 0xFF : 0;
+        r |= byte << (8 * i);
+    }
+    return r;
+}
+
+inline void mma_s8_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EMU_CALLER) {
+    emu::MmaPayload<int32_t> p{a, b, c};
+    emu::meet([](emu::Lanes l, uint32_t m) { emu::need_full_warp(m); emu::run_mma<int32_t, 4>(l, emu::read_s8, emu::read_s8); },
+              ALL_LANES, &p, file, line);
+}
+inline void mma_s8_u8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EMU_CALLER) {
+    emu::MmaPayload<int32_t> p{a, b, c};
+    emu::meet([](emu::Lanes l, uint32_t m) { emu::need_full_warp(m); emu::run_mma<int32_t, 4>(l, emu::read_s8, emu::read_u8); },
+              ALL_LANES, &p, file, line);
+}
+inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EMU_CALLER) {
+    emu::MmaPayload<float> p{a, b, c};
+    emu::meet([](emu::Lanes l, uint32_t m) { emu::need_full_warp(m); emu::run_mma<float, 2>(l, emu::read_half, emu::read_half); },
+              ALL_LANES, &p, file, line);
+}
+inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EMU_CALLER) {
+    emu::MmaPayload<float> p{a, b, c};
+    emu::meet([](emu::Lanes l, uint32_t m) { emu::need_full_warp(m); emu::run_mma<float, 2>(l, emu::read_bf16, emu::read_bf16); },
+              ALL_LANES, &p, file, line);
+}
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed, const char* file, int line) {
+    if (reinterpret_cast<uintptr_t>(row) & 15) emu::die("a misaligned ldmatrix");
+    emu::MatrixPayload p{row, r, 4, transposed};
+    emu::meet(emu::run_ldmatrix, ALL_LANES, &p, file, line);
+}
+inline void ldmatrix(uint32_t (&r)[4], const void* row, EMU_CALLER) { ldmatrix_x4(r, row, false, file, line); }
+inline void ldmatrix_trans(uint32_t (&r)[4], const void* row, EMU_CALLER) { ldmatrix_x4(r, row, true, file, line); }
+inline uint32_t movmatrix_trans(uint32_t v, EMU_CALLER) {
+    emu::MovePayload p{v, 0};
+    emu::meet(emu::run_movmatrix, ALL_LANES, &p, file, line);
+    return p.out;
+}
+inline void cp_async_16(void* shared, const void* global) { emu::start_copy(shared, global, 16, 16); }
+inline void cp_async_commit() { emu::commit_copies(); }
+template <int LEFT> inline void cp_async_wait() { emu::wait_copies(LEFT); }
+
+#ifdef DQ_EMU_BULK
+constexpr bool HAS_BULK_COPY = true;
+#else
+constexpr bool HAS_BULK_COPY = false;
+#endif
+inline void barrier_init(uint64_t* b, uint32_t count) { emu::mbarrier_init(b, count); }
+inline void barrier_init_done() {}
+inline void barrier_expect(uint64_t* b, uint32_t bytes) { emu::mbarrier_arrive_expect(b, bytes); }
+inline void barrier_wait(uint64_t* b, uint32_t parity) { emu::mbarrier_wait(b, parity); }
+inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* b) { emu::start_bulk_copy(shared, global, bytes, b); }
+
+inline float half_to_float(uint16_t h) { return dq_half_bits_to_float(h); }
+inline uint16_t float_to_half(float f) { return dq_float_to_half_bits(f); }
+inline float bf16_to_float(uint16_t h) { return dq_bf16_bits_to_float(h); }
+inline uint16_t float_to_bf16(float f) { return dq_float_to_bf16_bits(f); }
+
+template <class T> inline T load_global(const T* at) { return *at; }
+
+#else
+
+#define DQ_DYNAMIC_SHARED(name) extern __shared__ __align__(128) uint8_t name[]
+#define DQ_UNROLL _Pragma("unroll")
+#define DQ_UNROLL_BY_8 _Pragma("unroll 8")
+#define DQ_UNROLL_BY_1 _Pragma("unroll 1")
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float tanh_fast(float x) { return tanhf(x); }
+__device__ __forceinline__ float rcp_fast(float x) { return __frcp_rn(x); }
+
+__device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t sel) {
+    uint32_t r;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(sel));
+    return r;
+}
+
+#define DQ_MMA_INT(name, types)                                                                                       \
+    __device__ __forceinline__ void name(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {           \
+        asm volatile("mma.sync.aligned.m16n8k32.row.col.s32." types ".s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "    \
+                     "{%0,%1,%2,%3};"                                                                                 \
+                     : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])                                                 \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                             \
+    }
+DQ_MMA_INT(mma_s8_s8, "s8.s8")
+DQ_MMA_INT(mma_s8_u8, "s8.u8")
+#undef DQ_MMA_INT
+
+#define DQ_MMA_FLOAT(name, types)                                                                                     \
+    __device__ __forceinline__ void name(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {             \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." types ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "    \
+                     "{%0,%1,%2,%3};"                                                                                 \
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                 \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                             \
+    }
+DQ_MMA_FLOAT(mma_f16, "f16.f16")
+DQ_MMA_FLOAT(mma_bf16, "bf16.bf16")
+#undef DQ_MMA_FLOAT
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+// Eight rows of 16 bytes to a matrix; lanes 8 i ... 8 i + 7 name the rows of matrix i.
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_trans(uint32_t (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+__device__ __forceinline__ uint32_t movmatrix_trans(uint32_t v) {
+    uint32_t r;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+    return r;
+}
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LEFT>
+__device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+
+// Bulk copies (compute capability 9.0): one thread moves a run of bytes, a multiple of 16, and a barrier in shared
+// memory counts them. A barrier's phase ends when `count` threads have arrived and the announced bytes are there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool HAS_BULK_COPY = true;
+__device__ __forceinline__ void barrier_init(uint64_t* b, uint32_t count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count) : "memory");
+}
+// To be called by the thread that initialised barriers, before the block's next barrier.
+__device__ __forceinline__ void barrier_init_done() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Arrives and announces bytes.
+__device__ __forceinline__ void barrier_expect(uint64_t* b, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
+}
+// Waits until the phase of this parity has ended.
+__device__ __forceinline__ void barrier_wait(uint64_t* b, uint32_t parity) {
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "AGAIN_%=:\n"
+                 "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+                 "@!done bra AGAIN_%=;\n"
+                 "}" ::"r"(shared_address(b)), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* b) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(b)) : "memory");
+}
+#else
+constexpr bool HAS_BULK_COPY = false;
+__device__ __forceinline__ void barrier_init(uint64_t*, uint32_t) {}
+__device__ __forceinline__ void barrier_init_done() {}
+__device__ __forceinline__ void barrier_expect(uint64_t*, uint32_t) {}
+__device__ __forceinline__ void barrier_wait(uint64_t*, uint32_t) {}
+__device__ __forceinline__ void bulk_copy(void*, const void*, uint32_t, uint64_t*) {}
+#endif
+
+__device__ __forceinline__ float half_to_float(uint16_t h) { return __half2float(__ushort_as_half(h)); }
+__device__ __forceinline__ uint16_t float_to_half(float f) { return __half_as_ushort(__float2half_rn(f)); }
+__device__ __forceinline__ float bf16_to_float(uint16_t h) { return __uint_as_float(uint32_t(h) << 16); }
+__device__ __forceinline__ uint16_t float_to_bf16(float f) { return __bfloat16_as_ushort(__float2bfloat16_rn(f)); }
+
+template <class T> __device__ __forceinline__ T load_global(const T* at) { return __ldg(at); }
+
+#endif
+
+// A compile-time number and a loop over such numbers: `for_each<4>([&](auto i) { ... decltype(i)::value ... })`.
+template <int N> struct Int { static constexpr int value = N; };
+
+template <int N, int I = 0, class Body>
+__device__ __forceinline__ void for_each(Body&& body) {
+    if constexpr (I < N) {
+        body(Int<I>{});
+        for_each<N, I + 1>(body);
+    }
+}
+
+template <class T> __device__ __forceinline__ T at_bytes(const void* base, uint64_t bytes) {
+    return *reinterpret_cast<const T*>(static_cast<const uint8_t*>(base) + bytes);
+}
+
+}  // namespace dq

@@ -1,0 +1,99 @@
+/* What the host hands to the kernels. Read by the host as C and mirrored in src/cuda; every struct is passed by value.
+ *
+ * Factor tables live in device memory and are read there, so that a replayed graph sees fits that were published after
+ * its capture. Publishing is ordered by the stream: first means and matrices of a new set, then the DqHeadSets. */
+#ifndef DQ_PARAMS_H
+#define DQ_PARAMS_H
+#include <stdint.h>
+
+#define DQ_MAX_SETS 16
+#define DQ_MAX_TIERS 4
+/* The rotation and up to seven fits: linear parts that a head's sets can name. */
+#define DQ_MAX_TRANSFORMS 8
+
+enum { DQ_TYPE_NONE = 0, DQ_TYPE_F32 = 1, DQ_TYPE_F16 = 2, DQ_TYPE_BF16 = 3 };
+
+/* The sets of one KV head and side. */
+typedef struct DqHeadSets {
+    uint16_t present;                /* bit e: set e exists; bit 0 always */
+    uint16_t sinks;                  /* bit e: set e is the rotation about a sink row */
+    uint8_t newest;                  /* the set that rows take unless another serves them far better */
+    uint8_t encode_dense;            /* the newest set is coded by the dense encode matrix, else by the rotation */
+    uint8_t reserved[2];
+    uint8_t transform[DQ_MAX_SETS];  /* per set: 0 the rotation, t > 0 dense matrix t - 1; 0 where absent */
+    float kappa[DQ_MAX_TIERS];       /* of the newest set, per tier */
+} DqHeadSets;
+
+/* All of one layer and side. Every head has room for all sets; what is absent is zero. */
+typedef struct DqFactors {
+    const DqHeadSets* heads;   /* [n_kv_heads] */
+    const uint16_t* means;     /* f16 [n_kv_heads][DQ_MAX_SETS][d] */
+    const uint16_t* decode;    /* f16 [n_kv_heads][max_dense][channel d][latent d] */
+    const float* encode;       /* f32 [n_kv_heads][channel d][latent d], the newest fit's */
+    const uint32_t* rotation;  /* sign bits [latent d][(d + 31) / 32]: bit c set, entry (latent, c) is -1 / sqrt(d) */
+    uint32_t max_dense;
+    uint32_t reserved;
+} DqFactors;
+
+/* Rows [n][n_heads][d] in the caller's memory; strides in bytes. */
+typedef struct DqRows {
+    void* data;
+    uint64_t token_stride, head_stride;
+    uint32_t type, reserved;
+} DqRows;
+
+/* Records in the caller's memory. */
+typedef struct DqStore {
+    uint8_t* data;
+    uint64_t stride, n_slots;
+} DqStore;
+
+typedef struct DqAttend {
+    DqStore store;
+    DqFactors k, v;
+    DqRows q, out;                /* token index: stream * n_q + query */
+    const void* mask;             /* additive [n_streams][n_q][n_kv], or null */
+    uint64_t mask_query_stride, mask_stream_stride;
+    const float* sink_logits;     /* [n_q_heads] or null */
+    const int32_t* block_table;   /* null: slots are first_slot + stream * stream_slots + key */
+    const int32_t* lengths;       /* keys of each stream, or null: n_kv */
+    uint64_t first_slot, stream_slots, table_stride;
+    uint32_t mask_type;
+    uint32_t block_shift;         /* a block of the table holds 1 << block_shift slots */
+    uint32_t n_kv_heads, group;   /* query heads = n_kv_heads * group */
+    uint32_t n_streams, n_q, n_kv;
+    int32_t window;               /* with lengths: the last query sits at the last key; 0: no window */
+    uint32_t causal;
+    float scale, softcap;
+    /* How the work is cut. */
+    uint32_t heads_per_block;     /* KV heads of a block, one warp each; divides n_kv_heads */
+    uint32_t key_warps;           /* warps of a block that share a head and take turns of 32 keys */
+    uint32_t n_splits;            /* blocks over the keys of a stream */
+    uint32_t row_tiles;           /* tiles of 4 NT rows (query, query head) over n_q * group */
+    uint32_t v_transforms;        /* 1 where all sets of V are rotations, else DQ_MAX_TRANSFORMS */
+    /* Workspace, see attend.cuh. */
+    uint8_t* folded;
+    float* folded_scales;
+    float* constants;
+    float* partial;
+    float* partial_sums;
+} DqAttend;
+
+typedef struct DqDequantize {
+    DqStore store;
+    DqFactors k, v;
+    DqRows k_out, v_out;          /* data may be null */
+    const int64_t* slots;         /* [n], -1 skips */
+    uint32_t n, n_kv_heads;
+} DqDequantize;
+
+typedef struct DqEncode {
+    DqStore store;
+    DqFactors k, v;
+    DqRows k_rows, v_rows;
+    const int64_t* slots;         /* [n], -1 skips */
+    uint32_t* status;             /* counts replaced rows, or null */
+    uint32_t n, n_kv_heads;
+} DqEncode;
+
+#endif

@@ -1,0 +1,60 @@
+// The caller's rows, sums over a warp, and the way out of the coded space.
+#pragma once
+#include "plan.cuh"
+
+namespace dq {
+
+// Whether a head has a set over this linear part. The rotation always has one.
+__device__ __forceinline__ bool names_transform(const DqHeadSets& sets, uint32_t transform) {
+    bool named = transform == 0;
+    for (int e = 0; e < DQ_MAX_SETS; e++) named |= (sets.present >> e & 1) && sets.transform[e] == transform;
+    return named;
+}
+
+__device__ __forceinline__ float load_row(const DqRows& rows, uint64_t token, uint32_t head, uint32_t channel) {
+    uint64_t at = token * rows.token_stride + head * rows.head_stride;
+    if (rows.type == DQ_TYPE_F32) return at_bytes<float>(rows.data, at + 4ull * channel);
+    uint16_t bits = at_bytes<uint16_t>(rows.data, at + 2ull * channel);
+    return rows.type == DQ_TYPE_F16 ? half_to_float(bits) : bf16_to_float(bits);
+}
+
+__device__ __forceinline__ void store_row(const DqRows& rows, uint64_t token, uint32_t head, uint32_t channel, float v) {
+    uint8_t* at = static_cast<uint8_t*>(rows.data) + token * rows.token_stride + head * rows.head_stride;
+    if (rows.type == DQ_TYPE_F32) reinterpret_cast<float*>(at)[channel] = v;
+    else reinterpret_cast<uint16_t*>(at)[channel] = rows.type == DQ_TYPE_F16 ? float_to_half(v) : float_to_bf16(v);
+}
+
+__device__ __forceinline__ float warp_max(float v) {
+    DQ_UNROLL
+    for (int d = 16; d > 0; d /= 2) v = fmaxf(v, __shfl_xor_sync(ALL_LANES, v, d));
+    return v;
+}
+__device__ __forceinline__ float warp_sum(float v) {
+    DQ_UNROLL
+    for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(ALL_LANES, v, d);
+    return v;
+}
+
+// Channel c of decode y, without the mean.
+template <int D>
+__device__ __forceinline__ float unfold_channel(const DqFactors& f, uint32_t head, uint32_t transform, const float* y, int c) {
+    float x = 0.0f;
+    if (transform == 0) {
+        constexpr int WORDS = (D + 31) / 32;
+    DQ_UNROLL_BY_8
+        for (int j = 0; j < D; j++) {
+            uint32_t bits = load_global(f.rotation + j * WORDS + c / 32);
+            x += __uint_as_float(__float_as_uint(y[j]) ^ (bits << (31 - c % 32) & 0x80000000u));
+        }
+        return x * rsqrtf(float(D));
+    }
+    const uint16_t* row = f.decode + ((uint64_t(head) * f.max_dense + transform - 1) * D + c) * D;
+    DQ_UNROLL_BY_8
+    for (int j = 0; j < D; j += 2) {
+        uint32_t both = load_global(reinterpret_cast<const uint32_t*>(row + j));
+        x += half_to_float(uint16_t(both)) * y[j] + half_to_float(uint16_t(both >> 16)) * y[j + 1];
+    }
+    return x;
+}
+
+}  // namespace dq

@@ -1,0 +1,32 @@
+// The decode attention suite on the emulator; one thread order per run: ascending, descending or random.
+#include "attend_test.cpp"
+
+int main(int argc, char** argv) {
+    int order = argc > 1 ? std::atoi(argv[1]) : 0;
+    rt::how().order = order == 0 ? emu::Order::Ascending : order == 1 ? emu::Order::Descending : emu::Order::Random;
+    rt::how().seed = 7;
+    std::mt19937_64 rng(1 + order);
+#ifdef DQ_FAST
+    all_cases<128, 4, 128, 4>(rng, 0, 3);
+    prefill_cases<128, 4, 128, 4, 4, 3>(rng, 0, 4);
+#else
+    const int n = sizeof CASES / sizeof *CASES;
+    all_cases<128, 4, 128, 4>(rng, 0, n);
+    run<128, 4, 128, 4, 2, true>({"wide group", 2, 7, 1, 1, 70, 2, {2, 1}, {2, 0}, 1, true, 0, false, false, 4}, rng);
+    all_cases<128, 3, 128, 3>(rng, 0, n);
+    all_cases<64, 4, 64, 4>(rng, 0, n);
+    all_cases<64, 3, 64, 3>(rng, 1, 4);
+    all_cases<64, 2, 64, 8>(rng, 1, 4);
+    all_cases<128, 8, 128, 2>(rng, 1, 4);
+    all_cases<256, 4, 256, 3>(rng, 1, 3);
+    all_cases<80, 4, 80, 3>(rng, 1, 4);
+    all_cases<96, 3, 96, 4>(rng, 1, 4);
+    all_cases<192, 4, 128, 8>(rng, 1, 3);
+    prefill_cases<128, 4, 128, 4, 4, 4>(rng, 0, 4);
+    prefill_cases<128, 3, 128, 3, 2, 2>(rng, 0, 4);
+    prefill_cases<64, 3, 64, 8, 4, 2>(rng, 0, 4);
+    prefill_cases<80, 4, 96, 3, 2, 3>(rng, 0, 3);
+    prefill_cases<256, 2, 256, 4, 1, 4>(rng, 0, 2);
+#endif
+    return rt::report("attend on the emulator");
+}

@@ -1,0 +1,242 @@
+// Decode attention (fold, attend, merge) against the f64 oracle on decoded rows.
+// Build with g++ -DDQ_EMU for the emulator, or include from device_main.cu.
+#include <functional>
+
+#include "../attend_prefill.cuh"
+#include "../host.h"
+#include "../merge.cuh"
+#include "reference.h"
+#include "runtime.h"
+
+namespace {
+
+struct Case {
+    const char* name;
+    uint32_t n_kv, group, n_streams, n_q, n_keys, n_splits;
+    ref::SetKinds k_sets, v_sets;
+    int mask;         // 0 none, 1 f32 causal with holes, 2 f16, 3 hides everything from query 0
+    bool sink;
+    float softcap;
+    bool hostile;     // row scales over many magnitudes, stale records under the mask
+    bool paged;
+    uint32_t most_warps;
+};
+
+template <class K, class V, int NT> __global__ void __launch_bounds__(128) fold_kernel(const DqAttend p) { dq::fold_queries<K>(p); }
+template <class K, class V, int NT> __global__ void __launch_bounds__(256, NT == 1 ? 2 : 1) attend_kernel(const DqAttend p) { dq::attend_decode<K, V, NT, 3>(p); }
+template <class K, class V, int NT> __global__ void __launch_bounds__(256) prefill_kernel(const DqAttend p) { dq::attend_prefill<K, V, NT>(p); }
+template <class V> __global__ void __launch_bounds__(512) merge_kernel(const DqAttend p) { dq::attend_merge<V>(p); }
+
+// Factors on the device.
+struct DeviceFactors {
+    rt::Buffer<DqHeadSets> heads;
+    rt::Buffer<uint16_t> means, decode;
+    rt::Buffer<float> encode;
+    rt::Buffer<uint32_t> rotation;
+    uint32_t max_dense;
+    explicit DeviceFactors(const ref::Factors& f)
+        : heads(f.heads), means(f.means), decode(f.decode), encode(f.encode), rotation(f.rotation_bits), max_dense(f.max_dense) {}
+    DqFactors params() const { return {heads.get(), means.get(), decode.get(), encode.get(), rotation.get(), max_dense, 0}; }
+};
+
+// PREFILL: by the kernel for many queries, that many warps to a block.
+template <int DK, int KP, int DV, int VP, int NT, bool ALIGNED, int PREFILL = 0>
+void run(const Case& c, std::mt19937_64& rng) {
+    using K = dq::Side<DK, KP, ALIGNED>;
+    using V = dq::Side<DV, VP, ALIGNED>;
+    std::normal_distribution<double> normal;
+    auto below = [&](uint64_t n) { return rng() % n; };
+    auto l = ref::layout(c.n_kv, DK, KP, DV, VP);
+    const uint32_t n_heads = c.n_kv * c.group, stream_slots = c.n_keys + 5;
+    auto kf = ref::random_factors(DK, c.n_kv, c.k_sets, rng), vf = ref::random_factors(DV, c.n_kv, c.v_sets, rng);
+
+    // Records: long runs of the newest set, some tiles mixed.
+    const uint32_t n_slots = c.paged ? 64 * (c.n_streams * ((c.n_keys + 15) / 16) + 3) / 4 : stream_slots * c.n_streams;
+    const uint64_t stride = l.slot_bytes + 16;
+    std::vector<uint8_t> store(n_slots * stride);
+    for (auto& b : store) b = uint8_t(rng());
+    auto set_of = [&](uint32_t slot, const ref::Factors& f) {
+        int n = __builtin_popcount(f.heads[0].present);
+        return slot % 97 < 60 ? n - 1 : slot % 97 < 80 ? (slot / 97) % n : int(below(n));
+    };
+    for (uint32_t s = 0; s < n_slots; s++) {
+        uint8_t* record = &store[s * stride];
+        for (uint32_t h = 0; h < c.n_kv; h++) {
+            auto header = [&](const ref::SideLayout& side, const ref::Factors& f, double spread) {
+                double scale = std::exp(normal(rng) * spread);
+                uint16_t v = uint16_t(ref::to_half(std::min(scale, 60000.0)) << 1 & 0xFFF0) | set_of(s, f);
+                std::memcpy(record + side.headers + 2 * h, &v, 2);
+            };
+            header(l.k, kf, c.hostile ? 0.6 : 0.3);
+            header(l.v, vf, c.hostile ? 3.0 : 0.3);
+        }
+    }
+    // Queries small enough that many keys count.
+    const uint32_t n_tokens = c.n_streams * c.n_q;
+    std::vector<float> q(size_t(n_tokens) * n_heads * DK);
+    for (auto& x : q) x = float(normal(rng)) * 0.6f;
+    if (c.hostile) for (int i = 0; i < DK; i += 7) q[i] *= 30;
+    // Masks; in the f16 case, padded strides.
+    const uint32_t mask_row = c.n_keys + 3;
+    std::vector<float> mask(size_t(n_tokens) * mask_row, 0.0f);
+    for (uint32_t t = 0; t < n_tokens; t++) {
+        for (uint32_t k = 0; k < c.n_keys; k++) {
+            bool hidden = c.mask == 3 ? t % c.n_q == 0 : k + c.n_q > c.n_keys + t % c.n_q || below(5) == 0;
+            if (c.mask) mask[size_t(t) * mask_row + k] = hidden ? -INFINITY : float(below(8)) * -0.25f;
+        }
+    }
+    std::vector<uint16_t> mask_half;
+    for (float v : mask) mask_half.push_back(ref::to_half(v));
+    std::vector<float> sinks(n_heads);
+    for (auto& x : sinks) x = float(normal(rng));
+    // Block table of 16-slot pages in random order; streams of uneven length.
+    const uint32_t table_stride = (c.n_keys + 15) / 16;
+    std::vector<int32_t> table(c.n_streams * table_stride), lengths(c.n_streams);
+    for (size_t i = 0; i < table.size(); i++) table[i] = int32_t(i);
+    std::shuffle(table.begin(), table.end(), rng);
+    for (uint32_t s = 0; s < c.n_streams; s++) lengths[s] = s == 0 ? c.n_keys : int32_t(c.n_q + below(c.n_keys - c.n_q + 1));
+    if (c.hostile && c.mask == 1) {
+        // What the mask hides from all may be anything, NaN and infinity as a scale too.
+        for (uint32_t k = 0; k < c.n_keys; k += 11) {
+            for (uint32_t t = 0; t < n_tokens; t++) mask[size_t(t) * mask_row + k] = -INFINITY;
+            for (uint32_t s = 0; s < c.n_streams; s++) {
+                for (uint32_t h = 0; h < c.n_kv; h++) {
+                    uint16_t bad = k % 2 ? 0xFFF3 : 0xF80F;
+                    std::memcpy(&store[(s * stream_slots + k) * stride + l.k.headers + 2 * h], &bad, 2);
+                    std::memcpy(&store[(s * stream_slots + k) * stride + l.v.headers + 2 * h], &bad, 2);
+                }
+            }
+        }
+    }
+
+    // Device side.
+    DeviceFactors dk(kf), dv(vf);
+    rt::Buffer<uint8_t> d_store(store);
+    rt::Buffer<float> d_q(q), d_mask(mask), d_sinks(sinks), d_out(size_t(n_tokens) * n_heads * DV);
+    rt::Buffer<uint16_t> d_mask_half(mask_half);
+    rt::Buffer<int32_t> d_table(table), d_lengths(lengths);
+    DqAttend p{};
+    p.store = {d_store.get(), stride, n_slots};
+    p.k = dk.params(), p.v = dv.params();
+    p.q = {d_q.get(), uint64_t(n_heads) * DK * 4, DK * 4, DQ_TYPE_F32, 0};
+    p.out = {d_out.get(), uint64_t(n_heads) * DV * 4, DV * 4, DQ_TYPE_F32, 0};
+    if (c.mask) {
+        uint32_t size = c.mask == 2 ? 2 : 4;
+        p.mask = c.mask == 2 ? static_cast<void*>(d_mask_half.get()) : d_mask.get();
+        p.mask_type = c.mask == 2 ? DQ_TYPE_F16 : DQ_TYPE_F32;
+        p.mask_query_stride = uint64_t(mask_row) * size, p.mask_stream_stride = p.mask_query_stride * c.n_q;
+    }
+    if (c.sink) p.sink_logits = d_sinks.get();
+    if (c.paged) {
+        p.block_table = d_table.get(), p.lengths = d_lengths.get();
+        p.table_stride = table_stride, p.block_shift = 4, p.causal = 1, p.window = c.hostile ? 40 : 0;
+    }
+    p.stream_slots = stream_slots;
+    p.n_kv_heads = c.n_kv, p.group = c.group, p.n_streams = c.n_streams, p.n_q = c.n_q, p.n_kv = c.n_keys;
+    p.scale = float(1 / std::sqrt(double(DK))), p.softcap = c.softcap;
+    auto cut = dq::cut_attend(c.n_kv, c.n_q * c.group, NT, c.n_keys, c.n_streams, 1, c.most_warps);
+    p.heads_per_block = cut.heads_per_block, p.key_warps = cut.key_warps, p.row_tiles = cut.row_tiles;
+    p.n_splits = c.n_splits;
+    if (PREFILL) p.heads_per_block = p.key_warps = 1;
+    p.v_transforms = c.v_sets.dense ? DQ_MAX_TRANSFORMS : 1;
+    const uint32_t n_tiles = cut.row_tiles * NT, parts = dq::attend_parts(p), rows = c.n_streams * c.n_kv * c.n_q * c.group;
+    rt::Buffer<uint8_t> folded(size_t(c.n_streams) * c.n_kv * DQ_MAX_TRANSFORMS * n_tiles * K::groups * 256);
+    rt::Buffer<float> scales(size_t(c.n_streams) * c.n_kv * DQ_MAX_TRANSFORMS * n_tiles * 4);
+    rt::Buffer<float> constants(size_t(c.n_streams) * c.n_kv * DQ_MAX_SETS * n_tiles * 4);
+    rt::Buffer<float> partial(size_t(rows) * parts * DV), partial_sums(size_t(rows) * parts * dq::SUMS);
+    p.folded = folded.get(), p.folded_scales = scales.get(), p.constants = constants.get();
+    p.partial = partial.get(), p.partial_sums = partial_sums.get();
+
+    rt::launch(fold_kernel<K, V, NT>, dim3(c.n_kv * DQ_MAX_TRANSFORMS, n_tiles, c.n_streams), 128, 0, p);
+    if constexpr (PREFILL > 0) {
+        rt::launch(prefill_kernel<K, V, NT>, dim3(p.n_splits, c.n_kv * ((p.row_tiles + PREFILL - 1) / PREFILL), c.n_streams * p.v_transforms), 32 * PREFILL,
+                   dq::prefill_shared_bytes<K, V, NT>(p, PREFILL), p);
+    } else rt::launch(attend_kernel<K, V, NT>, dim3(p.n_splits, c.n_kv / p.heads_per_block * p.row_tiles, c.n_streams * p.v_transforms),
+               32 * p.heads_per_block * p.key_warps, dq::attend_shared_bytes<K, V, NT, 3>(p), p);
+    rt::launch(merge_kernel<V>, dim3(rows), parts > 4 ? 256 : 64, 0, p);
+    rt::sync();
+    auto out = d_out.take();
+
+    // The oracle, and the error in units of sum p |v|.
+    double worst = 0;
+    for (uint32_t s = 0; s < c.n_streams; s++) {
+        int n = c.paged ? lengths[s] : int(c.n_keys);
+        for (uint32_t h = 0; h < c.n_kv; h++) {
+            ref::Vec k(size_t(n) * DK), v(size_t(n) * DV);
+            for (int t = 0; t < n; t++) {
+                uint32_t slot = c.paged ? table[s * table_stride + t / 16] * 16 + t % 16 : s * stream_slots + t;
+                const uint8_t* record = &store[slot * stride];
+                auto kr = kf.decode_row(h, ref::header_of(l.k, h, record), ref::unpack(l.k, h, record), KP);
+                auto vr = vf.decode_row(h, ref::header_of(l.v, h, record), ref::unpack(l.v, h, record), VP);
+                std::copy(kr.begin(), kr.end(), k.begin() + size_t(t) * DK);
+                std::copy(vr.begin(), vr.end(), v.begin() + size_t(t) * DV);
+            }
+            for (uint32_t i = 0; i < c.n_q * c.group; i++) {
+                uint32_t token = s * c.n_q + i / c.group, head = h * c.group + i % c.group;
+                ref::Vec q64(DK), want, magnitude;
+                for (int x = 0; x < DK; x++) q64[x] = q[(size_t(token) * n_heads + head) * DK + x];
+                std::vector<double> m(n, 0.0);
+                for (int t = 0; t < n; t++) {
+                    if (c.mask) m[t] = c.mask == 2 ? ref::half_value(mask_half[size_t(token) * mask_row + t]) : mask[size_t(token) * mask_row + t];
+                    int position = n - int(c.n_q) + int(i / c.group);
+                    if (c.paged && (t > position || (p.window && t + p.window <= position))) m[t] = -INFINITY;
+                }
+                double sink = sinks[head];
+                ref::attend(q64.data(), k.data(), v.data(), n, DK, DV, p.scale, c.softcap, m, c.sink ? &sink : nullptr, want, magnitude);
+                double largest = *std::max_element(magnitude.begin(), magnitude.end());
+                for (int x = 0; x < DV; x++) {
+                    double e = std::fabs(out[(size_t(token) * n_heads + head) * DV + x] - want[x]);
+                    if (largest > 0) e /= largest;
+                    if (!(e <= worst)) worst = e;
+                }
+            }
+        }
+    }
+    std::string name = std::string(c.name) + " k" + std::to_string(DK) + "@" + std::to_string(KP) + " v" + std::to_string(DV) + "@" + std::to_string(VP) + " nt" + std::to_string(NT) + (ALIGNED ? "" : " unaligned") + (PREFILL ? " prefill" : "");
+    if (std::getenv("DQ_VERBOSE")) std::printf("%-60s %.2e\n", name.c_str(), worst);
+    rt::expect(name, worst, 1e-3);
+}
+
+const Case CASES[] = {
+    //  name         kv grp st nq keys spl  k sets  v sets  mask sink  cap  host   paged warps
+    {"plain",        2, 4, 1, 1, 100, 2, {1, 0}, {1, 0}, 0, false, 0, false, false, 4},
+    {"long",         2, 3, 1, 1, 460, 1, {2, 1}, {2, 0}, 0, false, 0, false, false, 4},
+    {"sets",         2, 4, 2, 1, 150, 3, {2, 2}, {3, 0}, 1, true, 0, false, false, 4},
+    {"hostile",      1, 3, 2, 2, 130, 2, {3, 1}, {4, 0}, 1, false, 0, true, false, 4},
+    {"softcap",      4, 2, 1, 2, 70, 1, {1, 1}, {2, 0}, 2, true, 5, false, false, 4},
+    {"hidden",       1, 4, 1, 2, 40, 2, {1, 0}, {1, 0}, 3, false, 0, false, false, 2},
+    {"head groups",  6, 1, 1, 1, 33, 1, {2, 1}, {2, 0}, 1, false, 0, false, false, 2},
+    {"dense values", 2, 2, 1, 1, 90, 2, {1, 1}, {2, 2}, 1, true, 0, false, false, 2},
+    {"paged",        2, 4, 3, 2, 90, 3, {1, 1}, {2, 0}, 0, false, 0, true, true, 4},
+};
+
+const Case PREFILL_CASES[] = {
+    {"chunk",         2, 4, 1, 20, 150, 1, {2, 1}, {3, 0}, 1, true, 0, false, false, 1},
+    {"chunk hostile", 1, 3, 2, 9, 130, 2, {3, 1}, {4, 0}, 1, false, 0, true, false, 1},
+    {"chunk softcap", 3, 2, 1, 11, 70, 1, {1, 1}, {2, 2}, 2, true, 5, false, false, 1},
+    {"chunk paged",   2, 4, 3, 13, 140, 2, {1, 1}, {2, 0}, 0, false, 0, true, true, 1},
+};
+
+template <int DK, int KP, int DV, int VP, int NT, int WARPS>
+void prefill_cases(std::mt19937_64& rng, int from, int to) {
+    for (int i = from; i < to; i++) {
+        const Case& c = PREFILL_CASES[i];
+        using K = dq::Side<DK, KP, true>;
+        using V = dq::Side<DV, VP, true>;
+        if (dq::planes_aligned<K, V>(c.n_kv)) run<DK, KP, DV, VP, NT, true, WARPS>(c, rng);
+        else if constexpr (K::can_be_unaligned() || V::can_be_unaligned()) run<DK, KP, DV, VP, NT, false, WARPS>(c, rng);
+    }
+}
+
+template <int DK, int KP, int DV, int VP>
+void all_cases(std::mt19937_64& rng, int from, int to) {
+    for (int i = from; i < to; i++) {
+        const Case& c = CASES[i];
+        using K = dq::Side<DK, KP, true>;
+        using V = dq::Side<DV, VP, true>;
+        if (dq::planes_aligned<K, V>(c.n_kv)) run<DK, KP, DV, VP, 1, true>(c, rng);
+        else if constexpr (K::can_be_unaligned() || V::can_be_unaligned()) run<DK, KP, DV, VP, 1, false>(c, rng);
+    }
+}
+
+}  // namespace

@@ -1,0 +1,274 @@
+// Encode against a plain transcription of its definition (src/cpu/encode.rs: f32, every rounding and order stated there;
+// records must be equal), and dequantize against the f64 decoder.
+#include "../dequantize.cuh"
+#include "../encode.cuh"
+#include "../host.h"
+#include "reference.h"
+#include "runtime.h"
+
+namespace {
+
+// ---- The definition, one row at a time, with the sixteen partial sums spelled out ----
+
+struct PlainEncoder {
+    const ref::Factors& f;
+    const ref::SideLayout& layout;
+
+    template <class Term> static float sum(int n, Term term) {
+        float lane[16] = {};
+        for (int c = 0; c < n; c++) lane[c % 16] += term(c);
+        for (int w = 8; w > 0; w /= 2) for (int i = 0; i < w; i++) lane[i] += lane[i + w];
+        return lane[0];
+    }
+    static float half(uint16_t h) { return float(ref::half_value(h)); }
+
+    std::vector<float> rotate(std::vector<float> x) const {
+        const int d = f.d, m = d % 3 == 0 ? 12 : d % 5 == 0 ? 20 : 1, run = d / m;
+        auto signs = ref::rotation_signs(d);
+        float unit = float(1.0 / std::sqrt(double(d)));
+        for (int i = 0; i < d; i++) x[i] *= signs[i] * unit;
+        for (int s = 1; s < run; s *= 2) {
+            for (int i = 0; i < d; i++) {
+                if (i % run & s) continue;
+                float a = x[i], b = x[i + s];
+                x[i] = a + b, x[i + s] = a - b;
+            }
+        }
+        if (m == 1) return x;
+        std::vector<float> out(d, 0.0f);
+        for (int row = 0; row < m; row++) {
+            for (int col = 0; col < m; col++) {
+                for (int i = 0; i < run; i++) out[row * run + i] += ref::hadamard_sign(d, row * run, col * run) * x[col * run + i];
+            }
+        }
+        return out;
+    }
+
+    struct Coded { std::vector<uint8_t> codes; uint16_t header; bool saturated; };
+
+    static std::pair<uint16_t, bool> pack(float scale, int set) {
+        uint32_t rounded = (uint32_t(ref::to_half(scale)) << 1) + 8;
+        return {uint16_t((std::min(rounded, 0xF7F0u) & 0xFFF0) | set), rounded >= 0xF800u};
+    }
+
+    Coded code(const std::vector<float>& y, int set, float kappa) const {
+        const int d = f.d, plan = layout.plan;
+        ref::Book book = ref::book(plan);
+        Coded out{std::vector<uint8_t>(d), uint16_t(set), false};
+        const float unit = float(book.unit);
+        if (plan == 8) {
+            float largest = 0;
+            for (float v : y) largest = std::max(largest, std::fabs(v));
+            float scale = largest / (127.0f * unit);
+            auto [packed, saturated] = pack(std::min(scale, 3.4e38f), set);
+            if (float(ref::header_scale(packed)) < scale && (packed & 0xFFF0) < 0xF7F0) packed += 16;
+            float step = float(ref::header_scale(packed)) * unit, inverse = step > 0 ? 1 / step : 0;
+            for (int c = 0; c < d; c++) out.codes[c] = uint8_t(std::min(127.0f, std::max(-127.0f, std::nearbyint(y[c] * inverse))) + 128);
+            out.header = packed, out.saturated = saturated;
+            return out;
+        }
+        const int half = 1 << (plan - 1);
+        const double exact = plan == 2 ? 1.5104 / 127 : plan == 3 ? 2.1519 / 127 : 2.7326 / 127;
+        auto magnitude_index = [&](float v, float reach) {
+            int m = 0;
+            for (int i = half; i < 2 * half - 1; i++) m += std::fabs(v * reach) > float((book.table[i] + book.table[i + 1]) / 2.0 * exact);
+            return m;
+        };
+        float rms = std::sqrt(sum(d, [&](int c) { return y[c] * y[c]; }) / float(d)), reach = 0, best = 0;
+        if (rms > 0) {
+            bool first = true;
+            for (float multiple : {0.8f, 0.9f, 1.0f, 1.1f, 1.25f}) {
+                float r = 1.0f / (rms * multiple);
+                std::vector<float> level(d);
+                for (int c = 0; c < d; c++) level[c] = std::copysign(float(book.table[half + magnitude_index(y[c], r)]), y[c]) * unit;
+                float projection = kappa * sum(d, [&](int c) { return y[c] * level[c]; });
+                float energy = kappa * sum(d, [&](int c) { return level[c] * level[c]; });
+                auto [packed, saturated] = pack(std::min(std::max(projection / energy, 0.0f), 3.4028234e38f), set);
+                float scale = float(ref::header_scale(packed));
+                float error = kappa * sum(d, [&](int c) { float e = y[c] - scale * level[c]; return e * e; });
+                if (first || error < best) best = error, reach = r, out.header = packed, out.saturated = saturated;
+                first = false;
+            }
+        }
+        for (int c = 0; c < d; c++) {
+            int m = magnitude_index(y[c], reach);
+            out.codes[c] = uint8_t(std::signbit(y[c]) ? half - 1 - m : half + m);
+        }
+        return out;
+    }
+
+    // Writes a row; true when it was replaced or cut.
+    bool row(std::vector<float> x, uint32_t head, uint8_t* record) const {
+        const int d = f.d;
+        const DqHeadSets& sets = f.heads[head];
+        auto mean = [&](int set, int c) { return half(f.means[(size_t(head) * DQ_MAX_SETS + set) * d + c]); };
+        auto put = [&](const Coded& c) {
+            ref::pack(layout, head, c.codes, record);
+            std::memcpy(record + layout.headers + 2 * head, &c.header, 2);
+            return c.saturated;
+        };
+        float largest = 0;
+        bool bad = false;
+        for (float v : x) largest = std::max(largest, std::fabs(v)), bad |= !std::isfinite(v);
+        if (bad) {
+            put(code(std::vector<float>(d, 0.0f), 0, 1.0f));
+            return true;
+        }
+        if (largest > 1e15f) for (float& v : x) v *= 1e15f / largest;
+        std::vector<float> y(d, 0.0f);
+        if (sets.encode_dense) {
+            for (int i = 0; i < d; i++) for (int j = 0; j < d; j++) y[j] += (x[i] - mean(sets.newest, i)) * f.encode[(size_t(head) * d + i) * d + j];
+        } else {
+            for (int i = 0; i < d; i++) y[i] = x[i] - mean(sets.newest, i);
+            y = rotate(y);
+        }
+        const float distortion = layout.plan == 2 ? 0.1175f : layout.plan == 3 ? 0.03454f : layout.plan == 4 ? 0.009497f : float(4.0 / 127 * (4.0 / 127) / 12);
+        float cost = sets.kappa[0] * distortion * sum(d, [&](int c) { return y[c] * y[c]; });
+        int other = 0;
+        float distance = sum(d, [&](int c) { return x[c] * x[c]; });
+        for (int e = 0; e < 16; e++) {
+            if (!(sets.sinks >> e & 1)) continue;
+            float v = sum(d, [&](int c) { float q = x[c] - mean(e, c); return q * q; });
+            if (v < distance) distance = v, other = e;
+        }
+        if (!(distance * (float(d) * distortion / float(d)) < 0.5f * cost)) {
+            if (!put(code(y, sets.newest, sets.kappa[0]))) return false;
+        }
+        for (int c = 0; c < d; c++) y[c] = other ? x[c] - mean(other, c) : x[c];
+        return put(code(rotate(y), other, 1.0f));
+    }
+};
+
+template <class K, class V, int ROWS> __global__ void __launch_bounds__(256) encode_kernel(const DqEncode p) { dq::encode<K, V, ROWS>(p); }
+template <class K, class V> __global__ void __launch_bounds__(128) dequantize_kernel(const DqDequantize p) { dq::dequantize<K, V>(p); }
+
+template <int DK, int KP, int DV, int VP, int ROWS>
+void encode_case(uint32_t n_kv, uint32_t n, ref::SetKinds k_sets, ref::SetKinds v_sets, uint32_t type, std::mt19937_64& rng) {
+    using K = dq::Side<DK, KP, true>;
+    using V = dq::Side<DV, VP, true>;
+    std::normal_distribution<double> normal;
+    auto l = ref::layout(n_kv, DK, KP, DV, VP);
+    auto kf = ref::random_factors(DK, n_kv, k_sets, rng), vf = ref::random_factors(DV, n_kv, v_sets, rng);
+    for (auto& s : kf.heads) s.kappa[0] = 0.7f;
+    const uint64_t stride = l.slot_bytes + 32;
+    const uint32_t n_slots = n + 7, size = type == DQ_TYPE_F32 ? 4 : 2;
+
+    // Rows about the newest mean; some near the sink or about zero, some that no one would send.
+    auto make = [&](const ref::Factors& f, std::vector<float>& rows) {
+        rows.resize(size_t(n) * n_kv * f.d);
+        for (uint32_t t = 0; t < n; t++) {
+            for (uint32_t h = 0; h < n_kv; h++) {
+                float* x = &rows[(size_t(t) * n_kv + h) * f.d];
+                int set = t % 7 == 0 ? std::min<int>(1, f.heads[h].newest) : t % 7 == 1 ? 0 : f.heads[h].newest;
+                double scale = set == f.heads[h].newest ? 1 : 0.05;
+                for (int c = 0; c < f.d; c++) x[c] = float(f.mean(h, set, c) + scale * normal(rng));
+                if (t == 11) for (int c = 0; c < f.d; c++) x[c] = 0;
+                if (t == 12) x[5] = NAN;
+                if (t == 13) x[f.d - 1] = -INFINITY;
+                if (t == 14) for (int c = 0; c < f.d; c++) x[c] *= type == DQ_TYPE_F16 ? 6e3f : 1e30f;
+                if (t == 15) for (int c = 0; c < f.d; c++) x[c] *= type == DQ_TYPE_F16 ? 1e-4f : 1e-12f;
+                if (t == 16) x[3] = 6e4f;
+                // What the kernel gets to see.
+                for (int c = 0; c < f.d; c++) {
+                    if (type == DQ_TYPE_F16) x[c] = float(ref::half_value(ref::to_half(x[c])));
+                    if (type == DQ_TYPE_BF16) { uint32_t u; std::memcpy(&u, &x[c], 4); u &= 0xFFFF0000u; std::memcpy(&x[c], &u, 4); }
+                }
+            }
+        }
+    };
+    auto bytes_of = [&](const std::vector<float>& rows) {
+        std::vector<uint8_t> b(rows.size() * size);
+        for (size_t i = 0; i < rows.size(); i++) {
+            uint32_t u;
+            std::memcpy(&u, &rows[i], 4);
+            uint16_t v = type == DQ_TYPE_F16 ? ref::to_half(rows[i]) : uint16_t(u >> 16);
+            if (type == DQ_TYPE_F32) std::memcpy(&b[i * 4], &u, 4);
+            else std::memcpy(&b[i * 2], &v, 2);
+        }
+        return b;
+    };
+    std::vector<float> k, v;
+    make(kf, k), make(vf, v);
+    std::vector<int64_t> slots(n);
+    for (uint32_t i = 0; i < n; i++) slots[i] = i % 9 == 5 ? -1 : int64_t(i + 3);
+    std::shuffle(slots.begin(), slots.end(), rng);
+
+    rt::Buffer<DqHeadSets> kh(kf.heads), vh(vf.heads);
+    rt::Buffer<uint16_t> km(kf.means), vm(vf.means), kd(kf.decode), vd(vf.decode);
+    rt::Buffer<float> ke(kf.encode), ve(vf.encode);
+    rt::Buffer<uint32_t> kr(kf.rotation_bits), vr(vf.rotation_bits);
+    rt::Buffer<uint8_t> d_k(bytes_of(k)), d_v(bytes_of(v)), d_store(std::vector<uint8_t>(n_slots * stride, 0xEE));
+    rt::Buffer<int64_t> d_slots(slots);
+    rt::Buffer<uint32_t> status(std::vector<uint32_t>{0});
+    DqEncode p{};
+    p.store = {d_store.get(), stride, n_slots};
+    p.k = {kh.get(), km.get(), kd.get(), ke.get(), kr.get(), kf.max_dense, 0};
+    p.v = {vh.get(), vm.get(), vd.get(), ve.get(), vr.get(), vf.max_dense, 0};
+    p.k_rows = {d_k.get(), uint64_t(n_kv) * DK * size, uint64_t(DK) * size, type, 0};
+    p.v_rows = {d_v.get(), uint64_t(n_kv) * DV * size, uint64_t(DV) * size, type, 0};
+    p.slots = d_slots.get(), p.status = status.get(), p.n = n, p.n_kv_heads = n_kv;
+    const uint32_t per_block = dq::ENCODE_HALVES * ROWS;
+    rt::launch(encode_kernel<K, V, ROWS>, dim3((n + per_block - 1) / per_block, n_kv, 2), 256, dq::encode_shared_bytes<K, V, ROWS>(), p);
+    rt::sync();
+    auto got = d_store.take();
+
+    // Records equal, padding between records untouched, replaced rows counted.
+    std::vector<uint8_t> want(n_slots * stride, 0xEE);
+    uint32_t replaced = 0;
+    for (uint32_t t = 0; t < n; t++) {
+        if (slots[t] < 0) continue;
+        uint8_t* record = &want[slots[t] * stride];
+        std::memset(record + l.v.headers + 2 * n_kv, 0, l.slot_bytes - l.v.headers - 2 * n_kv);
+        for (uint32_t h = 0; h < n_kv; h++) {
+            auto row = [&](const std::vector<float>& x, int d) { auto* b = &x[(size_t(t) * n_kv + h) * d]; return std::vector<float>(b, b + d); };
+            replaced += PlainEncoder{kf, l.k}.row(row(k, DK), h, record);
+            replaced += PlainEncoder{vf, l.v}.row(row(v, DV), h, record);
+        }
+    }
+    double differing = 0;
+    for (size_t i = 0; i < got.size(); i++) differing += got[i] != want[i];
+    std::string name = "k" + std::to_string(DK) + "@" + std::to_string(KP) + " v" + std::to_string(DV) + "@" + std::to_string(VP) + " rows " + std::to_string(ROWS) + " type " + std::to_string(type);
+    rt::expect("encode " + name + ": differing bytes", differing, 0);
+    rt::expect("encode " + name + ": replaced rows", std::fabs(double(status.take()[0]) - replaced), 0);
+
+    // And back.
+    rt::Buffer<float> k_out(size_t(n) * n_kv * DK), v_out(size_t(n) * n_kv * DV);
+    DqDequantize q{};
+    q.store = p.store, q.k = p.k, q.v = p.v;
+    q.k_out = {k_out.get(), uint64_t(n_kv) * DK * 4, DK * 4, DQ_TYPE_F32, 0};
+    q.v_out = {v_out.get(), uint64_t(n_kv) * DV * 4, DV * 4, DQ_TYPE_F32, 0};
+    q.slots = d_slots.get(), q.n = n, q.n_kv_heads = n_kv;
+    rt::launch(dequantize_kernel<K, V>, dim3((n + dq::DEQUANTIZE_ROWS - 1) / dq::DEQUANTIZE_ROWS, n_kv, 2), 128, 0, q);
+    rt::sync();
+    double worst = 0;
+    auto compare = [&](const ref::Factors& f, const ref::SideLayout& side, const std::vector<float>& out) {
+        for (uint32_t t = 0; t < n; t++) {
+            if (slots[t] < 0) continue;
+            const uint8_t* record = &got[slots[t] * stride];
+            for (uint32_t h = 0; h < n_kv; h++) {
+                auto x = f.decode_row(h, ref::header_of(side, h, record), ref::unpack(side, h, record), side.plan);
+                double norm = 1e-30, e = 0;
+                for (int c = 0; c < f.d; c++) norm = std::max(norm, std::fabs(x[c])), e = std::max(e, std::fabs(x[c] - out[(size_t(t) * n_kv + h) * f.d + c]));
+                if (!(e / norm <= worst)) worst = e / norm;
+            }
+        }
+    };
+    compare(kf, l.k, k_out.take()), compare(vf, l.v, v_out.take());
+    rt::expect("dequantize " + name, worst, 1e-5);
+}
+
+void encode_cases_short(std::mt19937_64& rng) {
+    encode_case<128, 4, 128, 4, 1>(2, 40, {3, 2}, {3, 0}, DQ_TYPE_F32, rng);
+    encode_case<128, 4, 128, 4, 2>(2, 70, {3, 2}, {3, 0}, DQ_TYPE_F16, rng);
+    encode_case<80, 3, 96, 4, 2>(2, 40, {3, 0}, {2, 0}, DQ_TYPE_F32, rng);
+}
+
+void encode_cases(std::mt19937_64& rng) {
+    encode_cases_short(rng);
+    encode_case<128, 3, 128, 3, 2>(1, 40, {2, 1}, {3, 0}, DQ_TYPE_BF16, rng);
+    encode_case<64, 2, 64, 8, 2>(3, 40, {2, 1}, {2, 0}, DQ_TYPE_F32, rng);
+    encode_case<64, 3, 256, 4, 2>(2, 40, {1, 0}, {2, 1}, DQ_TYPE_F32, rng);
+    encode_case<192, 4, 80, 8, 2>(1, 40, {2, 0}, {2, 1}, DQ_TYPE_F32, rng);
+}
+
+}  // namespace

@@ -1,0 +1,44 @@
+#!/bin/sh
+# Does the suite see bugs? Plants one at a time in a copy of the kernels and runs the short emulator suite in all three
+# schedule orders: a bug that passes is a failure of this script.
+set -u
+here=$(cd "$(dirname "$0")/.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+missed=0
+
+# plant NAME FILE SED-SCRIPT [SUITE [FLAGS]]
+plant() {
+    rm -rf "$work/k"
+    cp -r "$here" "$work/k"
+    sed -i "$3" "$work/k/$2"
+    if cmp -s "$here/$2" "$work/k/$2"; then echo "NOT PLANTED  $1"; missed=1; return; fi
+    if ! g++ -std=c++17 -O1 -ffp-contract=off -DDQ_EMU -DDQ_FAST ${5:-} "$work/k/tests/${4:-attend_emu}.cpp" -o "$work/t" 2>"$work/log"; then
+        echo "DOES NOT BUILD  $1"; cat "$work/log"; missed=1; return
+    fi
+    for order in 0 1 2; do
+        if ! timeout 300 "$work/t" $order >"$work/out" 2>&1; then echo "seen (order $order)  $1"; return; fi
+    done
+    echo "MISSED  $1"
+    missed=1
+}
+
+BULK=-DDQ_EMU_BULK
+plant "missing barrier after a tile's copies" attend.cuh '/else cp_async_wait<STAGES - 2>/{n;d}'
+plant "missing barrier, bulk copies" attend.cuh '/else cp_async_wait<STAGES - 2>/{n;d}' attend_emu $BULK
+plant "wait one group short" attend.cuh 's/cp_async_wait<STAGES - 2>/cp_async_wait<STAGES - 1>/'
+plant "wait for the wrong phase" attend.cuh 's|turn / STAGES & 1|turn / STAGES + 1 \& 1|' attend_emu $BULK
+plant "fewer bytes announced than copied" attend.cuh 's|barrier_expect(barriers + index, tile_keys|barrier_expect(barriers + index, (tile_keys - 1)|' attend_emu $BULK
+plant "maximum over the wrong lanes" attend_warp.cuh '0,/ALL_LANES, v, 8/s//ALL_LANES, v, 4/'
+plant "tail not masked" attend_rows.cuh 's/if (key >= n_keys) return NEVER/if (key > n_keys) return NEVER/'
+plant "stale merge slot" merge.cuh 's/if (!any || part_m == NEVER) continue;/if (!any) continue;/'
+plant "earlier sums not rescaled" attend_warp.cuh 's/if (sums_used) {/if (false) {/'
+plant "constant of the wrong set" attend_warp.cuh 's/if (set != k_set) {/if (set > k_set) {/'
+plant "low byte of the query dropped" fold.cuh 's/uint8_t(low)/uint8_t(0)/'
+plant "nibbles of the wrong keys" codes.cuh 's/even = prmt(e, e, 0x3120)/even = prmt(e, e, 0x3210)/'
+plant "fragments read before they are all there" attend_prefill.cuh '/look_up_tile(fragments + part/{n;n;d}'
+plant "stage overwritten while in use" attend_prefill.cuh 's/(tile \& 1) \* stage_bytes/0 * stage_bytes/'
+plant "read past the last slot" attend.cuh 's/key < n_keys ? key : n_keys - 1/key/' attend_emu "-fsanitize=address"
+plant "encode: other lanes' codes too early" encode.cuh '/bad_row |= header.saturated;/{n;n;d}' encode_emu
+plant "encode: ties the other way" encode.cuh 's/if (magnitude > edge)/if (magnitude >= edge * 1.0001f)/' encode_emu
+exit $missed
