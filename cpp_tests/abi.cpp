@@ -137,6 +137,7 @@ TEST_CASE("versions") {
 
 TEST_CASE("plans have names, other numbers have none") {
     for (uint32_t plan : {2, 3, 4, 8}) CHECK(std::string(dq_plan_name(plan)) == std::to_string(plan));
+    CHECK(std::string(dq_plan_name(102)) == "2t");
     CHECK(std::string(dq_plan_name(103)) == "3t");
     CHECK(std::string(dq_plan_name(104)) == "4t");
     for (uint32_t plan : {0u, 1u, 5u, 255u, UINT32_MAX}) CHECK(dq_plan_name(plan) == nullptr);

@@ -82,11 +82,11 @@ std::vector<Fitted> fitted() {
     }
     all.push_back({"fit-3-80", {layer_of(80, 3, DQ_GAUGE_ATTENTION, 1)}});
     all.push_back({"fit-4-96", {layer_of(96, 4, DQ_GAUGE_ATTENTION, 1)}});
-    Fitted means{"means", {}};
-    for (uint32_t dim : kDims) {
-        for (uint32_t plan : plans()) means.layers.push_back(layer_of(dim, plan, DQ_GAUGE_CENTRED));
+    for (uint32_t plan : plans()) {
+        Fitted means{"means-" + std::string(dq_plan_name(plan)), {}};
+        for (uint32_t dim : kDims) means.layers.push_back(layer_of(dim, plan, DQ_GAUGE_CENTRED));
+        all.push_back(means);
     }
-    all.push_back(means);
     return all;
 }
 
