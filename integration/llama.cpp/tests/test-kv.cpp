@@ -1012,7 +1012,7 @@ static int archs(const std::string & dir) {
                     ref += f16[i][j]*f16[i][j];
                 }
             }
-            const bool ok = err <= 1e-2*ref;
+            const bool ok = err <= 1e-4*ref;
             printf("%s arch %s: normalised error of dq8 against f16 %.1e\n", ok ? "ok" : "FAILED", name.c_str(), err/ref);
             (ok ? n_coded : n_failed)++;
         } catch (const std::exception & e) {
