@@ -449,7 +449,7 @@ static std::string test_swa(world & w) {
     }
     const double k8 = mean_kld(res[GGML_TYPE_F16], res[GGML_TYPE_DQ8]);
     const double k4 = mean_kld(res[GGML_TYPE_F16], res[GGML_TYPE_DQ4]);
-    REQUIRE(k8 < 0.003 && k4 < 0.05, "mean KLD at 1,500 to 1,564 tokens: dq8 %.5f, dq4 %.5f", k8, k4);
+    REQUIRE(k8 < k_order && k4 < 0.08, "mean KLD at 1,500 to 1,564 tokens: dq8 %.5f, dq4 %.5f", k8, k4);
     return print("window of 512, 1,564 tokens: mean KLD dq8 %.5f, dq4 %.5f", k8, k4);
 }
 
