@@ -29,10 +29,10 @@ rust_tests() {
 ctest_in() { # ctest_in BUILD_DIR CMAKE_OPTIONS...
     local dir=$1
     shift
-    cargo build --release --locked
-    cmake -S cpp_tests -B "$dir" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo "$@"
-    cmake --build "$dir"
-    ctest --test-dir "$dir" --output-on-failure -j "$(nproc)"
+    cargo build --release --locked &&
+        cmake -S cpp_tests -B "$dir" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo "$@" &&
+        cmake --build "$dir" &&
+        ctest --test-dir "$dir" --output-on-failure -j "$(nproc)"
 }
 
 failed=()
