@@ -803,7 +803,7 @@ static std::string test_nan(world & w) {
             }
         };
 
-        setup s;
+        setup s = frozen(w); // or the failed batch would count in what is learned
         s.cb = edit_k::callback;
         s.ud = &edit;
         context_ptr ctx = make(w.small, s);
@@ -823,8 +823,7 @@ static std::string test_nan(world & w) {
         // the failure is over with the batch: the same tokens without it, as in a context that never saw it
         on = false;
         const logits after = feed(ctx.get(), w.slice(60, 20), 60)[0];
-        setup clean;
-        context_ptr ref = make(w.small, clean);
+        context_ptr ref = make(w.small, frozen(w));
         feed(ref.get(), w.slice(0, 60), 0);
         const logits good = feed(ref.get(), w.slice(60, 20), 60)[0];
         REQUIRE(std::isfinite(after[0]) && kld(good, after) < 0.02, "KLD %.2e after the failure", kld(good, after));
