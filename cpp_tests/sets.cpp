@@ -101,7 +101,7 @@ TEST_CASE("sets that are there keep their id") {
     for (size_t i = 0; i < 4; i++) CHECK(first[i * DQ_MAX_SETS] == 0);
 }
 
-TEST_CASE("imports do not change how new rows are coded") {
+TEST_CASE("imports do not change how rows are coded where there is a fit") {
     const Engine from(3);
     Engine to(4), same(4);
     std::vector<uint8_t> map;
@@ -112,6 +112,27 @@ TEST_CASE("imports do not change how new rows are coded") {
     tokens = batch.tokens(same.store);
     ok(dq_append(same.codec.get(), 0, &tokens, nullptr, 0, nullptr));
     CHECK(to.store.bytes() == same.store.bytes());
+}
+
+TEST_CASE("a codec without a fit goes on with the newest set of an import") {
+    const Engine from(3);
+    Engine to, plain;
+    std::vector<uint8_t> map;
+    ok(to.import(export_sets(from.codec.get()), map));
+    const Batch batch(to.layers[0], 50, 8);
+    const auto decoded = [&](const Engine &engine) {
+        const auto tokens = batch.tokens(engine.store);
+        ok(dq_append(engine.codec.get(), 0, &tokens, nullptr, 0, nullptr));
+        Rows k(kTokens, 2, 80), v(kTokens, 2, 96);
+        engine.dequantize(k, v);
+        return std::pair(k, v);
+    };
+    // The codec that the sets came from, the fresh one that took them, and one that knows the rotation only.
+    const auto [k, v] = decoded(from);
+    const auto [same_k, same_v] = decoded(to);
+    const auto [other_k, other_v] = decoded(plain);
+    CHECK((same_k == k && same_v == v));
+    CHECK_FALSE((other_k == k || other_v == v));
 }
 
 TEST_CASE("no free id: a clean failure") {

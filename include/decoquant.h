@@ -521,13 +521,16 @@ dq_status dq_dequantize(const struct dq_codec *codec,
                         const struct dq_tensor *v_out,
                         void *stream);
 
-// Writes all factor sets of a layer: shapes, sets with their ids, checksum; little endian.
+// Writes all factor sets of a layer, and what codes new rows with the newest: shapes, sets with their ids, its encode
+// matrix, checksum; little endian.
 //
 // `write`: called with pieces in order. Errors: `DQ_ERROR_IO` when it returned non-zero.
 dq_status dq_sets_export(const struct dq_codec *codec, uint32_t layer, dq_write_fn write, void *user);
 
 // Takes up the sets of an export, so that its records can be read after `dq_remap_rows`. A set that the codec already
-// holds (same content) keeps its id; others take free ids, which new rows never use. Frozen codecs import, too.
+// holds (same content) keeps its id; others take free ids. New rows never use them, with one exception: a head that
+// learns and has not been fitted yet codes with the newest set of the export until it has seen more rows than that set
+// was made from. Frozen codecs import, too.
 //
 // `read`: called for pieces in order. `map`: receives `[side][head][old id] = new id`, side 0 being the keys, or 255
 // where the export has no such set; at least `2 * n_kv_heads * DQ_MAX_SETS` bytes, untouched on failure.

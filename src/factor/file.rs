@@ -9,7 +9,7 @@
 //!         sum f64 [d], with second: f32 [d (d + 1) / 2]
 //! ```
 //!
-//! The first set of a head, the rotation, is not written. Exports hold one layer, and neither encode nor moments.
+//! The first set of a head, the rotation, is not written. Exports hold one layer, and no moments.
 
 use half::f16;
 
@@ -49,7 +49,7 @@ pub struct ReadHead {
     pub encode: Option<Box<[f32]>>,
 }
 
-/// Writes layers; `whole` adds encode matrices and moments (a factor file).
+/// Writes layers; `whole` adds moments (a factor file).
 pub fn write(
     magic: [u8; 8],
     fingerprint: &[u8; 32],
@@ -111,9 +111,8 @@ fn write_head(head: &HeadFactors, whole: bool, out: &mut Vec<u8>) {
             decode.iter().for_each(|x| out.extend(x.to_le_bytes()));
         }
     }
-    let matrix = encode.matrix.as_ref().filter(|_| whole);
-    out.push(u8::from(matrix.is_some()));
-    matrix.iter().flat_map(|m| m.iter()).for_each(|x| out.extend(x.to_le_bytes()));
+    out.push(u8::from(encode.matrix.is_some()));
+    encode.matrix.iter().flat_map(|m| m.iter()).for_each(|x| out.extend(x.to_le_bytes()));
     let running = stats.running.as_ref().filter(|_| whole);
     let moments: Vec<&Moments> = running.map_or(Vec::new(), |r| [&r.rows].into_iter().chain(&r.queries).collect());
     out.push(moments.len() as u8);
@@ -130,7 +129,7 @@ fn write_head(head: &HeadFactors, whole: bool, out: &mut Vec<u8>) {
 
 /// Reads and checks everything; `shapes` are the layers that must be in it.
 ///
-/// In a factor file a dense newest set comes with its encode matrix: rows could not be coded without.
+/// A dense newest set comes with its encode matrix: rows could not be coded without.
 pub fn read(magic: [u8; 8], fingerprint: &[u8; 32], shapes: &[&LayerShape], read: Read) -> Result<Vec<Vec<ReadHead>>> {
     let bytes = read_whole(magic, fingerprint, shapes.len(), read)?;
     let mut cursor = Cursor { bytes: &bytes[PREFIX..bytes.len() - CHECKSUM] };
@@ -145,7 +144,7 @@ pub fn read(magic: [u8; 8], fingerprint: &[u8; 32], shapes: &[&LayerShape], read
         let mut heads = Vec::with_capacity(2 * shape.n_kv_heads);
         for side in [&shape.k, &shape.v] {
             for _ in 0..shape.n_kv_heads {
-                heads.push(read_head(&mut cursor, side, magic == FACTOR_MAGIC)?);
+                heads.push(read_head(&mut cursor, side)?);
             }
         }
         layers.push(heads);
@@ -195,7 +194,7 @@ fn read_whole(magic: [u8; 8], fingerprint: &[u8; 32], n_layers: usize, read: Rea
     Ok(bytes)
 }
 
-fn read_head(cursor: &mut Cursor, shape: &SideShape, whole: bool) -> Result<ReadHead> {
+fn read_head(cursor: &mut Cursor, shape: &SideShape) -> Result<ReadHead> {
     let d = shape.head_dim;
     let (newest, n_sets) = (cursor.u8()?, cursor.u8()?);
     let (sinks, rows_seen) = (cursor.u16()?, cursor.u64()?);
@@ -219,7 +218,7 @@ fn read_head(cursor: &mut Cursor, shape: &SideShape, whole: bool) -> Result<Read
         n => return Err(Error::bad_file(format!("{n} encode matrices for one head"))),
     };
     let dense = newest_set.is_some_and(|s| matches!(*s.set.transform, Transform::Dense { .. }));
-    if encode.is_some() != (dense && whole) {
+    if encode.is_some() != dense {
         return Err(Error::bad_file("a head's encode matrix is missing or has no set"));
     }
     for _ in 0..cursor.u8()? {

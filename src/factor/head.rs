@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::file::ReadHead;
 use super::fit::{FitInput, fit, round_mean};
 use super::moments::Moments;
-use super::sets::{FactorSet, HeadSets};
+use super::sets::{FactorSet, HeadSets, ROTATION_SET};
 use crate::error::{Error, Result};
 use crate::shape::{Gauge, Side, SideShape, Tier};
 
@@ -181,6 +181,21 @@ impl HeadFactors {
         }
     }
 
+    /// Puts an imported fit into force where nothing has been fitted yet: a state restored into a fresh context goes on
+    /// as well as it did before. Fits that would know fewer rows than it did are skipped.
+    pub(crate) fn adopt(&self, id: u8, encode: Option<Box<[f32]>>, rows: u64) {
+        let mut stats = self.stats();
+        let stats = &mut *stats;
+        let Some(running) = stats.running.as_mut().filter(|r| r.due == 0 && id != ROTATION_SET) else { return };
+        while running.due < running.max_fits && rows >= fit_due_at(running.due) {
+            running.due += 1;
+        }
+        self.sets.set_newest(id, encode);
+        if running.due >= running.max_fits {
+            self.freeze_stats(stats);
+        }
+    }
+
     fn freeze_stats(&self, stats: &mut Stats) {
         if let Some(running) = stats.running.take() {
             stats.rows_seen = running.rows.rows();
@@ -195,7 +210,7 @@ impl HeadFactors {
                 return Err(Error::bad_file(format!("the set id {} is taken", read.id)));
             }
         }
-        self.sets.restore_newest(head.newest, head.encode);
+        self.sets.set_newest(head.newest, head.encode);
         let mut stats = self.stats();
         stats.running = None;
         stats.takes_sinks = false;

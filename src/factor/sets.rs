@@ -89,7 +89,7 @@ fn content_hash(mean: &[f16], transform: &Transform, kappa: TierWeights) -> u128
     hash.digest128()
 }
 
-/// The newest fit's way into the coded space, `y = encode * (x - mean)`; older fits are only ever decoded.
+/// The newest fit's way into the coded space, `y = encode * (x - mean)`; other fits are only ever decoded.
 #[derive(Debug)]
 pub struct Encode {
     /// The set that these rows belong to.
@@ -171,8 +171,7 @@ impl HeadSets {
     /// Returns its id; `None` when no id is free (nothing changes).
     pub fn push_fit(&self, set: FactorSet, matrix: Option<Box<[f32]>>) -> Option<u8> {
         let id = self.add(set, 1..MAX_SETS as u8)?;
-        *self.encode.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Encode { set: id, matrix });
-        self.newest.store(id, Ordering::Release);
+        self.set_newest(id, matrix);
         Some(id)
     }
 
@@ -183,7 +182,7 @@ impl HeadSets {
         Some(id)
     }
 
-    /// Adds a set that is only to be decoded, from the top end so that fits and sinks keep low ids.
+    /// Adds a set of another codec, from the top end so that fits and sinks keep low ids.
     pub fn push_import(&self, set: FactorSet) -> Option<u8> {
         self.add(set, (1..MAX_SETS as u8).rev())
     }
@@ -202,8 +201,8 @@ impl HeadSets {
         done
     }
 
-    /// Makes a restored set the newest.
-    pub(super) fn restore_newest(&self, id: u8, matrix: Option<Box<[f32]>>) {
+    /// Makes a set that is there the newest.
+    pub(super) fn set_newest(&self, id: u8, matrix: Option<Box<[f32]>>) {
         *self.encode.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Encode { set: id, matrix });
         self.newest.store(id, Ordering::Release);
     }

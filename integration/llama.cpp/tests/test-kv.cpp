@@ -449,7 +449,7 @@ static std::string test_swa(world & w) {
     }
     const double k8 = mean_kld(res[GGML_TYPE_F16], res[GGML_TYPE_DQ8]);
     const double k4 = mean_kld(res[GGML_TYPE_F16], res[GGML_TYPE_DQ4]);
-    REQUIRE(k8 < k_order && k4 < 0.08, "mean KLD at 1,500 to 1,564 tokens: dq8 %.5f, dq4 %.5f", k8, k4);
+    REQUIRE(k8 < k_order && k4 < 0.05, "mean KLD at 1,500 to 1,564 tokens: dq8 %.5f, dq4 %.5f", k8, k4);
     return print("window of 512, 1,564 tokens: mean KLD dq8 %.5f, dq4 %.5f", k8, k4);
 }
 
@@ -559,21 +559,26 @@ static std::string test_state(world & w) {
 
         const std::string what = learned ? "learned factors" : "loaded factors";
 
-        // the rows come with their factor sets, but the one new token after them is coded by the codec it meets: one that
-        // has learned nothing yet knows the plain rotation only
-        const double k_fresh = learned ? 0.25 : k_order;
-
         context_ptr ctx = make(w.small, s);
         feed(ctx.get(), w.slice(800, 90), 0, 1); // something in the way
-        const logits l = feed(ctx.get(), w.slice(0, 300), 0)[0];
+        feed(ctx.get(), w.slice(0, 300), 0);
         const auto state = state_of(ctx.get(), 0);
-        const llama_token token = argmax(l);
+
+        // what follows is coded by the codec it meets, so its factors must be as good as those that the state comes from
+        const tokens next = w.slice(300, 16);
+        auto go_on = [&](llama_context * ctx, llama_seq_id seq) {
+            std::vector<logits> res;
+            for (size_t i = 0; i < next.size(); ++i) {
+                res.push_back(feed(ctx, { next[i] }, 300 + i, seq)[0]);
+            }
+            return res;
+        };
 
         // another slot of the same context
         REQUIRE(llama_state_seq_set_data(ctx.get(), state.data(), state.size(), 2) == state.size(), "%s", g_log.c_str());
-        const logits slot = feed(ctx.get(), { token }, 300, 2)[0];
-        const logits cont = feed(ctx.get(), { token }, 300, 0)[0];
-        REQUIRE(kld(cont, slot) < k_order, "%s, another slot: KLD %.2e", what.c_str(), kld(cont, slot));
+        const auto slot = go_on(ctx.get(), 2);
+        const auto cont = go_on(ctx.get(), 0);
+        REQUIRE(mean_kld(cont, slot) < k_order, "%s, another slot: mean KLD %.2e", what.c_str(), mean_kld(cont, slot));
 
         // a fresh context
         setup s1 = s;
@@ -583,23 +588,23 @@ static std::string test_state(world & w) {
         if (!learned) {
             REQUIRE(state_of(fresh.get(), 0) == state, "the state saved again differs");
         }
-        const logits there = feed(fresh.get(), { token }, 300)[0];
-        REQUIRE(kld(cont, there) <= k_fresh, "%s, a fresh context: KLD %.2e", what.c_str(), kld(cont, there));
+        const auto there = go_on(fresh.get(), 0);
+        REQUIRE(mean_kld(cont, there) < k_order, "%s, a fresh context: mean KLD %.2e", what.c_str(), mean_kld(cont, there));
 
         // a context that has other sets already
         context_ptr other = make(w.small, s1);
         feed(other.get(), w.slice(1000, 400), 0);
         llama_memory_clear(llama_get_memory(other.get()), true);
         REQUIRE(llama_state_seq_set_data(other.get(), state.data(), state.size(), 0) == state.size(), "%s", g_log.c_str());
-        const logits mixed = feed(other.get(), { token }, 300)[0];
-        REQUIRE(kld(cont, mixed) <= k_fresh, "%s, a context with sets of its own: KLD %.2e", what.c_str(), kld(cont, mixed));
+        const auto mixed = go_on(other.get(), 0);
+        REQUIRE(mean_kld(cont, mixed) < k_order, "%s, a context with sets of its own: mean KLD %.2e", what.c_str(), mean_kld(cont, mixed));
 
         // a new process: the same bits as the fresh context here
         write_file(w.dir + "/state.bin", state.data(), state.size());
         REQUIRE(run({ w.self, "resume", w.path_small, std::to_string(s.type), w.dir + "/state.bin", learned ? "-" : w.factors,
-                    std::to_string(token), "300", w.dir + "/logits.bin" }) == 0, "resume");
+                    std::to_string(next[0]), "300", w.dir + "/logits.bin" }) == 0, "resume");
         const auto bytes = read_file(w.dir + "/logits.bin");
-        REQUIRE(bytes.size() == there.size()*sizeof(float) && memcmp(bytes.data(), there.data(), bytes.size()) == 0,
+        REQUIRE(bytes.size() == there[0].size()*sizeof(float) && memcmp(bytes.data(), there[0].data(), bytes.size()) == 0,
                 "%s, a new process: other logits than in a fresh context", what.c_str());
 
         // the whole context
@@ -607,15 +612,15 @@ static std::string test_state(world & w) {
         REQUIRE(llama_state_get_data(fresh.get(), full.data(), full.size()) == full.size(), "state");
         context_ptr whole = make(w.small, s1);
         REQUIRE(llama_state_set_data(whole.get(), full.data(), full.size()) == full.size(), "%s", g_log.c_str());
-        const logits n0 = feed(fresh.get(), w.slice(301, 1), 301)[0];
-        const logits n1 = feed(whole.get(), w.slice(301, 1), 301)[0];
-        REQUIRE(kld(n0, n1) <= k_fresh, "%s, the whole context: KLD %.2e", what.c_str(), kld(n0, n1));
+        const logits n0 = feed(fresh.get(), w.slice(316, 1), 316)[0];
+        const logits n1 = feed(whole.get(), w.slice(316, 1), 316)[0];
+        REQUIRE(kld(n0, n1) < k_order, "%s, the whole context: KLD %.2e", what.c_str(), kld(n0, n1));
 
         // a damaged state changes nothing but the sequence that it was to fill
         std::vector<uint8_t> bad(state.begin(), state.begin() + state.size()/2);
         REQUIRE(llama_state_seq_set_data(ctx.get(), bad.data(), bad.size(), 1) == 0, "half a state is taken");
 
-        res += print("%s%s: slot %.0e, fresh %.0e, mixed %.0e", res.empty() ? "KLD, " : "; ", what.c_str(), kld(cont, slot), kld(cont, there), kld(cont, mixed));
+        res += print("%s%s: slot %.0e, fresh %.0e, mixed %.0e", res.empty() ? "mean KLD, " : "; ", what.c_str(), mean_kld(cont, slot), mean_kld(cont, there), mean_kld(cont, mixed));
     }
     return res;
 }
