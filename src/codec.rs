@@ -153,8 +153,8 @@ impl Codec {
         file::write(EXPORT_MAGIC, &self.fingerprint, &[(&layer.shape, &layer.factors)], false, write)
     }
 
-    /// Takes the sets of an export into a layer. They are to be decoded; for new rows the newest of them is a candidate in
-    /// heads that learn and have not been fitted yet, until their own first fit from more rows. `map` is
+    /// Takes the sets of an export into a layer. They are to be decoded; for new rows the newest of them and its sinks are
+    /// candidates in heads that learn and have not been fitted yet, until a fit of their own from more rows. `map` is
     /// `[2][n_kv_heads][16]`: the id here of each id there, [`NOT_EXPORTED`] where there is none. A set that is already
     /// here keeps its id. When a head has no free id left, nothing changes.
     pub fn import_sets(&self, layer: usize, read: file::Read, map: &mut [u8]) -> Result<()> {
@@ -206,12 +206,15 @@ fn each_row(rows: &Rows, tokens: &Tokens, head: usize, mut take: impl FnMut(&[f3
 fn import_head(factors: &HeadFactors, head: ReadHead) -> Result<[u8; MAX_SETS]> {
     let mut map = [NOT_EXPORTED; MAX_SETS];
     map[0] = 0;
+    let mut sinks = 0u16;
     for read in head.sets {
         // Room was counted before; only a call that the caller should have ordered can have taken it since.
         let id = factors.sets.push_import(read.set);
-        map[usize::from(read.id)] = id.ok_or_else(|| Error::new(ErrorKind::SetsFull, "ids were taken during the import"))?;
+        let id = id.ok_or_else(|| Error::new(ErrorKind::SetsFull, "ids were taken during the import"))?;
+        map[usize::from(read.id)] = id;
+        sinks |= u16::from(read.sink) << id;
     }
-    factors.adopt(map[usize::from(head.newest)], head.encode, head.rows_seen);
+    factors.adopt(map[usize::from(head.newest)], head.encode, sinks, head.rows_seen);
     Ok(map)
 }
 

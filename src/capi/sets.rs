@@ -32,8 +32,8 @@ pub unsafe extern "C" fn dq_sets_export(
 
 /// Takes up the sets of an export, so that its records can be read after `dq_remap_rows`. A set that the codec already
 /// holds (same content) keeps its id; others take free ids. New rows never use them, with one exception: a head that
-/// learns and has not been fitted yet codes with the newest set of the export until it has seen more rows than that set
-/// was made from. Frozen codecs import, too.
+/// learns and has not been fitted yet codes with the newest set of the export, and its sinks, until it has seen more rows
+/// than that set was made from. Frozen codecs import, too.
 ///
 /// `read`: called for pieces in order. `map`: receives `[side][head][old id] = new id`, side 0 being the keys, or 255
 /// where the export has no such set; at least `2 * n_kv_heads * DQ_MAX_SETS` bytes, untouched on failure.

@@ -181,12 +181,13 @@ impl HeadFactors {
         }
     }
 
-    /// Puts an imported fit into force where nothing has been fitted yet: a state restored into a fresh context goes on
-    /// as well as it did before. Fits that would know fewer rows than it did are skipped.
-    pub(crate) fn adopt(&self, id: u8, encode: Option<Box<[f32]>>, rows: u64) {
+    /// Puts an imported fit and its sinks (a bit per id) into force where nothing has been fitted yet: a state restored
+    /// into a fresh context goes on as well as it did before. Fits that would know fewer rows than it did are skipped.
+    pub(crate) fn adopt(&self, id: u8, encode: Option<Box<[f32]>>, sinks: u16, rows: u64) {
         let mut stats = self.stats();
         let stats = &mut *stats;
         let Some(running) = stats.running.as_mut().filter(|r| r.due == 0 && id != ROTATION_SET) else { return };
+        self.sets.add_sinks(sinks);
         while running.due < running.max_fits && rows >= fit_due_at(running.due) {
             running.due += 1;
         }

@@ -178,8 +178,13 @@ impl HeadSets {
     /// Adds a sink. Returns its id; `None` when no id is free.
     pub fn push_sink(&self, set: FactorSet) -> Option<u8> {
         let id = self.add(set, 1..MAX_SETS as u8)?;
-        self.sinks.fetch_or(1 << id, Ordering::AcqRel);
+        self.add_sinks(1 << id);
         Some(id)
+    }
+
+    /// Makes sinks of sets that are there, a bit per id.
+    pub(super) fn add_sinks(&self, mask: u16) {
+        self.sinks.fetch_or(mask, Ordering::AcqRel);
     }
 
     /// Adds a set of another codec, from the top end so that fits and sinks keep low ids.
@@ -196,7 +201,7 @@ impl HeadSets {
     pub(super) fn restore(&self, id: u8, set: FactorSet, sink: bool) -> bool {
         let done = self.sets[usize::from(id)].set(set).is_ok();
         if done && sink {
-            self.sinks.fetch_or(1 << id, Ordering::AcqRel);
+            self.add_sinks(1 << id);
         }
         done
     }

@@ -597,7 +597,8 @@ static std::string test_state(world & w) {
         llama_memory_clear(llama_get_memory(other.get()), true);
         REQUIRE(llama_state_seq_set_data(other.get(), state.data(), state.size(), 0) == state.size(), "%s", g_log.c_str());
         const auto mixed = go_on(other.get(), 0);
-        REQUIRE(mean_kld(cont, mixed) < k_order, "%s, a context with sets of its own: mean KLD %.2e", what.c_str(), mean_kld(cont, mixed));
+        // new rows coded with other fits: each coding is some 0.015 from f16, in a direction of its own
+        REQUIRE(mean_kld(cont, mixed) < (learned ? 2*k_order : k_order), "%s, a context with sets of its own: mean KLD %.2e", what.c_str(), mean_kld(cont, mixed));
 
         // a new process: the same bits as the fresh context here
         write_file(w.dir + "/state.bin", state.data(), state.size());
