@@ -75,7 +75,7 @@ FIELD(dq_mask, reserved, 12);
 FIELD(dq_mask, query_stride, 16);
 FIELD(dq_mask, stream_stride, 24);
 
-SIZE(dq_attend_args, 168);
+SIZE(dq_attend_args, 304);
 FIELD(dq_attend_args, n_streams, 4);
 FIELD(dq_attend_args, n_q, 8);
 FIELD(dq_attend_args, n_kv, 12);
@@ -88,12 +88,34 @@ FIELD(dq_attend_args, mask, 120);
 FIELD(dq_attend_args, sink_logits, 152);
 FIELD(dq_attend_args, scale, 160);
 FIELD(dq_attend_args, softcap, 164);
+FIELD(dq_attend_args, sequences, 168);
+FIELD(dq_attend_args, tail, 216);
 
-SIZE(dq_limits, 20);
+SIZE(dq_sequences, 48);
+FIELD(dq_sequences, q_starts, 0);
+FIELD(dq_sequences, kv_lengths, 8);
+FIELD(dq_sequences, block_table, 16);
+FIELD(dq_sequences, table_stride, 24);
+FIELD(dq_sequences, block_slots, 32);
+FIELD(dq_sequences, n_tokens, 36);
+FIELD(dq_sequences, visible, 40);
+FIELD(dq_sequences, window, 44);
+
+SIZE(dq_tail, 88);
+FIELD(dq_tail, k, 0);
+FIELD(dq_tail, v, 32);
+FIELD(dq_tail, starts, 64);
+FIELD(dq_tail, lengths, 72);
+FIELD(dq_tail, n_rows, 80);
+FIELD(dq_tail, reserved, 84);
+
+SIZE(dq_limits, 28);
 FIELD(dq_limits, max_tokens, 4);
 FIELD(dq_limits, max_streams, 8);
 FIELD(dq_limits, max_queries, 12);
 FIELD(dq_limits, max_kv, 16);
+FIELD(dq_limits, max_total_queries, 20);
+FIELD(dq_limits, max_tail, 24);
 
 TEST_CASE("statuses keep their numbers and have names") {
     const std::pair<dq_status, const char *> all[] = {
@@ -125,6 +147,7 @@ TEST_CASE("enumerations keep their numbers") {
     static_assert(DQ_BACKEND_CPU == 1 && DQ_BACKEND_CUDA == 2, "");
     static_assert(DQ_F32 == 1 && DQ_F16 == 2 && DQ_BF16 == 3, "");
     static_assert(DQ_GAUGE_ROTATION == 1 && DQ_GAUGE_CENTRED == 2 && DQ_GAUGE_ATTENTION == 3, "");
+    static_assert(DQ_VISIBLE_CAUSAL == 1 && DQ_VISIBLE_ALL == 2, "");
     static_assert(DQ_SIDE_K == 0 && DQ_SIDE_V == 1 && DQ_MAX_SETS == 16, "");
     CHECK((dq_backends() & 1u << DQ_BACKEND_CPU) != 0);
     CHECK((dq_backends() & ~(1u << DQ_BACKEND_CPU | 1u << DQ_BACKEND_CUDA)) == 0);
