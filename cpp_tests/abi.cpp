@@ -154,8 +154,9 @@ TEST_CASE("enumerations keep their numbers") {
 }
 
 TEST_CASE("versions") {
-    CHECK(dq_abi_version() == 0);
-    CHECK(std::string(dq_version()) == "0.1.0");
+    CHECK(dq_abi_version() == DQ_ABI_VERSION);
+    CHECK(std::string(dq_version()) == std::to_string(DQ_VERSION_MAJOR) + "." + std::to_string(DQ_VERSION_MINOR) + "." +
+                                           std::to_string(DQ_VERSION_PATCH));
 }
 
 TEST_CASE("plans have names, other numbers have none") {

@@ -38,6 +38,18 @@
 
 #include <stdint.h>
 
+// Version of this header, `major.minor.patch`; `dq_version` is that of the library.
+#define DQ_VERSION_MAJOR 0
+
+// Raised when something is added.
+#define DQ_VERSION_MINOR 1
+
+// Raised when something is mended.
+#define DQ_VERSION_PATCH 0
+
+// Number of the binary interface that this header describes: `dq_abi_version` of the library must be the same.
+#define DQ_ABI_VERSION 0
+
 // Backend: the CPU. Pointers are host pointers and `stream` is null.
 #define DQ_BACKEND_CPU 1
 

@@ -4,6 +4,15 @@
 
 use std::ffi::c_void;
 
+/// Version of this header, `major.minor.patch`; `dq_version` is that of the library.
+pub const DQ_VERSION_MAJOR: u32 = 0;
+/// Raised when something is added.
+pub const DQ_VERSION_MINOR: u32 = 1;
+/// Raised when something is mended.
+pub const DQ_VERSION_PATCH: u32 = 0;
+/// Number of the binary interface that this header describes: `dq_abi_version` of the library must be the same.
+pub const DQ_ABI_VERSION: u32 = 0;
+
 /// What a call returns. The numbers never change meaning.
 pub type dq_status = i32;
 
