@@ -4,7 +4,7 @@
 set -euo pipefail
 
 packages=(build-essential cmake ninja-build pkg-config catch2 python3 python3-venv python3-pip curl unzip
-    clang libxxhash-dev abigail-tools valgrind)
+    clang libclang-rt-14-dev libxxhash-dev abigail-tools valgrind)
 
 missing=()
 for package in "${packages[@]}"; do
