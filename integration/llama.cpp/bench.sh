@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Speed of all kinds of KV cache in turn, in one run: decode and prefill over depth, as ratios to f16 and to q4_0, cold and
-# with factors loaded, and a plot of decode speed against depth. About 15 minutes on two cores once everything is built.
+# Speed of all kinds of KV cache in turn, in one run: decode and prefill over depth, as ratios to f16 and to q4_0,
+# and a plot of decode speed against depth; all of it cold, fits included. Most of the time goes into filling caches:
+# q4_0 at depth 16,384 alone takes half an hour on two cores.
 #   bench.sh [MODEL.gguf]     SmolLM2-135M if none is given
-# Environment: THREADS (all cores). DEPTHS (0 4096 16384). RUNS (3): medians are of so many. OUT (build/llama.cpp/bench): tables and plot.
+# Environment: THREADS (all cores). DEPTHS (0 4096 16384). TYPES (all seven). RUNS (3): medians are of so many. OUT (build/llama.cpp/bench): tables and plot.
 set -euo pipefail
 source "$(dirname "$0")/paths.sh"
 bash "$here/build.sh"
@@ -12,7 +13,7 @@ threads=${THREADS:-$(nproc)}
 read -ra depths <<<"${DEPTHS:-0 4096 16384}"
 runs=${RUNS:-3}
 out=${OUT:-$work/bench}
-types=(f16 q8_0 q4_0 dq8 dq4 dq3 dq2)
+read -ra types <<<"${TYPES:-f16 q8_0 q4_0 dq8 dq4 dq3 dq2}"
 mkdir -p "$out"
 : >"$out/results.jsonl"
 
