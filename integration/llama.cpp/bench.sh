@@ -19,6 +19,7 @@ mkdir -p "$out"
 
 bench() { # bench TYPE DEPTH ARGUMENTS...: appends llama-bench's own lines
     "$bin/llama-bench" -m "$model" -t "$threads" -ctk "$1" -ctv "$1" -fa on -d "$2" -r "$runs" -o jsonl "${@:3}" 2>/dev/null >>"$out/results.jsonl"
+    python3 "$here/bench_report.py" last "$out/results.jsonl"
 }
 
 for depth in "${depths[@]}"; do
@@ -26,13 +27,11 @@ for depth in "${depths[@]}"; do
     for type in "${types[@]}"; do
         bench "$type" "$depth" -p 0 -n 32
         bench "$type" "$depth" -p 128 -n 0
-        python3 "$here/bench_report.py" last "$out/results.jsonl"
     done
 done
 say "a whole prompt of 512, cold: statistics and fits included"
 for type in "${types[@]}"; do
     bench "$type" 0 -p 512 -n 0
-    python3 "$here/bench_report.py" last "$out/results.jsonl"
 done
 
 say "${model##*/}, $threads threads, medians of $runs"
