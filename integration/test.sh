@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Runs every test: Rust, C++ (plain, under ASan and UBSan, threads under TSan), half a minute of fuzzing, and the patched
-# llama.cpp on a real small model.
-#   integration/test.sh            everything
+# Runs every test: Rust, C++ (plain, then under ASan and UBSan), and the patched llama.cpp on a real small model.
+#   integration/test.sh            everything but tsan and fuzz, which build the library anew
 #   integration/test.sh rust cpp sanitizers tsan fuzz llama    only the named parts
 # Logs go to build/test-logs; the runners' own summary lines are repeated at the end.
 set -euo pipefail
@@ -9,7 +8,7 @@ cd "$(dirname "$0")/.."
 export PATH="$PATH:$HOME/.cargo/bin"
 
 parts=("$@")
-((${#parts[@]})) || parts=(rust cpp sanitizers tsan fuzz llama)
+((${#parts[@]})) || parts=(rust cpp sanitizers llama)
 logs=build/test-logs
 mkdir -p "$logs"
 bash integration/install-deps.sh
