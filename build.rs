@@ -11,7 +11,18 @@ const HEADER_SOURCES: [&str; 8] =
 fn main() {
     let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
     check_header(&root);
-    link_arguments();
+    let abi = abi_number(&root);
+    println!("cargo::rustc-env=DECOQUANT_ABI={abi}");
+    link_arguments(abi);
+    check_cuda_wish();
+}
+
+/// Whoever insists on CUDA is not given a library without.
+fn check_cuda_wish() {
+    println!("cargo::rerun-if-env-changed=DECOQUANT_REQUIRE_CUDA");
+    if env::var_os("DECOQUANT_REQUIRE_CUDA").is_some_and(|v| v == "1") {
+        println!("cargo::error=DECOQUANT_REQUIRE_CUDA is 1, and this version has no CUDA backend");
+    }
 }
 
 /// The header is committed so that its users need no Rust; the build fails when it is not the one of these sources.
@@ -53,12 +64,20 @@ fn first_difference(a: &str, b: &str) -> usize {
     same + 1
 }
 
+/// `abi` under `[package.metadata.decoquant]`.
+fn abi_number(root: &Path) -> u32 {
+    println!("cargo::rerun-if-changed=Cargo.toml");
+    let manifest = fs::read_to_string(root.join("Cargo.toml")).expect("the manifest is there");
+    let line = manifest.lines().find_map(|line| line.strip_prefix("abi = ")).expect("the manifest has the ABI number");
+    line.trim().parse().expect("the ABI number is a number")
+}
+
 /// rustc names no SONAME. Thread-local destructors and callbacks may outlive a dlclose: the library stays mapped.
-fn link_arguments() {
+fn link_arguments(abi: u32) {
     let elf = env::var("CARGO_CFG_TARGET_FAMILY").is_ok_and(|f| f == "unix")
         && env::var("CARGO_CFG_TARGET_VENDOR").is_ok_and(|v| v != "apple");
     if elf {
-        println!("cargo::rustc-cdylib-link-arg=-Wl,-soname,libdecoquant.so.0");
+        println!("cargo::rustc-cdylib-link-arg=-Wl,-soname,libdecoquant.so.{abi}");
         println!("cargo::rustc-cdylib-link-arg=-Wl,-z,nodelete");
     }
 }

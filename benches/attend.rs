@@ -4,7 +4,7 @@
 //! Times are the least of many runs: other work on the machine only ever adds to them.
 
 use decoquant::code::{header, planes};
-use decoquant::cpu::attend::{attend_merge_shard, attend_shard, workspace_size};
+use decoquant::cpu::attend::{Limits, attend_merge_shard, attend_shard, workspace_size};
 use decoquant::factor::{FactorSet, LayerFactors, ROTATION_KAPPA};
 use decoquant::shape::{Gauge, LayerShape, Side, SideDesc};
 use decoquant::view::{AttendArgs, DType, Rows, RowsMut, RowsShape, Store};
@@ -107,7 +107,7 @@ fn run(case: &Case, copy: f64) {
         token_stride: 4 * n_heads * d,
         head_stride: 4 * d,
     };
-    let size = workspace_size(&layer, 1, case.n_q, case.n_kv).unwrap();
+    let size = workspace_size(&layer, &Limits::even(1, case.n_q, case.n_kv)).unwrap();
     let mut ws = vec![0u8; size + 64];
     let start = ws.as_ptr().align_offset(64);
     let ws = Workspace::new(&mut ws[start..]);
@@ -124,6 +124,8 @@ fn run(case: &Case, copy: f64) {
         sink_logits: None,
         scale: 1.0 / (d as f32).sqrt(),
         softcap: 0.0,
+        sequences: None,
+        tail: None,
     };
     let n = case.threads;
     let mut best = Duration::MAX;

@@ -5,7 +5,10 @@
 
 #include <dlfcn.h>
 
+#include <cstdio>
 #include <cstring>
+#include <fstream>
+#include <string>
 #include <thread>
 
 namespace {
@@ -50,6 +53,34 @@ TEST_CASE("open, use, close, twice") {
         use(library);
         REQUIRE(dlclose(library) == 0);
     }
+}
+
+TEST_CASE("two copies of the library in one process") {
+    // A copy under another name is another library to the loader: two engines in one host each bring their own.
+    const std::string copy = std::string(DQ_TEST_LIBRARY) + ".copy";
+    {
+        std::ifstream from(DQ_TEST_LIBRARY, std::ios::binary);
+        std::ofstream to(copy, std::ios::binary);
+        to << from.rdbuf();
+        REQUIRE((from && to));
+    }
+    void *first = dlopen(DQ_TEST_LIBRARY, RTLD_NOW | RTLD_LOCAL);
+    void *second = dlopen(copy.c_str(), RTLD_NOW | RTLD_LOCAL);
+    INFO((second ? "" : dlerror()));
+    REQUIRE((first && second && first != second));
+    use(first);
+    use(second);
+    // Each has a thread's message of its own.
+    const auto create = symbol<decltype(&dq_context_create)>(first, "dq_context_create");
+    const auto other = symbol<decltype(&dq_context_create)>(second, "dq_context_create");
+    REQUIRE(create != other);
+    REQUIRE(create(nullptr, nullptr) == DQ_ERROR_INVALID_ARGUMENT);
+    CHECK(symbol<decltype(&dq_last_error)>(first, "dq_last_error")(nullptr, 0) == std::strlen("out is null"));
+    CHECK(symbol<decltype(&dq_last_error)>(second, "dq_last_error")(nullptr, 0) == 0);
+    dlclose(second);
+    use(first);
+    dlclose(first);
+    std::remove(copy.c_str());
 }
 
 TEST_CASE("a thread that ends after the library was closed") {

@@ -38,6 +38,18 @@
 
 #include <stdint.h>
 
+// Version of this header, `major.minor.patch`; `dq_version` is that of the library.
+#define DQ_VERSION_MAJOR 0
+
+// Raised when something is added.
+#define DQ_VERSION_MINOR 1
+
+// Raised when something is mended.
+#define DQ_VERSION_PATCH 0
+
+// Number of the binary interface that this header describes: `dq_abi_version` of the library must be the same.
+#define DQ_ABI_VERSION 0
+
 // Backend: the CPU. Pointers are host pointers and `stream` is null.
 #define DQ_BACKEND_CPU 1
 
@@ -61,6 +73,13 @@
 
 // Gauge: the fit that minimises the error of the attention scores (for values: of the rows). The default for keys.
 #define DQ_GAUGE_ATTENTION 3
+
+// Who sees what in a batch of sequences: the query at position `p` sees the keys up to `p`, or the last `window` of
+// them. The default.
+#define DQ_VISIBLE_CAUSAL 1
+
+// Every query sees every key of its sequence.
+#define DQ_VISIBLE_ALL 2
 
 // The key half of a layer.
 #define DQ_SIDE_K 0
@@ -244,9 +263,14 @@ typedef struct dq_limits {
     uint32_t max_queries;
     // Most keys per stream in an attend.
     uint32_t max_kv;
+    // Most queries of all streams of an attend together; 0 is `max_streams * max_queries`. A batch of one long prompt
+    // and many single tokens needs far less than that.
+    uint32_t max_total_queries;
+    // Most rows of a dense tail in an attend.
+    uint32_t max_tail;
 } dq_limits;
 
-// Additive mask `[n_streams][n_q][n_kv]`, keys next to each other; minus infinity hides a key.
+// Additive mask `[n_streams][n_q][n_kv + tail.n_rows]`, keys next to each other; minus infinity hides a key.
 typedef struct dq_mask {
     // First element, or null: every key is visible to every query.
     const void *data;
@@ -260,27 +284,76 @@ typedef struct dq_mask {
     uint64_t stream_stride;
 } dq_mask;
 
+// A batch of sequences of uneven length, for paged engines: prompts, chunks of prompts and single tokens in one call.
+//
+// Every stream of the call is a sequence with queries, keys and who sees what of its own. A sequence's keys are its
+// coded ones and behind them its tail; its last query is at the position of its last key. The arrays are where the
+// records are (host memory on the CPU) and are only read.
+typedef struct dq_sequences {
+    // `[n_streams + 1]`, from 0, never falling: sequence `s` has the queries `[q_starts[s], q_starts[s + 1])` of q and
+    // out, at most `n_q`. Null: this form is not used, and all fields here must be 0.
+    const int32_t *q_starts;
+    // `[n_streams]`: coded keys of each sequence, 0 to `n_kv`.
+    const int32_t *kv_lengths;
+    // `[n_streams][blocks]`: key `j` of sequence `s` is in slot `b * block_slots + j % block_slots`, where `b` is
+    // `block_table[s][j / block_slots]`. Sequences may share blocks. Blocks that no query sees are not looked at and may
+    // have any number. Null: keys lie in the stretches of `first_slot` and `stream_slots`.
+    const int32_t *block_table;
+    // Bytes from one sequence's blocks to the next's: a multiple of 4 that holds the blocks of every sequence; 0: all
+    // sequences share one row.
+    uint64_t table_stride;
+    // Slots of a block, at least 1; any number. 0 without a table.
+    uint32_t block_slots;
+    // Tokens in q and out: `q_starts[n_streams]` or more. Those beyond are not read, nor written.
+    uint32_t n_tokens;
+    // `DQ_VISIBLE_CAUSAL` (also 0) or `DQ_VISIBLE_ALL`.
+    uint32_t visible;
+    // Keys that a query sees at most, its own included (a sliding window); 0: no limit. Only with `DQ_VISIBLE_CAUSAL`.
+    uint32_t window;
+} dq_sequences;
+
+// Rows that are not coded: the last keys of each stream or sequence, behind its coded ones, in the same softmax.
+typedef struct dq_tail {
+    // Keys after RoPE, `[rows][n_kv_heads][head_dim_k]`.
+    struct dq_tensor k;
+    // Values, `[rows][n_kv_heads][head_dim_v]`.
+    struct dq_tensor v;
+    // `[n_streams]`: the row of k and v at which each tail begins. Null: tail `s` begins at row `s * n_rows`. Only with
+    // `sequences`.
+    const int32_t *starts;
+    // `[n_streams]`: rows of each tail, 0 to `n_rows`. Null: `n_rows` each. Only with `sequences`.
+    const int32_t *lengths;
+    // Rows of a tail, at most; 0: there are no tails, and all fields here must be 0.
+    uint32_t n_rows;
+    // Must be 0.
+    uint32_t reserved;
+} dq_tail;
+
 // Attention over coded slots: `out = softmax(softcap(scale * q k^T) + mask) v` for every query head.
+//
+// Keys are named in one of two ways: as stretches of slots with an additive mask, or, with `sequences`, as blocks of
+// slots with lengths and a causal or sliding window.
 typedef struct dq_attend_args {
     // `sizeof(dq_attend_args)`.
     uint32_t struct_size;
     // Independent groups of queries, each over its own stretch of slots; 0 is 1.
     uint32_t n_streams;
-    // Queries of each stream.
+    // Queries of each stream; with `sequences`: the most of any.
     uint32_t n_q;
-    // Keys of each stream: slots `[first_slot + s * stream_slots, + n_kv)` for stream `s`.
+    // Keys of each stream: slots `[first_slot + s * stream_slots, + n_kv)` for stream `s`; with `sequences`: the most
+    // coded keys of any.
     uint32_t n_kv;
-    // First slot of stream 0.
+    // First slot of stream 0. Must be 0 with a block table.
     uint64_t first_slot;
-    // Slots from one stream's first slot to the next's.
+    // Slots from one stream's first slot to the next's. Must be 0 with a block table.
     uint64_t stream_slots;
-    // The records. Slots that the mask hides from every query are never read.
+    // The records. Slots that are hidden from every query are never read.
     struct dq_store store;
-    // Queries after RoPE, `[n_streams * n_q][n_q_heads][head_dim_k]`.
+    // Queries after RoPE, `[n_streams * n_q][n_q_heads][head_dim_k]`; with `sequences`: `[sequences.n_tokens]` of them.
     struct dq_tensor q;
-    // Result, `[n_streams * n_q][n_q_heads][head_dim_v]`. A query that sees no key yields zeros.
+    // Result, `[tokens of q][n_q_heads][head_dim_v]`. A query that sees no key yields zeros.
     struct dq_tensor out;
-    // Additive mask.
+    // Additive mask. Not with `sequences`.
     struct dq_mask mask;
     // One logit per query head that joins the softmax without a value, `[n_q_heads]` f32; null: none.
     const float *sink_logits;
@@ -288,6 +361,10 @@ typedef struct dq_attend_args {
     float scale;
     // Scores become `softcap * tanh(score / softcap)` before the mask; 0: none.
     float softcap;
+    // Uneven sequences over blocks of slots, on the CPU; all zero: none.
+    struct dq_sequences sequences;
+    // Rows that are not coded, on the CPU; all zero: none.
+    struct dq_tail tail;
 } dq_attend_args;
 
 // Receives log lines, UTF-8, zero-terminated, without a newline. `level`: 1 error, 2 warning, 3 information. May be
@@ -467,11 +544,12 @@ dq_status dq_workspace_size(const struct dq_codec *codec,
 // the end. Against exact arithmetic on the decoded rows the error is at most 1e-2 of the sum of `p |v|`.
 // `workspace`: at least what `dq_workspace_size` says for these counts, aligned to 64 bytes. `stream`: null on the CPU.
 //
-// All of `out` is written. A slot that the mask hides from every query is not looked at; a visible slot must hold a
-// record of this codec. A query that sees no key yields zeros. NaN in q or in the mask reaches that query's output and
-// no other.
-// Errors: `DQ_ERROR_INVALID_ARGUMENT`, `DQ_ERROR_WORKSPACE`; out and workspace are untouched then. Threads: may
-// overlap everything but a call that writes these slots.
+// All of `out` is written. A slot that is hidden from every query is not looked at; a visible slot must hold a record
+// of this codec. A query that sees no key yields zeros. NaN in q or in the mask reaches that query's output and no
+// other; NaN in a row of the tail reaches the queries that see it.
+// Errors: `DQ_ERROR_INVALID_ARGUMENT`, `DQ_ERROR_WORKSPACE`, and `DQ_ERROR_UNSUPPORTED` for `sequences` and `tail`
+// outside the CPU; out and workspace are untouched then. Threads: may overlap everything but a call that writes these
+// slots.
 dq_status dq_attend(const struct dq_codec *codec,
                     uint32_t layer,
                     const struct dq_attend_args *args,

@@ -3,7 +3,8 @@
 # rustup's toolchain (cargo) is assumed.
 set -euo pipefail
 
-packages=(build-essential cmake ninja-build pkg-config catch2 python3 python3-venv python3-pip curl unzip)
+packages=(build-essential cmake ninja-build pkg-config catch2 python3 python3-venv python3-pip curl unzip
+    clang libclang-rt-14-dev libxxhash-dev abigail-tools valgrind)
 
 missing=()
 for package in "${packages[@]}"; do

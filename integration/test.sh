@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs every test: Rust, C++ (plain, then under ASan and UBSan), and the patched llama.cpp on a real small model.
-#   integration/test.sh            everything
-#   integration/test.sh rust cpp sanitizers llama    only the named parts
+#   integration/test.sh            everything but tsan and fuzz, which build the library anew
+#   integration/test.sh rust cpp sanitizers tsan fuzz llama    only the named parts
 # Logs go to build/test-logs; the runners' own summary lines are repeated at the end.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -41,8 +41,10 @@ for part in "${parts[@]}"; do
         rust) run rust rust_tests ;;
         cpp) run cpp ctest_in build/cpp_tests ;;
         sanitizers) run sanitizers ctest_in build/cpp_tests-sanitized -DDECOQUANT_SANITIZE=ON ;;
+        tsan) run tsan bash cpp_tests/tsan/run.sh ;;
+        fuzz) run fuzz bash cpp_tests/fuzz/run.sh 30 ;;
         llama) run llama bash integration/llama.cpp/test.sh ;;
-        *) echo "no such part: $part (rust, cpp, sanitizers, llama)" >&2; exit 2 ;;
+        *) echo "no such part: $part (rust, cpp, sanitizers, tsan, fuzz, llama)" >&2; exit 2 ;;
     esac
 done
 

@@ -15,7 +15,9 @@
 //! | [`workspace`] | one routine that both counts and carves scratch memory |
 //! | [`oracle`] | the naive f64 truth that tests compare with |
 //! | [`view`] | checked windows on the caller's memory |
+//! | [`batch`] | sequences of uneven length, blocks of slots, who sees what |
 
+pub mod batch;
 pub mod capi;
 pub mod code;
 pub mod codec;

@@ -68,42 +68,34 @@ pub struct Truth {
     pub size: Vec<f64>,
 }
 
-/// Attention in f64 over decoded rows. Slots that every query's mask hides are not read.
+/// Attention in f64 over decoded rows and tails. Slots that are hidden from every query are not read.
 pub fn attend(layer: &LayerShape, factors: &LayerFactors, args: &AttendArgs) -> Truth {
     let (d_k, d_v, group) = (layer.k.head_dim, layer.v.head_dim, layer.group());
-    let tokens = args.n_streams * args.n_q;
-    let mut truth = Truth {
-        out: vec![0.0; tokens * layer.n_q_heads * d_v],
-        size: vec![0.0; tokens * layer.n_q_heads * d_v],
-    };
+    let values = args.q.n_tokens() * layer.n_q_heads * d_v;
+    let mut truth = Truth { out: vec![0.0; values], size: vec![0.0; values] };
     for stream in 0..args.n_streams {
+        let (first_token, n_q, n_kv, n_tail) = counts(args, stream);
         // Mask, [query][key].
-        let mask: Vec<Vec<f32>> = (0..args.n_q)
-            .map(|query| {
-                let mut row = vec![0.0; args.n_kv];
-                if let Some(mask) = &args.mask {
-                    mask.load(stream, query, 0, &mut row);
-                }
-                row
-            })
-            .collect();
+        let mask: Vec<Vec<f32>> = (0..n_q).map(|query| mask_row(args, stream, query, n_q, n_kv, n_tail)).collect();
         for head in 0..layer.n_kv_heads {
             // Rows, [key]; `None` where nobody looks.
             let rows = |side: Side| -> Vec<Option<Vec<f64>>> {
-                (0..args.n_kv)
+                (0..n_kv + n_tail)
                     .map(|key| {
-                        let seen = mask.iter().any(|row| row[key] > f32::NEG_INFINITY);
-                        let slot = args.first_slot + stream * args.stream_slots + key;
+                        mask.iter().any(|row| row[key] != f32::NEG_INFINITY).then_some(())?;
+                        if key >= n_kv {
+                            return Some(tail_row(args, stream, key - n_kv, head, side));
+                        }
                         // SAFETY: tests write no slot while they compute the truth.
-                        let record = seen.then(|| unsafe { args.store.slot(slot) })?;
+                        let record = unsafe { args.store.slot(slot(args, stream, key)) };
                         Some(decode_row(layer.side(side), &factors.side(side)[head].sets, head, record))
                     })
                     .collect()
             };
             let (k, v) = (rows(Side::K), rows(Side::V));
-            for query in 0..args.n_q {
+            for query in 0..n_q {
                 for q_head in head * group..(head + 1) * group {
-                    let token = stream * args.n_q + query;
+                    let token = first_token + query;
                     let mut q = vec![0.0; d_k];
                     args.q.load(token, q_head, &mut q);
                     let at = (token * layer.n_q_heads + q_head) * d_v;
@@ -115,6 +107,51 @@ pub fn attend(layer: &LayerShape, factors: &LayerFactors, args: &AttendArgs) -> 
         }
     }
     truth
+}
+
+/// First token, queries, coded keys and rows of the tail of one stream or sequence.
+fn counts(args: &AttendArgs, stream: usize) -> (usize, usize, usize, usize) {
+    let n_tail = args.tail.map_or(0, |t| t.lengths.map_or(t.n_rows, |lengths| lengths[stream] as usize));
+    let Some(sequences) = args.sequences else {
+        return (stream * args.n_q, args.n_q, args.n_kv, n_tail);
+    };
+    let batch = sequences.batch();
+    let (first, end) = (batch.q_starts[stream] as usize, batch.q_starts[stream + 1] as usize);
+    (first, end - first, batch.kv_lengths[stream] as usize, n_tail)
+}
+
+fn mask_row(args: &AttendArgs, stream: usize, query: usize, n_q: usize, n_kv: usize, n_tail: usize) -> Vec<f32> {
+    let n_keys = n_kv + n_tail;
+    let mut row = vec![0.0; n_keys];
+    if let Some(mask) = &args.mask {
+        mask.load(stream, query, 0, &mut row);
+    }
+    if let Some(visible) = args.sequences.map(|s| s.batch().visible).filter(|v| v.causal) {
+        // The last query is at the last key.
+        let position = n_keys as i64 - n_q as i64 + query as i64;
+        for (key, value) in row.iter_mut().enumerate() {
+            let ago = position - key as i64;
+            if ago < 0 || visible.window.is_some_and(|window| ago >= window as i64) {
+                *value = f32::NEG_INFINITY;
+            }
+        }
+    }
+    row
+}
+
+fn slot(args: &AttendArgs, stream: usize, key: usize) -> usize {
+    match args.sequences.and_then(|s| s.batch().table) {
+        Some(t) => t.blocks[stream * t.stride + key / t.block_slots] as usize * t.block_slots + key % t.block_slots,
+        None => args.first_slot + stream * args.stream_slots + key,
+    }
+}
+
+fn tail_row(args: &AttendArgs, stream: usize, row: usize, head: usize, side: Side) -> Vec<f64> {
+    let tail = args.tail.as_ref().expect("a row of the tail");
+    let rows = if side == Side::K { &tail.k } else { &tail.v };
+    let mut out = vec![0.0; rows.shape().head_dim];
+    rows.load(tail.starts.map_or(stream * tail.n_rows, |starts| starts[stream] as usize) + row, head, &mut out);
+    out.into_iter().map(f64::from).collect()
 }
 
 fn score(args: &AttendArgs, q: &[f32], k: &Option<Vec<f64>>, mask: f32) -> f64 {

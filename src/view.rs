@@ -8,6 +8,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::marker::PhantomData;
 
+use crate::batch::Sequences;
 use crate::error::{Error, Result};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -257,7 +258,7 @@ pub enum MaskType {
     F16,
 }
 
-/// An additive mask `[n_streams][n_q][n_kv]`.
+/// An additive mask `[n_streams][n_q][n_kv + rows of the tail]`.
 #[derive(Debug, Clone, Copy)]
 pub struct Mask<'a> {
     pub bytes: &'a [u8],
@@ -311,4 +312,19 @@ pub struct AttendArgs<'a> {
     pub scale: f32,
     /// 0: none.
     pub softcap: f32,
+    /// Uneven sequences; without a mask. `n_streams`, `n_q` and `n_kv` are then their number and upper bounds.
+    pub sequences: Option<Sequences<'a>>,
+    pub tail: Option<Tail<'a>>,
+}
+
+/// Rows that are not coded, behind the coded keys of each sequence.
+#[derive(Debug, Clone, Copy)]
+pub struct Tail<'a> {
+    pub k: Rows<'a>,
+    pub v: Rows<'a>,
+    /// Rows of each sequence; with `lengths`: the most of any.
+    pub n_rows: usize,
+    /// First row of each sequence; `None`: `n_rows` apart.
+    pub starts: Option<&'a [i32]>,
+    pub lengths: Option<&'a [i32]>,
 }

@@ -6,7 +6,7 @@ use super::convert::{self, CodecHandle};
 use super::types::*;
 use super::{check_shards, guard, layer, layer_shape};
 use crate::codec::Layer;
-use crate::cpu::attend;
+use crate::cpu::attend::{self, Limits};
 use crate::error::Result;
 
 /// Bytes of workspace that any call on this layer within `limits` needs. Depends on shapes only, never on the number of
@@ -28,11 +28,17 @@ pub unsafe extern "C" fn dq_workspace_size(
         let shape = layer_shape(handle, layer)?;
         // SAFETY: as above.
         let limits = unsafe { convert::read_struct("limits", limits) }?;
+        let (streams, queries) = (limits.max_streams.max(1) as usize, limits.max_queries as usize);
+        let all = streams.saturating_mul(queries);
         let size = attend::workspace_size(
             shape,
-            limits.max_streams.max(1) as usize,
-            limits.max_queries as usize,
-            limits.max_kv as usize,
+            &Limits {
+                streams,
+                queries,
+                total_queries: if limits.max_total_queries == 0 { all } else { all.min(limits.max_total_queries as usize) },
+                kv: limits.max_kv as usize,
+                tail: limits.max_tail as usize,
+            },
         )?;
         // SAFETY: checked above.
         unsafe { bytes.write(size as u64) };
@@ -47,11 +53,12 @@ pub unsafe extern "C" fn dq_workspace_size(
 /// the end. Against exact arithmetic on the decoded rows the error is at most 1e-2 of the sum of `p |v|`.
 /// `workspace`: at least what `dq_workspace_size` says for these counts, aligned to 64 bytes. `stream`: null on the CPU.
 ///
-/// All of `out` is written. A slot that the mask hides from every query is not looked at; a visible slot must hold a
-/// record of this codec. A query that sees no key yields zeros. NaN in q or in the mask reaches that query's output and
-/// no other.
-/// Errors: `DQ_ERROR_INVALID_ARGUMENT`, `DQ_ERROR_WORKSPACE`; out and workspace are untouched then. Threads: may
-/// overlap everything but a call that writes these slots.
+/// All of `out` is written. A slot that is hidden from every query is not looked at; a visible slot must hold a record
+/// of this codec. A query that sees no key yields zeros. NaN in q or in the mask reaches that query's output and no
+/// other; NaN in a row of the tail reaches the queries that see it.
+/// Errors: `DQ_ERROR_INVALID_ARGUMENT`, `DQ_ERROR_WORKSPACE`, and `DQ_ERROR_UNSUPPORTED` for `sequences` and `tail`
+/// outside the CPU; out and workspace are untouched then. Threads: may overlap everything but a call that writes these
+/// slots.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dq_attend(
     codec: *const dq_codec,
@@ -133,11 +140,11 @@ unsafe fn run(
 ) -> Result<dq_status> {
     let Layer { shape, factors } = self::layer(handle, layer)?;
     // SAFETY: the caller's word, here and below.
-    let Some(given) = unsafe { convert::attend_args(args, shape) }? else {
+    let Some(given) = unsafe { convert::attend_args(args, shape, &handle.context) }? else {
         return Ok(DQ_OK);
     };
     let a = &given.args;
-    let required = attend::workspace_size(shape, a.n_streams, a.n_q, a.n_kv)?;
+    let required = attend::workspace_size(shape, &Limits::of(a))?;
     // SAFETY: as above.
     let (scratch, region) = unsafe { convert::workspace(workspace.cast(), workspace_bytes, required) }?;
     given.check_apart(region)?;

@@ -17,7 +17,25 @@ pub extern "C" fn dq_version() -> *const c_char {
 /// Number of the binary interface, the one in the SONAME. A program built against another number must not go on.
 #[unsafe(no_mangle)]
 pub extern "C" fn dq_abi_version() -> u32 {
-    guard::value(0, || 0)
+    guard::value(0, || DQ_ABI_VERSION)
+}
+
+/// The numbers of the header are those of the manifest, from which the SONAME is made, too.
+const _: () = {
+    assert!(is(env!("CARGO_PKG_VERSION_MAJOR"), DQ_VERSION_MAJOR));
+    assert!(is(env!("CARGO_PKG_VERSION_MINOR"), DQ_VERSION_MINOR));
+    assert!(is(env!("CARGO_PKG_VERSION_PATCH"), DQ_VERSION_PATCH));
+    assert!(is(env!("DECOQUANT_ABI"), DQ_ABI_VERSION));
+};
+
+/// Whether a text of digits is a number.
+const fn is(text: &str, number: u32) -> bool {
+    let (digits, mut value, mut i) = (text.as_bytes(), 0, 0);
+    while i < digits.len() {
+        value = 10 * value + (digits[i] - b'0') as u32;
+        i += 1;
+    }
+    value == number
 }
 
 /// Name of a status, as "DQ_OK"; "DQ_ERROR_UNKNOWN" for a number that is none. Never fails.

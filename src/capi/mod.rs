@@ -9,6 +9,8 @@ mod convert;
 mod dequantize;
 mod guard;
 mod last_error;
+#[cfg(test)]
+mod layout_tests;
 mod misc;
 mod sets;
 mod tokens;

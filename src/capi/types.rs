@@ -4,6 +4,15 @@
 
 use std::ffi::c_void;
 
+/// Version of this header, `major.minor.patch`; `dq_version` is that of the library.
+pub const DQ_VERSION_MAJOR: u32 = 0;
+/// Raised when something is added.
+pub const DQ_VERSION_MINOR: u32 = 1;
+/// Raised when something is mended.
+pub const DQ_VERSION_PATCH: u32 = 0;
+/// Number of the binary interface that this header describes: `dq_abi_version` of the library must be the same.
+pub const DQ_ABI_VERSION: u32 = 0;
+
 /// What a call returns. The numbers never change meaning.
 pub type dq_status = i32;
 
@@ -53,6 +62,12 @@ pub const DQ_GAUGE_ROTATION: u32 = 1;
 pub const DQ_GAUGE_CENTRED: u32 = 2;
 /// Gauge: the fit that minimises the error of the attention scores (for values: of the rows). The default for keys.
 pub const DQ_GAUGE_ATTENTION: u32 = 3;
+
+/// Who sees what in a batch of sequences: the query at position `p` sees the keys up to `p`, or the last `window` of
+/// them. The default.
+pub const DQ_VISIBLE_CAUSAL: u32 = 1;
+/// Every query sees every key of its sequence.
+pub const DQ_VISIBLE_ALL: u32 = 2;
 
 /// The key half of a layer.
 pub const DQ_SIDE_K: u32 = 0;
@@ -234,7 +249,7 @@ pub struct dq_tokens {
     pub store: dq_store,
 }
 
-/// Additive mask `[n_streams][n_q][n_kv]`, keys next to each other; minus infinity hides a key.
+/// Additive mask `[n_streams][n_q][n_kv + tail.n_rows]`, keys next to each other; minus infinity hides a key.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct dq_mask {
@@ -250,7 +265,59 @@ pub struct dq_mask {
     pub stream_stride: u64,
 }
 
+/// A batch of sequences of uneven length, for paged engines: prompts, chunks of prompts and single tokens in one call.
+///
+/// Every stream of the call is a sequence with queries, keys and who sees what of its own. A sequence's keys are its
+/// coded ones and behind them its tail; its last query is at the position of its last key. The arrays are where the
+/// records are (host memory on the CPU) and are only read.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct dq_sequences {
+    /// `[n_streams + 1]`, from 0, never falling: sequence `s` has the queries `[q_starts[s], q_starts[s + 1])` of q and
+    /// out, at most `n_q`. Null: this form is not used, and all fields here must be 0.
+    pub q_starts: *const i32,
+    /// `[n_streams]`: coded keys of each sequence, 0 to `n_kv`.
+    pub kv_lengths: *const i32,
+    /// `[n_streams][blocks]`: key `j` of sequence `s` is in slot `b * block_slots + j % block_slots`, where `b` is
+    /// `block_table[s][j / block_slots]`. Sequences may share blocks. Blocks that no query sees are not looked at and may
+    /// have any number. Null: keys lie in the stretches of `first_slot` and `stream_slots`.
+    pub block_table: *const i32,
+    /// Bytes from one sequence's blocks to the next's: a multiple of 4 that holds the blocks of every sequence; 0: all
+    /// sequences share one row.
+    pub table_stride: u64,
+    /// Slots of a block, at least 1; any number. 0 without a table.
+    pub block_slots: u32,
+    /// Tokens in q and out: `q_starts[n_streams]` or more. Those beyond are not read, nor written.
+    pub n_tokens: u32,
+    /// `DQ_VISIBLE_CAUSAL` (also 0) or `DQ_VISIBLE_ALL`.
+    pub visible: u32,
+    /// Keys that a query sees at most, its own included (a sliding window); 0: no limit. Only with `DQ_VISIBLE_CAUSAL`.
+    pub window: u32,
+}
+
+/// Rows that are not coded: the last keys of each stream or sequence, behind its coded ones, in the same softmax.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct dq_tail {
+    /// Keys after RoPE, `[rows][n_kv_heads][head_dim_k]`.
+    pub k: dq_tensor,
+    /// Values, `[rows][n_kv_heads][head_dim_v]`.
+    pub v: dq_tensor,
+    /// `[n_streams]`: the row of k and v at which each tail begins. Null: tail `s` begins at row `s * n_rows`. Only with
+    /// `sequences`.
+    pub starts: *const i32,
+    /// `[n_streams]`: rows of each tail, 0 to `n_rows`. Null: `n_rows` each. Only with `sequences`.
+    pub lengths: *const i32,
+    /// Rows of a tail, at most; 0: there are no tails, and all fields here must be 0.
+    pub n_rows: u32,
+    /// Must be 0.
+    pub reserved: u32,
+}
+
 /// Attention over coded slots: `out = softmax(softcap(scale * q k^T) + mask) v` for every query head.
+///
+/// Keys are named in one of two ways: as stretches of slots with an additive mask, or, with `sequences`, as blocks of
+/// slots with lengths and a causal or sliding window.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct dq_attend_args {
@@ -258,21 +325,22 @@ pub struct dq_attend_args {
     pub struct_size: u32,
     /// Independent groups of queries, each over its own stretch of slots; 0 is 1.
     pub n_streams: u32,
-    /// Queries of each stream.
+    /// Queries of each stream; with `sequences`: the most of any.
     pub n_q: u32,
-    /// Keys of each stream: slots `[first_slot + s * stream_slots, + n_kv)` for stream `s`.
+    /// Keys of each stream: slots `[first_slot + s * stream_slots, + n_kv)` for stream `s`; with `sequences`: the most
+    /// coded keys of any.
     pub n_kv: u32,
-    /// First slot of stream 0.
+    /// First slot of stream 0. Must be 0 with a block table.
     pub first_slot: u64,
-    /// Slots from one stream's first slot to the next's.
+    /// Slots from one stream's first slot to the next's. Must be 0 with a block table.
     pub stream_slots: u64,
-    /// The records. Slots that the mask hides from every query are never read.
+    /// The records. Slots that are hidden from every query are never read.
     pub store: dq_store,
-    /// Queries after RoPE, `[n_streams * n_q][n_q_heads][head_dim_k]`.
+    /// Queries after RoPE, `[n_streams * n_q][n_q_heads][head_dim_k]`; with `sequences`: `[sequences.n_tokens]` of them.
     pub q: dq_tensor,
-    /// Result, `[n_streams * n_q][n_q_heads][head_dim_v]`. A query that sees no key yields zeros.
+    /// Result, `[tokens of q][n_q_heads][head_dim_v]`. A query that sees no key yields zeros.
     pub out: dq_tensor,
-    /// Additive mask.
+    /// Additive mask. Not with `sequences`.
     pub mask: dq_mask,
     /// One logit per query head that joins the softmax without a value, `[n_q_heads]` f32; null: none.
     pub sink_logits: *const f32,
@@ -280,6 +348,10 @@ pub struct dq_attend_args {
     pub scale: f32,
     /// Scores become `softcap * tanh(score / softcap)` before the mask; 0: none.
     pub softcap: f32,
+    /// Uneven sequences over blocks of slots, on the CPU; all zero: none.
+    pub sequences: dq_sequences,
+    /// Rows that are not coded, on the CPU; all zero: none.
+    pub tail: dq_tail,
 }
 
 /// Upper limits of the calls that one workspace is to serve.
@@ -296,6 +368,11 @@ pub struct dq_limits {
     pub max_queries: u32,
     /// Most keys per stream in an attend.
     pub max_kv: u32,
+    /// Most queries of all streams of an attend together; 0 is `max_streams * max_queries`. A batch of one long prompt
+    /// and many single tokens needs far less than that.
+    pub max_total_queries: u32,
+    /// Most rows of a dense tail in an attend.
+    pub max_tail: u32,
 }
 
 /// Writes `size` bytes; returns 0, or anything else to stop with `DQ_ERROR_IO`. Must not unwind.

@@ -1,40 +1,52 @@
 //! Attention on coded rows.
 //!
-//! The work is cut into items, (stream, block of query rows, chunk of keys, KV head), by shapes alone; shards share the
-//! items out, each item leaves a partial result in the workspace, and a second pass merges the chunks of every row. So
-//! the result does not depend on the number of shards.
+//! The work is cut into items, (sequence, block of query rows, chunk of keys or tail, KV head), by shapes alone; shards
+//! share the items out, each item leaves a partial result in the workspace, and a second pass merges the parts of every
+//! row. So the result does not depend on the number of shards.
 //!
 //! | module | what it does |
 //! |---|---|
-//! | [`item`] | one item: tiles of keys, online softmax |
+//! | [`cut`] | items, partial results, the workspace |
+//! | [`item`] | one item on coded keys: tiles of keys, online softmax |
+//! | [`keys`] | where a tile's records lie, who sees them |
+//! | [`tail`] | one item on rows that are not coded |
 //! | [`lanes`] | the order in which codes unfold |
 //! | [`expand`] | codes to 16-bit levels |
 //! | [`product`] | integer products |
 //! | [`row`] | softmax of one row |
 //! | [`fold`] | queries into the coded space, outputs out of it |
 
+mod cut;
 mod expand;
 mod fold;
 mod item;
+mod keys;
 mod lanes;
 mod product;
 mod row;
+mod tail;
+#[cfg(test)]
+mod batch_tests;
 #[cfg(test)]
 mod tests;
 
 use std::mem::MaybeUninit;
 
-use crate::cpu::simd::{Isa, portable::Portable};
+use crate::cpu::simd::{Isa, Simd, portable::Portable};
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::simd::{avx2::Avx2, avx512::Avx512};
 use crate::error::{Error, Result};
 use crate::factor::LayerFactors;
 use crate::shape::LayerShape;
-use crate::view::{AttendArgs, MaskType};
-use crate::workspace::{Arena, Workspace, carve, size_of_pieces};
+use crate::view::{AttendArgs, MaskType, Tail};
+use crate::workspace::{Workspace, carve};
 
+use cut::{Cut, Partials, Piece, lay};
+pub use cut::{Limits, workspace_size};
 use item::{Item, Scratch};
+use keys::{Keys, Sight};
 use lanes::{MAX_LANES, SideLanes};
+use tail::{TailItem, TailScratch};
 
 /// Keys of a tile, at most; wide heads take half of it, so that a tile's levels stay in L1.
 const MAX_TILE: usize = 64;
@@ -50,83 +62,6 @@ const LOW_STRIDE: usize = 128;
 /// outputs cost as much as some tens of keys.
 const ITEMS: usize = 32;
 const LEAST_CHUNK: usize = 256;
-
-/// How a call is cut. Depends on shapes only.
-#[derive(Debug, Clone, Copy)]
-struct Cut {
-    tile: usize,
-    /// Query rows, (query, head of the group) pairs, of a stream and KV head; of a block; blocks.
-    rows: usize,
-    block_rows: usize,
-    blocks: usize,
-    chunk: usize,
-    chunks: usize,
-    heads: usize,
-    streams: usize,
-    d_v: usize,
-}
-
-/// Partial results, `[stream][KV head][row][chunk]`.
-#[derive(Debug, Clone, Copy)]
-struct Partials {
-    /// `[d_v]` each.
-    out: *mut f32,
-    /// Largest score and sum of probabilities.
-    stats: *mut f32,
-}
-
-fn lay(arena: &mut Arena, partial_rows: usize, d_v: usize) -> Partials {
-    Partials { out: arena.take(partial_rows.saturating_mul(d_v)), stats: arena.take(partial_rows.saturating_mul(2)) }
-}
-
-/// Query rows of a block, at most, and keys of a tile.
-fn block_shape(layer: &LayerShape) -> (usize, usize) {
-    let lanes = SideLanes::new(&layer.v, 0).lanes;
-    let widest = layer.k.head_dim.max(lanes);
-    ((ROW_FLOATS / widest).min(MAX_ROWS), if widest <= 128 { MAX_TILE } else { MAX_TILE / 2 })
-}
-
-fn least_chunk(layer: &LayerShape) -> usize {
-    LEAST_CHUNK.max(4 * layer.k.head_dim.max(layer.v.head_dim))
-}
-
-impl Cut {
-    fn new(layer: &LayerShape, streams: usize, n_q: usize, n_kv: usize) -> Self {
-        let (most_rows, tile) = block_shape(layer);
-        let rows = n_q * layer.group();
-        let blocks = rows.div_ceil(most_rows).max(1);
-        // Blocks of even size, so that the last is not a sliver.
-        let block_rows = rows.div_ceil(blocks).max(1);
-        let wanted = ITEMS.div_ceil((streams * layer.n_kv_heads * blocks).max(1));
-        let chunk = n_kv.div_ceil(wanted).max(least_chunk(layer)).next_multiple_of(tile);
-        let chunks = n_kv.div_ceil(chunk);
-        Self { tile, rows, block_rows, blocks, chunk, chunks, heads: layer.n_kv_heads, streams, d_v: layer.v.head_dim }
-    }
-
-    fn items(&self) -> usize {
-        if self.rows == 0 { 0 } else { self.streams * self.blocks * self.chunks * self.heads }
-    }
-
-    fn partial_rows(&self) -> usize {
-        self.streams * self.heads * self.rows * self.chunks
-    }
-}
-
-/// Bytes of workspace for any [`attend`] of at most so many streams, queries of each and keys of each.
-pub fn workspace_size(layer: &LayerShape, max_streams: usize, max_queries: usize, max_kv: usize) -> Result<usize> {
-    let rows = max_streams.checked_mul(max_queries).and_then(|x| x.checked_mul(layer.n_q_heads));
-    let Some(rows) = rows.filter(|rows| *rows < usize::MAX >> 16) else {
-        return Err(Error::invalid(format!(
-            "{max_streams} streams of {max_queries} queries of {} heads are more than any workspace holds",
-            layer.n_q_heads
-        )));
-    };
-    // A call of R rows in B blocks, streams and heads together, has ceil(ITEMS / B) chunks at most, and R is at most B
-    // times a block's rows: R * chunks < R + ITEMS * block rows. Nor are chunks shorter than the least.
-    let by_items = rows + ITEMS * block_shape(layer).0;
-    let by_keys = rows.saturating_mul(max_kv.div_ceil(least_chunk(layer)).max(1));
-    Ok(size_of_pieces(|arena| lay(arena, by_items.min(by_keys), layer.v.head_dim)))
-}
 
 /// All of a call in the calling thread.
 pub fn attend(layer: &LayerShape, factors: &LayerFactors, args: &AttendArgs<'_>, ws: &Workspace<'_>) -> Result<()> {
@@ -157,22 +92,25 @@ pub fn attend_shard_on(
     n_shards: usize,
 ) -> Result<()> {
     let cut = check(layer, factors, args, shard, n_shards)?;
-    let partials = carve(ws, |arena| lay(arena, cut.partial_rows(), cut.d_v))?;
-    // One query block: neighbouring items are heads of the same records, which one thread then reads while they are
-    // in its cache. Several: rows of a causal mask cost unevenly, and are dealt out.
-    let (first, end, step) = if cut.blocks * cut.streams == 1 {
-        (shard * cut.items() / n_shards, (shard + 1) * cut.items() / n_shards, 1)
-    } else {
-        (shard, cut.items(), n_shards)
-    };
-    let mut scratch = MaybeUninit::uninit();
-    for index in (first..end).step_by(step) {
-        run_item(isa, layer, factors, args, &cut, &partials, index, &mut scratch)?;
+    let partials = carve(ws, |arena| lay(arena, cut.partial_rows(args), cut.d_v))?;
+    let mut scratch = Scratches { coded: MaybeUninit::uninit(), tail: MaybeUninit::uninit() };
+    for piece in cut.pieces(args) {
+        let items = piece.items(cut.heads);
+        // One query block: neighbouring items are heads of the same records, which one thread then reads while they are
+        // in its cache. Several: rows of a causal mask cost unevenly, and are dealt out.
+        let (first, end, step) = if args.n_streams == 1 && piece.blocks == 1 {
+            (shard * items / n_shards, (shard + 1) * items / n_shards, 1)
+        } else {
+            ((shard + n_shards - piece.first_item % n_shards) % n_shards, items, n_shards)
+        };
+        for index in (first..end).step_by(step) {
+            run_item(isa, layer, factors, args, &cut, &piece, &partials, index, &mut scratch)?;
+        }
     }
     Ok(())
 }
 
-/// Combines the chunks of every row and writes `out`. Call it for all shards after all of [`attend_shard`].
+/// Combines the parts of every row and writes `out`. Call it for all shards after all of [`attend_shard`].
 pub fn attend_merge_shard(
     layer: &LayerShape,
     factors: &LayerFactors,
@@ -182,10 +120,16 @@ pub fn attend_merge_shard(
     n_shards: usize,
 ) -> Result<()> {
     let cut = check(layer, factors, args, shard, n_shards)?;
-    let partials = carve(ws, |arena| lay(arena, cut.partial_rows(), cut.d_v))?;
-    let total = args.n_streams * args.n_q * layer.n_q_heads;
-    for index in shard * total / n_shards..(shard + 1) * total / n_shards {
-        merge_row(layer, args, &cut, &partials, index / layer.n_q_heads, index % layer.n_q_heads);
+    let partials = carve(ws, |arena| lay(arena, cut.partial_rows(args), cut.d_v))?;
+    let total = args.n_tokens() * layer.n_q_heads;
+    let (first, end) = (shard * total / n_shards, (shard + 1) * total / n_shards);
+    for piece in cut.pieces(args) {
+        // This shard's rows of the sequence.
+        let before = piece.sequence.first_token * layer.n_q_heads;
+        let rows = piece.sequence.n_q * layer.n_q_heads;
+        for index in first.clamp(before, before + rows) - before..end.clamp(before, before + rows) - before {
+            merge_row(layer, args, &cut, &piece, &partials, index / layer.n_q_heads, index % layer.n_q_heads);
+        }
     }
     Ok(())
 }
@@ -197,56 +141,124 @@ fn check(
     shard: usize,
     n_shards: usize,
 ) -> Result<Cut> {
-    let fail = |message: String| Err(Error::invalid(message));
     if shard >= n_shards {
         return fail(format!("shard is {shard} of {n_shards}"));
     }
     if factors.k.len() != layer.n_kv_heads || factors.v.len() != layer.n_kv_heads {
         return fail(format!("factors are for {} heads, the layer has {}", factors.k.len(), layer.n_kv_heads));
     }
-    let tokens = args.n_streams.checked_mul(args.n_q);
+    check_queries(layer, args)?;
+    if let Some(tail) = &args.tail {
+        check_tail(layer, args, tail)?;
+    }
+    check_keys(args)?;
+    if args.sink_logits.is_some_and(|s| s.len() != layer.n_q_heads) {
+        return fail(format!("sink_logits must be one per query head, {}", layer.n_q_heads));
+    }
+    Ok(Cut::new(layer, args))
+}
+
+fn fail<T>(message: String) -> Result<T> {
+    Err(Error::invalid(message))
+}
+
+fn check_queries(layer: &LayerShape, args: &AttendArgs<'_>) -> Result<()> {
+    let tokens = match &args.sequences {
+        Some(s) if s.len() == args.n_streams && s.batch().n_q <= args.n_q => Some(args.n_tokens()),
+        Some(s) => return fail(format!("sequences are {}; this call has {} streams", s.len(), args.n_streams)),
+        None => args.n_streams.checked_mul(args.n_q),
+    };
+    let fits = |rows: usize| tokens.is_some_and(|t| if args.sequences.is_some() { t <= rows } else { t == rows });
     let (q, out) = (args.q.shape(), args.out.shape());
-    if tokens != Some(q.n_tokens) || q.n_heads != layer.n_q_heads || q.head_dim != layer.k.head_dim {
+    if !fits(q.n_tokens) || q.n_heads != layer.n_q_heads || q.head_dim != layer.k.head_dim {
         return fail(format!(
             "q is [{}][{}][{}]; this call needs [{} * {}][{}][{}]",
             q.n_tokens, q.n_heads, q.head_dim, args.n_streams, args.n_q, layer.n_q_heads, layer.k.head_dim
         ));
     }
-    if tokens != Some(out.n_tokens) || out.n_heads != layer.n_q_heads || out.head_dim != layer.v.head_dim {
+    if !fits(out.n_tokens) || out.n_heads != layer.n_q_heads || out.head_dim != layer.v.head_dim {
         return fail(format!(
             "out is [{}][{}][{}]; this call needs [{} * {}][{}][{}]",
             out.n_tokens, out.n_heads, out.head_dim, args.n_streams, args.n_q, layer.n_q_heads, layer.v.head_dim
         ));
+    }
+    Ok(())
+}
+
+/// Every key is in the store, and the mask covers all keys.
+fn check_keys(args: &AttendArgs<'_>) -> Result<()> {
+    let n_slots = args.store.n_slots();
+    if let Some(sequences) = &args.sequences {
+        let batch = sequences.batch();
+        if args.mask.is_some() {
+            return fail("a mask does not go with sequences".into());
+        }
+        if batch.n_kv > args.n_kv || batch.table.is_some() && batch.n_slots > n_slots {
+            return fail(format!("sequences were checked for {} keys and {} slots", batch.n_kv, batch.n_slots));
+        }
+        // What a window shows depends on the tail.
+        if (0..args.n_streams).any(|i| sequences.tail_length(i) != args.sequence(i).n_tail) {
+            return fail("sequences were checked with other tails".into());
+        }
     }
     let last_stream = args.n_streams.saturating_sub(1);
     let end = last_stream
         .checked_mul(args.stream_slots)
         .and_then(|x| x.checked_add(args.first_slot))
         .and_then(|x| x.checked_add(args.n_kv));
-    let n_slots = args.store.n_slots();
-    if args.n_streams > 0 && args.n_kv > 0 && end.is_none_or(|end| end > n_slots) {
+    let by_table = args.sequences.is_some_and(|s| s.batch().table.is_some());
+    if args.n_streams > 0 && args.n_kv > 0 && !by_table && end.is_none_or(|end| end > n_slots) {
         return fail(format!(
             "keys reach slot {} + {last_stream} * {} + {}; the store has {n_slots}",
             args.first_slot, args.stream_slots, args.n_kv
         ));
     }
-    if let (Some(mask), Some(1..)) = (&args.mask, tokens) {
+    if let (Some(mask), 1..) = (&args.mask, args.n_tokens()) {
         let size = if mask.dtype == MaskType::F32 { 4 } else { 2 };
+        let columns = args.n_kv.checked_add(args.tail.map_or(0, |tail| tail.n_rows));
         let end = last_stream
             .checked_mul(mask.stream_stride)
             .and_then(|x| x.checked_add((args.n_q - 1).checked_mul(mask.query_stride)?))
-            .and_then(|x| x.checked_add(args.n_kv.checked_mul(size)?));
+            .and_then(|x| x.checked_add(columns?.checked_mul(size)?));
         if end.is_none_or(|end| end > mask.bytes.len()) {
             return fail(format!("mask reaches beyond its {} bytes", mask.bytes.len()));
         }
     }
-    if args.sink_logits.is_some_and(|s| s.len() != layer.n_q_heads) {
-        return fail(format!("sink_logits must be one per query head, {}", layer.n_q_heads));
-    }
-    Ok(Cut::new(layer, args.n_streams, args.n_q, args.n_kv))
+    Ok(())
 }
 
-/// Item `index` of `[stream][block][chunk][KV head]`.
+fn check_tail(layer: &LayerShape, args: &AttendArgs<'_>, tail: &Tail<'_>) -> Result<()> {
+    for (name, rows, head_dim) in [("k", &tail.k, layer.k.head_dim), ("v", &tail.v, layer.v.head_dim)] {
+        let shape = rows.shape();
+        if shape.n_heads != layer.n_kv_heads || shape.head_dim != head_dim {
+            return fail(format!(
+                "tail.{name} is [..][{}][{}]; this layer needs [..][{}][{head_dim}]",
+                shape.n_heads, shape.head_dim, layer.n_kv_heads
+            ));
+        }
+    }
+    for numbers in [tail.starts, tail.lengths].into_iter().flatten() {
+        if numbers.len() != args.n_streams || numbers.iter().any(|&n| n < 0) {
+            return fail(format!("tail starts and lengths must be {} numbers from 0 up", args.n_streams));
+        }
+    }
+    let rows = tail.k.n_tokens().min(tail.v.n_tokens());
+    for index in 0..args.n_streams {
+        let s = args.sequence(index);
+        if s.n_tail > tail.n_rows || s.n_tail > 0 && s.first_tail.checked_add(s.n_tail).is_none_or(|end| end > rows) {
+            return fail(format!("tail of sequence {index} is rows {} + {} of {rows}", s.first_tail, s.n_tail));
+        }
+    }
+    Ok(())
+}
+
+/// What items of either kind work in.
+struct Scratches {
+    coded: MaybeUninit<Scratch>,
+    tail: MaybeUninit<TailScratch>,
+}
+
+/// Item `index` of a sequence's `[block][part][KV head]`.
 #[allow(clippy::too_many_arguments)]
 fn run_item(
     isa: Isa,
@@ -254,17 +266,18 @@ fn run_item(
     factors: &LayerFactors,
     args: &AttendArgs<'_>,
     cut: &Cut,
+    piece: &Piece,
     partials: &Partials,
     index: usize,
-    scratch: &mut MaybeUninit<Scratch>,
+    scratch: &mut Scratches,
 ) -> Result<()> {
+    let sequence = &piece.sequence;
     let head = index % cut.heads;
-    let chunk = index / cut.heads % cut.chunks;
-    let block = index / cut.heads / cut.chunks % cut.blocks;
-    let stream = index / cut.heads / cut.chunks / cut.blocks;
+    let part = index / cut.heads % piece.parts;
+    let block = index / cut.heads / piece.parts;
     let (k, v) = (SideLanes::new(&layer.k, head), SideLanes::new(&layer.v, head));
-    let first_row = block * cut.block_rows;
-    let rows = cut.block_rows.min(cut.rows.saturating_sub(first_row));
+    let first_row = block * piece.block_rows;
+    let rows = piece.block_rows.min(piece.rows.saturating_sub(first_row));
     let group = layer.group();
     let d_k = layer.k.head_dim;
 
@@ -273,51 +286,88 @@ fn run_item(
         let row = first_row + r;
         // SAFETY: rows are at most MAX_ROWS and `rows * d_k` at most ROW_FLOATS, by `block_shape`.
         let q = unsafe {
-            let q = (&raw mut (*scratch.as_mut_ptr()).q).cast::<f32>().add(r * d_k);
+            let q = (&raw mut (*scratch.coded.as_mut_ptr()).q).cast::<f32>().add(r * d_k);
             q.write_bytes(0, d_k);
             std::slice::from_raw_parts_mut(q, d_k)
         };
-        args.q.load(stream * args.n_q + row / group, head * group + row % group, q);
+        args.q.load(sequence.first_token + row / group, head * group + row % group, q);
     }
 
-    // [stream][KV head][row][chunk]
-    let at = ((stream * cut.heads + head) * cut.rows + first_row) * cut.chunks + chunk;
-    let (records, record_stride) = args.store.raw();
+    // [sequence][KV head][row][part]
+    let at = piece.first_partial + (head * piece.rows + first_row) * piece.parts + part;
+    let (records, stride) = args.store.raw();
+    let sight = Sight { visible: args.visible(), n_q: sequence.n_q, n_keys: sequence.n_kv + sequence.n_tail };
+    // Keys of this part that some query of the block sees.
+    let begin = part * piece.chunk;
+    let first_key = sight.keys(first_row / group).start.max(begin);
+    let end_key = sight.keys((first_row + rows).div_ceil(group).max(1) - 1).end.min(begin + piece.chunk);
     let item = Item {
         k: &k,
         v: &v,
         k_sets: &factors.k[head].sets,
         v_sets: &factors.v[head].sets,
-        records: records.wrapping_add((args.first_slot + stream * args.stream_slots) * record_stride),
-        record_stride,
+        records: match args.sequences.and_then(|s| s.batch().table) {
+            Some(table) => Keys::paged(records, stride, &table, sequence.index),
+            None => {
+                let slot = args.first_slot + sequence.index * args.stream_slots;
+                Keys { records: records.wrapping_add(slot * stride), stride, blocks: None }
+            }
+        },
         tile: cut.tile,
-        keys: chunk * cut.chunk..args.n_kv.min((chunk + 1) * cut.chunk),
+        keys: first_key..end_key.min(sequence.n_kv),
         mask: args.mask,
-        stream,
+        sight,
+        stream: sequence.index,
         group,
         first_row,
         rows,
         scale: args.scale,
         softcap: args.softcap,
         out: partials.out.wrapping_add(at * cut.d_v),
-        out_stride: cut.chunks * cut.d_v,
+        out_stride: piece.parts * cut.d_v,
         stats: partials.stats.wrapping_add(2 * at),
-        stats_stride: cut.chunks,
+        stats_stride: piece.parts,
     };
-    // SAFETY: `check` compared slots, mask, queries and result with the shapes that `cut` was made of; `carve` gave room
-    // for all partial rows, and this item's are its own.
+    let kind = match &args.tail {
+        Some(tail) if begin >= sequence.n_kv => Kind::Tail(TailItem { tail, sequence, head, item: &item }),
+        _ => Kind::Coded(&item),
+    };
+    // SAFETY: `check` compared slots, mask, queries, tail and result with the shapes that `cut` was made of; `carve` gave
+    // room for all partial rows, and this item's are its own.
     unsafe {
         match isa {
-            Isa::Portable => item::run(Portable, &item, scratch),
+            Isa::Portable => run_kind(Portable, &kind, scratch),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => run_avx2(Avx2::new().ok_or_else(missing)?, &item, scratch),
+            Isa::Avx2 => run_avx2(Avx2::new().ok_or_else(missing)?, &kind, scratch),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => run_avx512(Avx512::new().ok_or_else(missing)?, &item, scratch),
+            Isa::Avx512 => run_avx512(Avx512::new().ok_or_else(missing)?, &kind, scratch),
             #[cfg(not(target_arch = "x86_64"))]
             _ => return Err(missing()),
         }
     }
     Ok(())
+}
+
+/// The two kinds of items.
+enum Kind<'a> {
+    Coded(&'a Item<'a>),
+    Tail(TailItem<'a>),
+}
+
+/// # Safety
+/// As for [`item::run`] and [`tail::run`].
+#[inline(always)]
+unsafe fn run_kind<S: Simd>(s: S, kind: &Kind<'_>, scratch: &mut Scratches) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match kind {
+            Kind::Coded(item) => item::run(s, item, &mut scratch.coded),
+            Kind::Tail(item) => {
+                let q = (&raw const (*scratch.coded.as_ptr()).q).cast();
+                tail::run(s, item, q, &mut scratch.tail);
+            }
+        }
+    }
 }
 
 #[cold]
@@ -327,53 +377,53 @@ fn missing() -> Error {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn run_avx2(s: Avx2, item: &Item<'_>, scratch: &mut MaybeUninit<Scratch>) {
+unsafe fn run_avx2(s: Avx2, kind: &Kind<'_>, scratch: &mut Scratches) {
     // SAFETY: the caller's promise.
-    unsafe { item::run(s, item, scratch) }
+    unsafe { run_kind(s, kind, scratch) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn run_avx512(s: Avx512, item: &Item<'_>, scratch: &mut MaybeUninit<Scratch>) {
+unsafe fn run_avx512(s: Avx512, kind: &Kind<'_>, scratch: &mut Scratches) {
     // SAFETY: the caller's promise.
-    unsafe { item::run(s, item, scratch) }
+    unsafe { run_kind(s, kind, scratch) }
 }
 
-/// One row of the result: chunks in order, the sink's logit, the division.
+/// One row of the result: parts in order, the sink's logit, the division.
 fn merge_row(
     layer: &LayerShape,
     args: &AttendArgs<'_>,
     cut: &Cut,
+    piece: &Piece,
     partials: &Partials,
-    token: usize,
+    query: usize,
     q_head: usize,
 ) {
     let group = layer.group();
-    let (stream, query) = (token / args.n_q, token % args.n_q);
     let row = query * group + q_head % group;
-    let at = ((stream * cut.heads + q_head / group) * cut.rows + row) * cut.chunks;
-    // SAFETY: a row's chunks lie within the partials, which all shards of `attend_shard` have written.
-    let stats = |chunk: usize| unsafe {
-        let p = partials.stats.add(2 * (at + chunk));
+    let at = piece.first_partial + (q_head / group * piece.rows + row) * piece.parts;
+    // SAFETY: a row's parts lie within the partials, which all shards of `attend_shard` have written.
+    let stats = |part: usize| unsafe {
+        let p = partials.stats.add(2 * (at + part));
         (p.read(), p.add(1).read())
     };
     let sink = args.sink_logits.map(|logits| logits[q_head] * std::f32::consts::LOG2_E);
     let mut largest = sink.unwrap_or(f32::MIN);
-    for chunk in 0..cut.chunks {
-        largest = largest.max(stats(chunk).0);
+    for part in 0..piece.parts {
+        largest = largest.max(stats(part).0);
     }
     let mut out = [0.0f32; 256];
     let out = &mut out[..cut.d_v];
     let mut seen = 0.0;
-    for chunk in 0..cut.chunks {
-        let (max, sum) = stats(chunk);
+    for part in 0..piece.parts {
+        let (max, sum) = stats(part);
         if sum == 0.0 {
             continue;
         }
         let share = (max - largest).exp2();
         seen += sum * share;
         // SAFETY: as above.
-        let partial = unsafe { std::slice::from_raw_parts(partials.out.add((at + chunk) * cut.d_v), cut.d_v) };
+        let partial = unsafe { std::slice::from_raw_parts(partials.out.add((at + part) * cut.d_v), cut.d_v) };
         for (o, p) in out.iter_mut().zip(partial) {
             *o += p * share;
         }
@@ -383,5 +433,5 @@ fn merge_row(
     let inverse = if seen == 0.0 { 0.0 } else { 1.0 / total };
     out.iter_mut().for_each(|o| *o *= inverse);
     // SAFETY: rows are split over the shards of the merge.
-    unsafe { args.out.store(token, q_head, out) };
+    unsafe { args.out.store(piece.sequence.first_token + query, q_head, out) };
 }

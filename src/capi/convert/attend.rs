@@ -1,5 +1,7 @@
 //! `dq_attend_args`.
 
+use super::batch::{check_forms, sequences, tail};
+use super::handle::Context;
 use super::memory::{Region, check_apart, elements};
 use super::rows::{Dims, input_rows, mask, name, output_rows};
 use super::slots::store;
@@ -12,9 +14,13 @@ use crate::view::AttendArgs;
 /// Checked arguments, and what is read and written besides the workspace.
 pub struct Attend<'a> {
     pub args: AttendArgs<'a>,
-    reads: [Region; 4],
+    reads: [Region; READS],
     out: Region,
 }
+
+/// Store, q, mask, sinks; starts, lengths and table of sequences; k, v, starts and lengths of the tail.
+const READS: usize = 11;
+const NONE: Region = Region { name: "", start: 0, len: 0 };
 
 impl Attend<'_> {
     /// The workspace lies apart from everything else, too.
@@ -27,30 +33,42 @@ impl Attend<'_> {
 ///
 /// # Safety
 /// The pointers that the struct holds, when they are not null, are valid for what counts and strides span during `'a`.
-pub unsafe fn attend_args<'a>(pointer: *const dq_attend_args, shape: &LayerShape) -> Result<Option<Attend<'a>>> {
+pub unsafe fn attend_args<'a>(
+    pointer: *const dq_attend_args,
+    shape: &LayerShape,
+    context: &Context,
+) -> Result<Option<Attend<'a>>> {
     // SAFETY: the caller's word.
     let given = unsafe { read_struct("args", pointer) }?;
     let n_streams = given.n_streams.max(1) as usize;
     let (n_q, n_kv) = (given.n_q as usize, given.n_kv as usize);
     let scale = check_numbers(&given, shape)?;
-    if n_q == 0 {
+    check_forms(&given, context)?;
+    let uneven = !given.sequences.q_starts.is_null();
+    let n_tokens = if uneven { given.sequences.n_tokens as usize } else { n_streams * n_q };
+    if n_q == 0 || n_tokens == 0 {
         return Ok(None);
     }
-    let n_tokens = n_streams * n_q;
     let q_dims = Dims { n_tokens, n_heads: shape.n_q_heads, head_dim: shape.k.head_dim };
     let out_dims = Dims { n_tokens, n_heads: shape.n_q_heads, head_dim: shape.v.head_dim };
     // SAFETY: the caller's word, for each of these.
     let (store, store_region) = unsafe { store("args->store", &given.store, shape) }?;
-    check_slots(&given, n_streams)?;
+    if given.sequences.block_table.is_null() {
+        check_slots(&given, n_streams)?;
+    }
     // SAFETY: as above.
     let (q, q_region) = unsafe { input_rows(name!("args->q"), &given.q, q_dims) }?;
     // SAFETY: as above.
     let out = unsafe { output_rows(name!("args->out"), &given.out, out_dims) }?;
     // SAFETY: as above.
-    let mask = unsafe { mask(&given.mask, n_streams, n_q, n_kv) }?;
+    let mask = unsafe { mask(&given.mask, n_streams, n_q, n_kv + given.tail.n_rows as usize) }?;
     // SAFETY: as above.
     let sinks = unsafe { sink_logits(&given, shape) }?;
-    const NONE: Region = Region { name: "", start: 0, len: 0 };
+    // SAFETY: as above.
+    let (sequences, [starts, lengths, table]) = unsafe { sequences(&given, n_streams, store.n_slots()) }?;
+    // SAFETY: as above.
+    let (tail, [tail_k, tail_v, tail_starts, tail_lengths]) = unsafe { tail(&given, n_streams, shape) }?;
+    let (mask_region, sinks_region) = (mask.map_or(NONE, |m| m.1), sinks.map_or(NONE, |s| s.1));
     let attend = Attend {
         args: AttendArgs {
             n_streams,
@@ -65,8 +83,22 @@ pub unsafe fn attend_args<'a>(pointer: *const dq_attend_args, shape: &LayerShape
             sink_logits: sinks.map(|s| s.0),
             scale,
             softcap: given.softcap,
+            sequences,
+            tail,
         },
-        reads: [store_region, q_region, mask.map_or(NONE, |m| m.1), sinks.map_or(NONE, |s| s.1)],
+        reads: [
+            store_region,
+            q_region,
+            mask_region,
+            sinks_region,
+            starts,
+            lengths,
+            table,
+            tail_k,
+            tail_v,
+            tail_starts,
+            tail_lengths,
+        ],
         out: out.region,
     };
     attend.check_apart(NONE)?;

@@ -4,6 +4,7 @@
 //! strides and counts describe, and that nobody else writes it during the call.
 
 mod attend;
+mod batch;
 mod handle;
 mod memory;
 mod out;

@@ -11,6 +11,7 @@ use std::mem::MaybeUninit;
 
 use super::expand;
 use super::fold::{self, Folded, fold, unfold};
+use super::keys::{Keys, Sight};
 use super::lanes::{MAX_LANES, SideLanes};
 use super::product::{Left, Outputs, Right, Scores, product};
 use super::row;
@@ -26,12 +27,12 @@ pub struct Item<'a> {
     pub v: &'a SideLanes,
     pub k_sets: &'a HeadSets,
     pub v_sets: &'a HeadSets,
-    /// Record of the stream's key 0, and bytes from one to the next.
-    pub records: *const u8,
-    pub record_stride: usize,
+    pub records: Keys<'a>,
     pub tile: usize,
     pub keys: std::ops::Range<usize>,
     pub mask: Option<Mask<'a>>,
+    /// Who sees what without a mask.
+    pub sight: Sight,
     pub stream: usize,
     pub group: usize,
     pub first_row: usize,
@@ -198,18 +199,17 @@ impl<S: Simd> State<'_, '_, S> {
 
             // Headers. A key that nobody sees is not read: a visible one takes its place, with weight 0.
             let mut rows = [std::ptr::null::<u8>(); MAX_TILE];
-            let base = item.records.wrapping_add(first * item.record_stride);
-            let stand_in = seen.trailing_zeros() as usize;
-            let (k_header, v_header, stride) = (item.k.header, item.v.header, item.record_stride);
+            item.records.rows(first, n, &mut rows);
+            let stand_in = rows[seen.trailing_zeros() as usize];
+            let (k_header, v_header, stride) = (item.k.header, item.v.header, item.records.stride);
             let (mut k_bits, mut v_bits) = ([0u32; MAX_TILE], [0u32; MAX_TILE]);
-            let mut row = base;
             for key in 0..padded {
-                let at = if seen >> key & 1 == 1 { row } else { base.wrapping_add(stand_in * stride) };
+                // Blocks that follow each other in a table most often do in memory, too.
+                s.prefetch(rows[key].wrapping_add(item.tile * stride + k_header));
+                let at = if seen >> key & 1 == 1 { rows[key] } else { stand_in };
                 rows[key] = at;
                 k_bits[key] = u32::from(at.add(k_header).cast::<u16>().read_unaligned());
                 v_bits[key] = u32::from(at.add(v_header).cast::<u16>().read_unaligned());
-                s.prefetch(row.wrapping_add(item.tile * stride + k_header));
-                row = row.wrapping_add(stride);
             }
             let k_sets = scales(s, &k_bits, padded, &mut (*x).k_scale, &mut (*x).k_set);
             let v_sets = scales(s, &v_bits, padded, &mut (*x).v_scale, &mut (*x).v_set);
@@ -239,14 +239,12 @@ impl<S: Simd> State<'_, '_, S> {
             let out = (&raw mut (*x).mask).cast::<f32>();
             let queries = (item.first_row + item.rows).div_ceil(item.group) - item.first_row / item.group;
             let Some(mask) = &item.mask else {
-                if n == padded {
-                    return Visible::Everything;
-                }
-                let row: [f32; MAX_TILE] = std::array::from_fn(|key| if key < n { 0.0 } else { f32::NEG_INFINITY });
-                for query in 0..queries {
-                    std::ptr::copy_nonoverlapping(row.as_ptr(), out.add(query * item.tile), padded);
-                }
-                return Visible::Some(u64::MAX >> (64 - n));
+                let first_query = item.first_row / item.group;
+                return match item.sight.mask(first_query, queries, first, n, padded, item.tile, out) {
+                    None => Visible::Everything,
+                    Some(0) => Visible::Nothing,
+                    Some(bits) => Visible::Some(bits),
+                };
             };
             let mut best = [f32::NEG_INFINITY; MAX_TILE];
             let mut any_bits = s.splat_i(0);

@@ -7,40 +7,41 @@ use super::*;
 use crate::code::{header, planes};
 use crate::factor::{FactorSet, HeadSets};
 use crate::oracle;
-use crate::shape::{Gauge, HEAD_DIMS, Side, SideDesc};
+use crate::shape::{Gauge, HEAD_DIMS, Side, SideDesc, SideShape};
 use crate::view::{DType, Mask, Rows, RowsMut, RowsShape, Store};
+use crate::workspace::size_of_pieces;
 
 /// Error allowed, of the sum of p |v|.
-const TOLERANCE: f64 = 1e-3;
-const FLOOR: f64 = 0.25;
+pub(super) const TOLERANCE: f64 = 1e-3;
+pub(super) const FLOOR: f64 = 0.25;
 /// Queries are folded to integers.
 const STRICT: f64 = 1e-2;
 
-struct Random(u64);
+pub(super) struct Random(pub u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    pub(super) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         xxhash_rust::xxh3::xxh3_64(&self.0.to_le_bytes())
     }
 
-    fn below(&mut self, n: usize) -> usize {
+    pub(super) fn below(&mut self, n: usize) -> usize {
         (self.next() % n as u64) as usize
     }
 
-    fn uniform(&mut self) -> f32 {
+    pub(super) fn uniform(&mut self) -> f32 {
         (self.next() >> 40) as f32 / (1u64 << 24) as f32
     }
 
     /// Near enough to normal.
-    fn normal(&mut self) -> f32 {
+    pub(super) fn normal(&mut self) -> f32 {
         (0..12).map(|_| self.uniform()).sum::<f32>() - 6.0
     }
 }
 
 /// How a test's rows look.
 #[derive(Clone, Copy, PartialEq)]
-enum Kind {
+pub(super) enum Kind {
     /// Set 0 only.
     Rotation,
     /// One dense set.
@@ -96,7 +97,7 @@ struct Fixture {
     stream_slots: usize,
 }
 
-fn sets(random: &mut Random, d: usize, kind: Kind, channels_of_mean: f32) -> HeadSets {
+pub(super) fn sets(random: &mut Random, d: usize, kind: Kind, channels_of_mean: f32) -> HeadSets {
     let sets = HeadSets::rotation_only(d);
     let halves = |values: Vec<f32>| -> Box<[f16]> { values.into_iter().map(f16::from_f32).collect() };
     let mean = |random: &mut Random| halves((0..d).map(|_| channels_of_mean * random.normal()).collect());
@@ -127,6 +128,20 @@ fn sets(random: &mut Random, d: usize, kind: Kind, channels_of_mean: f32) -> Hea
         }
     }
     sets
+}
+
+/// Random codes in a record.
+pub(super) fn random_row(random: &mut Random, shape: &SideShape, head: usize, scale: f32, id: u8, record: &mut [u8]) {
+    let codes: Vec<u8> = (0..shape.head_dim)
+        .map(|j| {
+            let bits = shape.plan.tiers.iter().find(|t| j < t.first + t.channels).unwrap().bits;
+            let code = random.next() >> (64 - bits);
+            if bits == 8 { code.max(1) as u8 } else { code as u8 }
+        })
+        .collect();
+    planes::pack(&shape.planes, head, &codes, record);
+    let at = shape.headers_offset + 2 * head;
+    record[at..at + 2].copy_from_slice(&header::pack(scale, id).0.to_le_bytes());
 }
 
 impl Fixture {
@@ -165,16 +180,7 @@ impl Fixture {
                     if case.kind == Kind::Extreme {
                         scale = [scale, 0.0, 6e4][if slot == first_slot + 5 { 2 } else { slot % 2 }];
                     }
-                    let codes: Vec<u8> = (0..shape.head_dim)
-                        .map(|j| {
-                            let bits = shape.plan.tiers.iter().find(|t| j < t.first + t.channels).unwrap().bits;
-                            let code = random.next() >> (64 - bits);
-                            if bits == 8 { code.max(1) as u8 } else { code as u8 }
-                        })
-                        .collect();
-                    planes::pack(&shape.planes, head, &codes, record);
-                    let at = shape.headers_offset + 2 * head;
-                    record[at..at + 2].copy_from_slice(&header::pack(scale, id).0.to_le_bytes());
+                    random_row(random, shape, head, scale, id, record);
                 }
             }
         }
@@ -268,6 +274,8 @@ impl Fixture {
             sink_logits: self.sinks.as_deref(),
             scale: 1.0 / (d.0 as f32).sqrt(),
             softcap: self.case.softcap,
+            sequences: None,
+            tail: None,
         };
         run(&self.layer, &self.factors, &args)
     }
@@ -276,7 +284,7 @@ impl Fixture {
     fn run(&mut self, isa: Isa, n_shards: usize) -> Vec<f32> {
         let Case { n_streams, n_q, n_kv, d, .. } = self.case;
         let values = n_streams * n_q * self.layer.n_q_heads * d.1;
-        let size = workspace_size(&self.layer, n_streams, n_q, n_kv).unwrap();
+        let size = workspace_size(&self.layer, &Limits::even(n_streams, n_q, n_kv)).unwrap();
         const GUARD: usize = 256;
         let mut out = vec![0xA5u8; GUARD + 4 * values + GUARD];
         let mut ws = vec![0x5Au8; GUARD + size + 64 + GUARD];
@@ -306,7 +314,7 @@ impl Fixture {
 /// The transform spreads a row's rounding over all channels. Where one key takes nearly all of the softmax and its value
 /// happens to vanish in a channel, that channel's own sum says little about the arithmetic: [`TOLERANCE`] holds with a
 /// floor of a quarter, [`STRICT`] without any.
-fn error(truth: &oracle::Truth, got: &[f32], d_v: usize, floor: f64) -> f64 {
+pub(super) fn error(truth: &oracle::Truth, got: &[f32], d_v: usize, floor: f64) -> f64 {
     let mut worst = 0.0f64;
     for (i, ((want, size), got)) in truth.out.iter().zip(&truth.size).zip(got).enumerate() {
         let row = &truth.size[i / d_v * d_v..][..d_v];
@@ -453,7 +461,7 @@ fn garbage_in_visible_rows_does_no_harm() {
 fn a_short_workspace_is_refused_and_nothing_written() {
     let mut fixture = Fixture::new(&Case { n_kv: 1000, ..Case::BASE });
     let mut out = vec![0xA5; 4 * 3 * 64];
-    let rows = Cut::new(&fixture.layer, 1, 1, 1000).partial_rows();
+    let rows = fixture.with(&mut out, DType::F32, |layer, _, args| Cut::new(layer, args).partial_rows(args));
     let size = size_of_pieces(|arena| lay(arena, rows, 64));
     let mut ws = vec![0x5Au8; size + 64];
     fixture.with(&mut out, DType::F32, |layer, factors, args| {
@@ -469,16 +477,50 @@ fn the_size_query_bounds_every_cut() {
     let side = SideDesc { head_dim: 128, plan: 3, gauge: Gauge::Rotation };
     for (n_q_heads, n_kv_heads) in [(8, 8), (9, 3), (32, 1), (71, 1)] {
         let layer = LayerShape::new(n_q_heads, n_kv_heads, side, side).unwrap();
-        let limits = (4, 100, 5000);
-        let size = workspace_size(&layer, limits.0, limits.1, limits.2).unwrap();
-        for streams in 1..=limits.0 {
-            for n_q in 1..=limits.1 {
+        let size = workspace_size(&layer, &Limits::even(4, 100, 5000)).unwrap();
+        let (mut store, mut out) = (vec![0; layer.slot_bytes], vec![]);
+        for n_streams in 1..=4 {
+            for n_q in 1..=100 {
                 for n_kv in [0, 1, 100, 511, 512, 513, 1025, 3000, 4999, 5000] {
-                    let cut = Cut::new(&layer, streams, n_q, n_kv);
-                    let need = size_of_pieces(|arena| lay(arena, cut.partial_rows(), cut.d_v));
-                    assert!(need <= size, "{streams} streams, {n_q} queries, {n_kv} keys: {need} of {size}");
+                    let args = AttendArgs {
+                        n_streams,
+                        n_q,
+                        n_kv,
+                        ..empty_args(&layer, &mut store, &mut out)
+                    };
+                    let rows = Cut::new(&layer, &args).partial_rows(&args);
+                    let need = size_of_pieces(|arena| lay(arena, rows, 128));
+                    assert!(need <= size, "{n_streams} streams, {n_q} queries, {n_kv} keys: {need} of {size}");
                 }
             }
         }
+    }
+}
+
+/// A call of no queries, for what depends on counts alone.
+pub(super) fn empty_args<'a>(layer: &LayerShape, store: &'a mut [u8], out: &'a mut [u8]) -> AttendArgs<'a> {
+    let shape = RowsShape {
+        dtype: DType::F32,
+        n_tokens: 0,
+        n_heads: layer.n_q_heads,
+        head_dim: layer.v.head_dim,
+        token_stride: 0,
+        head_stride: 0,
+    };
+    AttendArgs {
+        n_streams: 1,
+        n_q: 0,
+        n_kv: 0,
+        first_slot: 0,
+        stream_slots: 0,
+        store: Store::new(store, layer.slot_bytes),
+        q: Rows::from_f32(&[], layer.n_q_heads, layer.k.head_dim),
+        out: RowsMut::new(out, shape).unwrap(),
+        mask: None,
+        sink_logits: None,
+        scale: 1.0 / (layer.k.head_dim as f32).sqrt(),
+        softcap: 0.0,
+        sequences: None,
+        tail: None,
     }
 }

@@ -1,99 +1,11 @@
-// Sizes, offsets and numbers that programs were compiled with. None may ever change; fields are only appended.
+// Sizes, offsets and numbers that programs were compiled with. None may ever change.
 #include "support.hpp"
 
 #include <cstddef>
 
 #define FIELD(type, field, offset) static_assert(offsetof(type, field) == (offset), #type "." #field)
 #define SIZE(type, size) static_assert(sizeof(type) == (size), #type)
-
-SIZE(dq_context_desc, 16);
-FIELD(dq_context_desc, backend, 4);
-FIELD(dq_context_desc, device, 8);
-FIELD(dq_context_desc, reserved, 12);
-
-SIZE(dq_layer_desc, 36);
-FIELD(dq_layer_desc, n_q_heads, 4);
-FIELD(dq_layer_desc, n_kv_heads, 8);
-FIELD(dq_layer_desc, head_dim_k, 12);
-FIELD(dq_layer_desc, head_dim_v, 16);
-FIELD(dq_layer_desc, k_plan, 20);
-FIELD(dq_layer_desc, v_plan, 24);
-FIELD(dq_layer_desc, k_gauge, 28);
-FIELD(dq_layer_desc, v_gauge, 32);
-
-SIZE(dq_codec_desc, 56);
-FIELD(dq_codec_desc, n_layers, 4);
-FIELD(dq_codec_desc, layers, 8);
-FIELD(dq_codec_desc, max_fits, 16);
-FIELD(dq_codec_desc, flags, 20);
-FIELD(dq_codec_desc, fingerprint, 24);
-
-SIZE(dq_layout, 72);
-FIELD(dq_layout, alignment, 4);
-FIELD(dq_layout, slot_bytes, 8);
-FIELD(dq_layout, k_codes_offset, 16);
-FIELD(dq_layout, v_codes_offset, 24);
-FIELD(dq_layout, k_headers_offset, 32);
-FIELD(dq_layout, v_headers_offset, 40);
-FIELD(dq_layout, max_factor_bytes, 48);
-FIELD(dq_layout, bits_per_value, 56);
-FIELD(dq_layout, bits_per_value_with_factors, 64);
-
-SIZE(dq_layer_info, 40);
-FIELD(dq_layer_info, k_sets, 4);
-FIELD(dq_layer_info, v_sets, 8);
-FIELD(dq_layer_info, frozen, 12);
-FIELD(dq_layer_info, rows_seen, 16);
-FIELD(dq_layer_info, factor_bytes, 24);
-FIELD(dq_layer_info, moment_bytes, 32);
-
-SIZE(dq_tensor, 32);
-FIELD(dq_tensor, data, 0);
-FIELD(dq_tensor, dtype, 8);
-FIELD(dq_tensor, reserved, 12);
-FIELD(dq_tensor, token_stride, 16);
-FIELD(dq_tensor, head_stride, 24);
-
-SIZE(dq_store, 24);
-FIELD(dq_store, data, 0);
-FIELD(dq_store, n_slots, 8);
-FIELD(dq_store, slot_stride, 16);
-
-SIZE(dq_tokens, 144);
-FIELD(dq_tokens, n_tokens, 4);
-FIELD(dq_tokens, q, 8);
-FIELD(dq_tokens, k, 40);
-FIELD(dq_tokens, v, 72);
-FIELD(dq_tokens, positions, 104);
-FIELD(dq_tokens, slots, 112);
-FIELD(dq_tokens, store, 120);
-
-SIZE(dq_mask, 32);
-FIELD(dq_mask, data, 0);
-FIELD(dq_mask, dtype, 8);
-FIELD(dq_mask, reserved, 12);
-FIELD(dq_mask, query_stride, 16);
-FIELD(dq_mask, stream_stride, 24);
-
-SIZE(dq_attend_args, 168);
-FIELD(dq_attend_args, n_streams, 4);
-FIELD(dq_attend_args, n_q, 8);
-FIELD(dq_attend_args, n_kv, 12);
-FIELD(dq_attend_args, first_slot, 16);
-FIELD(dq_attend_args, stream_slots, 24);
-FIELD(dq_attend_args, store, 32);
-FIELD(dq_attend_args, q, 56);
-FIELD(dq_attend_args, out, 88);
-FIELD(dq_attend_args, mask, 120);
-FIELD(dq_attend_args, sink_logits, 152);
-FIELD(dq_attend_args, scale, 160);
-FIELD(dq_attend_args, softcap, 164);
-
-SIZE(dq_limits, 20);
-FIELD(dq_limits, max_tokens, 4);
-FIELD(dq_limits, max_streams, 8);
-FIELD(dq_limits, max_queries, 12);
-FIELD(dq_limits, max_kv, 16);
+#include "abi/layout.inc"
 
 TEST_CASE("statuses keep their numbers and have names") {
     const std::pair<dq_status, const char *> all[] = {
@@ -125,14 +37,16 @@ TEST_CASE("enumerations keep their numbers") {
     static_assert(DQ_BACKEND_CPU == 1 && DQ_BACKEND_CUDA == 2, "");
     static_assert(DQ_F32 == 1 && DQ_F16 == 2 && DQ_BF16 == 3, "");
     static_assert(DQ_GAUGE_ROTATION == 1 && DQ_GAUGE_CENTRED == 2 && DQ_GAUGE_ATTENTION == 3, "");
+    static_assert(DQ_VISIBLE_CAUSAL == 1 && DQ_VISIBLE_ALL == 2, "");
     static_assert(DQ_SIDE_K == 0 && DQ_SIDE_V == 1 && DQ_MAX_SETS == 16, "");
     CHECK((dq_backends() & 1u << DQ_BACKEND_CPU) != 0);
     CHECK((dq_backends() & ~(1u << DQ_BACKEND_CPU | 1u << DQ_BACKEND_CUDA)) == 0);
 }
 
 TEST_CASE("versions") {
-    CHECK(dq_abi_version() == 0);
-    CHECK(std::string(dq_version()) == "0.1.0");
+    CHECK(dq_abi_version() == DQ_ABI_VERSION);
+    CHECK(std::string(dq_version()) == std::to_string(DQ_VERSION_MAJOR) + "." + std::to_string(DQ_VERSION_MINOR) + "." +
+                                           std::to_string(DQ_VERSION_PATCH));
 }
 
 TEST_CASE("plans have names, other numbers have none") {
