@@ -166,8 +166,8 @@ void run(const Case& c, std::mt19937_64& rng) {
             for (int t = 0; t < n; t++) {
                 uint32_t slot = c.paged ? table[s * table_stride + t / 16] * 16 + t % 16 : s * stream_slots + t;
                 const uint8_t* record = &store[slot * stride];
-                auto kr = kf.decode_row(h, ref::header_of(l.k, h, record), ref::unpack(l.k, h, record), KP);
-                auto vr = vf.decode_row(h, ref::header_of(l.v, h, record), ref::unpack(l.v, h, record), VP);
+                auto kr = kf.decode_row(h, ref::header_of(l.k, h, record), ref::unpack(l.k, h, record), l.k);
+                auto vr = vf.decode_row(h, ref::header_of(l.v, h, record), ref::unpack(l.v, h, record), l.v);
                 std::copy(kr.begin(), kr.end(), k.begin() + size_t(t) * DK);
                 std::copy(vr.begin(), vr.end(), v.begin() + size_t(t) * DV);
             }
