@@ -230,6 +230,9 @@ typedef struct dq_tokens {
     const int64_t *slots;
     // Where the records go.
     struct dq_store store;
+    // On CUDA: a device word to which the number of replaced rows is added (see `DQ_ROWS_REPLACED`); null: not told.
+    // Must be null on the CPU, where the status tells.
+    uint32_t *replaced_rows;
 } dq_tokens;
 
 // Upper limits of the calls that one workspace is to serve.
@@ -288,6 +291,22 @@ typedef struct dq_attend_args {
     float scale;
     // Scores become `softcap * tanh(score / softcap)` before the mask; 0: none.
     float softcap;
+    // On CUDA, here and below; null or 0 on the CPU. Keys of each stream, `[n_streams]`, at most `n_kv` each, read on the
+    // device: a graph may be replayed with other lengths. Null: `n_kv`.
+    const int32_t *lengths;
+    // Where keys live when their slots do not follow each other, `[n_streams][table_stride]`: key `t` of stream `s` is in
+    // slot `block_table[s * table_stride + t / block_slots] * block_slots + t % block_slots`. Null: `first_slot` says.
+    const int32_t *block_table;
+    // Entries from one stream's blocks to the next's.
+    uint64_t table_stride;
+    // Slots of a block, a power of two.
+    uint32_t block_slots;
+    // 1: the last query sits at the last key, and no query sees a key behind its own. Needs `lengths`.
+    uint32_t causal;
+    // Each query sees so many keys that end with its own; 0: all. Needs `lengths`.
+    uint32_t window;
+    // Must be 0.
+    uint32_t reserved;
 } dq_attend_args;
 
 // Receives log lines, UTF-8, zero-terminated, without a newline. `level`: 1 error, 2 warning, 3 information. May be

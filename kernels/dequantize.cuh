@@ -1,7 +1,8 @@
 // Records back to rows: x = mean + decode y, y_j = scale * unit * level_j.
 //
 // Grid: (runs of ROWS rows, KV head, side), 128 threads. The rows' latents go to shared memory, then a thread makes
-// whole channels. Slot -1, and a row that names a set which does not exist, give zeros. Not for attention, which never decodes; for state files, tests and engines without a kernel.
+// whole channels. Slot -1, and a row that names a set which does not exist, give zeros. Not for attention, which never
+// decodes; for state files, tests and engines without a kernel.
 #pragma once
 #include "rows.cuh"
 
@@ -47,7 +48,7 @@ __device__ __forceinline__ void dequantize_side(const DqDequantize& p, const DqF
     for (int i = t; i < ROWS * D; i += blockDim.x) {
         const int row = i / D, c = i % D;
         if (first + row >= p.n) continue;
-        if (p.slots[first + row] < 0) {
+        if (!in_store(p.store, p.slots[first + row])) {
             if (c == 0) sets[row] = DQ_MAX_SETS;
             continue;
         }

@@ -11,6 +11,11 @@ __device__ __forceinline__ bool names_transform(const DqHeadSets& sets, uint32_t
     return named;
 }
 
+// Slots come from device memory, where nobody has checked them: one beyond the store is as good as -1.
+__device__ __forceinline__ bool in_store(const DqStore& store, int64_t slot) {
+    return slot >= 0 && uint64_t(slot) < store.n_slots;
+}
+
 __device__ __forceinline__ float load_row(const DqRows& rows, uint64_t token, uint32_t head, uint32_t channel) {
     uint64_t at = token * rows.token_stride + head * rows.head_stride;
     if (rows.type == DQ_TYPE_F32) return at_bytes<float>(rows.data, at + 4ull * channel);

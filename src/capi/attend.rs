@@ -7,6 +7,8 @@ use super::types::*;
 use super::{check_shards, guard, layer, layer_shape};
 use crate::codec::Layer;
 use crate::cpu::attend;
+use crate::cuda::Limits;
+use crate::cuda::view::Stream;
 use crate::error::Result;
 
 /// Bytes of workspace that any call on this layer within `limits` needs. Depends on shapes only, never on the number of
@@ -28,12 +30,12 @@ pub unsafe extern "C" fn dq_workspace_size(
         let shape = layer_shape(handle, layer)?;
         // SAFETY: as above.
         let limits = unsafe { convert::read_struct("limits", limits) }?;
-        let size = attend::workspace_size(
-            shape,
-            limits.max_streams.max(1) as usize,
-            limits.max_queries as usize,
-            limits.max_kv as usize,
-        )?;
+        let (streams, queries, kv) =
+            (limits.max_streams.max(1) as usize, limits.max_queries as usize, limits.max_kv as usize);
+        let size = match &handle.device {
+            None => attend::workspace_size(shape, streams, queries, kv)?,
+            Some(device) => device.workspace_size(&handle.codec, layer as usize, Limits { streams, queries, kv })?,
+        };
         // SAFETY: checked above.
         unsafe { bytes.write(size as u64) };
         Ok(DQ_OK)
@@ -65,6 +67,14 @@ pub unsafe extern "C" fn dq_attend(
         // SAFETY: the header's contract, here and below.
         let handle: &CodecHandle = unsafe { convert::handle(codec) }?;
         convert::check_stream(&handle.context, stream)?;
+        if let Some(device) = &handle.device {
+            let shape = layer_shape(handle, layer)?;
+            // SAFETY: as above.
+            if let Some((args, scratch)) = unsafe { convert::device_attend(args, shape, workspace, workspace_bytes) }? {
+                device.attend(&handle.codec, layer as usize, &args, scratch, Stream(stream))?;
+            }
+            return Ok(DQ_OK);
+        }
         // SAFETY: as above.
         unsafe { run(handle, layer, args, workspace, workspace_bytes, Part::Whole) }
     })
@@ -89,6 +99,7 @@ pub unsafe extern "C" fn dq_attend_shard(
         check_shards(shard, n_shards)?;
         // SAFETY: the header's contract, here and below.
         let handle: &CodecHandle = unsafe { convert::handle(codec) }?;
+        convert::check_phase(&handle.context)?;
         // SAFETY: as above.
         unsafe { run(handle, layer, args, workspace, workspace_bytes, Part::Shard(shard as usize, n_shards as usize)) }
     })
@@ -110,6 +121,7 @@ pub unsafe extern "C" fn dq_attend_merge_shard(
         check_shards(shard, n_shards)?;
         // SAFETY: the header's contract, here and below.
         let handle: &CodecHandle = unsafe { convert::handle(codec) }?;
+        convert::check_phase(&handle.context)?;
         // SAFETY: as above.
         unsafe { run(handle, layer, args, workspace, workspace_bytes, Part::Merge(shard as usize, n_shards as usize)) }
     })

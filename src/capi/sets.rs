@@ -25,6 +25,7 @@ pub unsafe extern "C" fn dq_sets_export(
         layer_shape(handle, layer)?;
         // SAFETY: as above.
         let mut write = unsafe { convert::writer(write, user) }?;
+        handle.pull(layer as usize..layer as usize + 1)?;
         handle.codec.export_sets(layer as usize, &mut write)?;
         Ok(DQ_OK)
     })
@@ -59,7 +60,13 @@ pub unsafe extern "C" fn dq_sets_import(
         let mut read = unsafe { convert::reader(read, user) }?;
         // Not into the caller's map before all has gone well.
         let mut ids = vec![0; map.len()];
-        handle.codec.import_sets(layer as usize, &mut read, &mut ids)?;
+        handle.pull(layer as usize..layer as usize + 1)?;
+        let dense_room =
+            handle.device.as_ref().map_or(usize::MAX, |d| d.dense_sets_left(&handle.codec, layer as usize));
+        handle.codec.import_sets(layer as usize, &mut read, &mut ids, dense_room)?;
+        if let Some(device) = &handle.device {
+            device.push(&handle.codec, layer as usize)?;
+        }
         map.copy_from_slice(&ids);
         log::information(|| format!("layer {layer}: imported factor sets"));
         Ok(DQ_OK)

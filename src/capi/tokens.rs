@@ -7,6 +7,7 @@ use super::types::*;
 use super::{check_shards, guard, last_error, layer, layer_shape};
 use crate::codec::Layer;
 use crate::cpu::encode::{EncodeReport, encode_shard};
+use crate::cuda::view::Stream;
 use crate::error::{Error, Result};
 use crate::log;
 
@@ -33,8 +34,15 @@ pub unsafe extern "C" fn dq_compress(
         // SAFETY: the header's contract, here and below.
         let handle: &CodecHandle = unsafe { convert::handle(codec) }?;
         convert::check_stream(&handle.context, stream)?;
-        // The CPU needs no workspace; what is passed stays untouched.
+        // No backend needs a workspace here; what is passed stays untouched.
         let _ = (workspace, workspace_bytes);
+        if let Some(device) = &handle.device {
+            // SAFETY: as above.
+            if let Some(tokens) = unsafe { convert::device_tokens(tokens, layer_shape(handle, layer)?) }? {
+                device.compress(&handle.codec, layer as usize, &tokens, Stream(stream))?;
+            }
+            return Ok(DQ_OK);
+        }
         // SAFETY: as above.
         let Some(given) = unsafe { convert::tokens(tokens, layer_shape(handle, layer)?, Purpose::Both) }? else {
             return Ok(DQ_OK);
@@ -60,8 +68,15 @@ pub unsafe extern "C" fn dq_append(
         // SAFETY: the header's contract, here and below.
         let handle: &CodecHandle = unsafe { convert::handle(codec) }?;
         convert::check_stream(&handle.context, stream)?;
-        // The CPU needs no workspace; what is passed stays untouched.
+        // No backend needs a workspace here; what is passed stays untouched.
         let _ = (workspace, workspace_bytes);
+        if let Some(device) = &handle.device {
+            // SAFETY: as above.
+            if let Some(tokens) = unsafe { convert::device_tokens(tokens, layer_shape(handle, layer)?) }? {
+                device.append(&handle.codec, layer as usize, &tokens, Stream(stream))?;
+            }
+            return Ok(DQ_OK);
+        }
         // SAFETY: as above.
         let Some(given) = unsafe { convert::tokens(tokens, layer_shape(handle, layer)?, Purpose::Both) }? else {
             return Ok(DQ_OK);
@@ -95,6 +110,10 @@ pub unsafe extern "C" fn dq_refit(
                 "first_layer is {first_layer} and n_layers {n_layers}; the codec has {known} layers"
             )));
         }
+        if let Some(device) = &handle.device {
+            device.refit(&handle.codec, first_layer as usize..end as usize, Stream(stream))?;
+            return Ok(DQ_OK);
+        }
         for layer in first_layer..end as u32 {
             refit(handle, layer, 0, 1);
         }
@@ -122,6 +141,7 @@ pub unsafe extern "C" fn dq_observe_shard(
         let handle: &CodecHandle = unsafe { convert::handle(codec) }?;
         let shape = layer_shape(handle, layer)?;
         check_shards(shard, n_shards)?;
+        convert::check_phase(&handle.context)?;
         // SAFETY: as above.
         if let Some(given) = unsafe { convert::tokens(tokens, shape, Purpose::Observe) }? {
             handle.codec.observe_shard(layer as usize, &given.tokens, shard as usize, n_shards as usize);
@@ -138,6 +158,7 @@ pub unsafe extern "C" fn dq_refit_shard(codec: *mut dq_codec, layer: u32, shard:
         let handle: &CodecHandle = unsafe { convert::handle(codec) }?;
         layer_shape(handle, layer)?;
         check_shards(shard, n_shards)?;
+        convert::check_phase(&handle.context)?;
         refit(handle, layer, shard, n_shards);
         Ok(DQ_OK)
     })
@@ -158,6 +179,7 @@ pub unsafe extern "C" fn dq_encode_shard(
         let handle: &CodecHandle = unsafe { convert::handle(codec) }?;
         let shape = layer_shape(handle, layer)?;
         check_shards(shard, n_shards)?;
+        convert::check_phase(&handle.context)?;
         // SAFETY: as above.
         match unsafe { convert::tokens(tokens, shape, Purpose::Encode) }? {
             Some(given) => replaced(layer, encode(handle, layer, &given, shard, n_shards)?),

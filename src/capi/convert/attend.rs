@@ -33,6 +33,7 @@ pub unsafe fn attend_args<'a>(pointer: *const dq_attend_args, shape: &LayerShape
     let n_streams = given.n_streams.max(1) as usize;
     let (n_q, n_kv) = (given.n_q as usize, given.n_kv as usize);
     let scale = check_numbers(&given, shape)?;
+    check_cpu(&given)?;
     if n_q == 0 {
         return Ok(None);
     }
@@ -73,7 +74,22 @@ pub unsafe fn attend_args<'a>(pointer: *const dq_attend_args, shape: &LayerShape
     Ok(Some(attend))
 }
 
-fn check_numbers(given: &dq_attend_args, shape: &LayerShape) -> Result<f32> {
+/// What only a device reads.
+fn check_cpu(given: &dq_attend_args) -> Result<()> {
+    let Some(field) = [
+        (!given.lengths.is_null(), "lengths"),
+        (!given.block_table.is_null(), "block_table"),
+        (given.causal != 0, "causal"),
+        (given.window != 0, "window"),
+    ]
+    .into_iter()
+    .find_map(|(set, field)| set.then_some(field)) else {
+        return Ok(());
+    };
+    Err(Error::unsupported(format!("args->{field} is set; on the CPU a mask says which keys a query sees")))
+}
+
+pub(super) fn check_numbers(given: &dq_attend_args, shape: &LayerShape) -> Result<f32> {
     if !given.scale.is_finite() {
         return Err(Error::invalid(format!("args->scale is {}; it must be finite", given.scale)));
     }
@@ -84,7 +100,7 @@ fn check_numbers(given: &dq_attend_args, shape: &LayerShape) -> Result<f32> {
 }
 
 /// The last stream's last key lies in the store.
-fn check_slots(given: &dq_attend_args, n_streams: usize) -> Result<()> {
+pub(super) fn check_slots(given: &dq_attend_args, n_streams: usize) -> Result<()> {
     let end = (n_streams as u64 - 1)
         .checked_mul(given.stream_slots)
         .and_then(|s| s.checked_add(given.first_slot))
