@@ -73,7 +73,7 @@ __device__ __forceinline__ void dequantize_side(const DqDequantize& p, const DqF
         const uint32_t transform = f.heads[head].transform[set] & (DQ_MAX_TRANSFORMS - 1);
         const uint16_t* mean = f.means + (uint64_t(head) * DQ_MAX_SETS + set) * D;
         for (int c = t; c < D; c += blockDim.x) {
-            store_row(out, first + row, head, c, half_to_float(load_global(mean + c)) + unfold_channel<D>(f, head, transform, y[row], c));
+            store_row(out, first + row, head, c, half_to_float(load_global(mean + c)) + unfold_channel<D>(f, head, transform, y[row], c, 0, D));
         }
     }
 }

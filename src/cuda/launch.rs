@@ -10,6 +10,7 @@ use crate::workspace::{ALIGN, Arena, size_of_pieces};
 
 const KEYS_PER_WARP: usize = 32;
 const STAGES: usize = 3;
+pub const FOLD_THREADS: usize = 512;
 const MOST_WARPS: usize = 8;
 const TILE_KEYS: usize = 64;
 const MOST_RUNS: usize = 16;
@@ -313,6 +314,7 @@ pub fn plan_attend(
         attend_threads: 32 * v.warps(rows),
         attend_shared: v.shared,
         merge: (kernels.merge, (heads * rows, 1, 1)),
-        merge_threads: 32 * parts_per_transform.div_ceil(4).clamp(2, 16),
+        // Few parts and many rows: small blocks, of which many run at once.
+        merge_threads: if parts_per_transform > 16 { 512 } else { 128 },
     })
 }

@@ -188,7 +188,7 @@ impl DeviceCodec {
         // SAFETY: `capi` checked what can be checked of the caller's pointers; tables and workspace are as large as the
         // kernels were told.
         unsafe {
-            device.launch(plan.fold.0, plan.fold.1, 128, 0, stream, &p)?;
+            device.launch(plan.fold.0, plan.fold.1, launch::FOLD_THREADS, 0, stream, &p)?;
             device.launch(plan.attend.0, plan.attend.1, plan.attend_threads, plan.attend_shared, stream, &p)?;
             device.launch(plan.merge.0, plan.merge.1, plan.merge_threads, 0, stream, &p)
         }
