@@ -100,19 +100,26 @@ void bench(Events& e, const char* name, uint32_t k_plan, uint32_t v_plan, double
     const size_t slots = brief ? 64ull * 16384 : 64ull * 131072;
     cuda::Buffer<uint8_t> store(slots * layout.slot_bytes);
     std::mt19937 rng(1);
-    std::vector<uint16_t> rows(size_t(chunk) * N_Q * D);
     std::normal_distribution<float> normal;
-    for (auto& x : rows) {
-        const float v = normal(rng);
-        uint32_t u;
-        std::memcpy(&u, &v, 4);
-        x = uint16_t(u >> 16);
-    }
-    cuda::Buffer<uint16_t> d_rows(rows);
+    auto bf16 = [&](uint32_t heads, auto&& value) {
+        std::vector<uint16_t> rows(size_t(chunk) * heads * D);
+        for (size_t i = 0; i < rows.size(); i++) {
+            const float v = value(i % D);
+            uint32_t u;
+            std::memcpy(&u, &v, 4);
+            rows[i] = uint16_t(u >> 16);
+        }
+        return rows;
+    };
+    // Keys about a mean, their energy in few channels, as a model's are; so that rows are in the newest set.
+    auto spectrum = [](size_t c) { return 8.0f * std::exp(-0.05f * float(c)) + 0.2f; };
+    cuda::Buffer<uint16_t> queries(bf16(N_Q, [&](size_t c) { return normal(rng) / spectrum(c); }));
+    cuda::Buffer<uint16_t> keys_in(bf16(N_KV, [&](size_t c) { return 5.0f * std::sin(float(c)) + normal(rng) * spectrum(c); }));
+    cuda::Buffer<uint16_t> values(bf16(N_KV, [&](size_t c) { return 0.5f * std::cos(float(c)) + normal(rng); }));
     cuda::Buffer<int64_t> d_slots(chunk);
     auto t = sized<dq_tokens>();
     t.n_tokens = chunk, t.store = {store.get(), slots, layout.slot_bytes}, t.slots = d_slots.get();
-    t.q = tensor(d_rows.get(), N_Q, DQ_BF16), t.k = tensor(d_rows.get(), N_KV, DQ_BF16), t.v = tensor(d_rows.get(), N_KV, DQ_BF16);
+    t.q = tensor(queries.get(), N_Q, DQ_BF16), t.k = tensor(keys_in.get(), N_KV, DQ_BF16), t.v = tensor(values.get(), N_KV, DQ_BF16);
     std::printf("\n%s: %llu bytes a slot and layer\ncompress of 512 tokens, wall time with fits, ms:", name, static_cast<unsigned long long>(layout.slot_bytes));
     double observe = 0;
     for (uint32_t i = 0; i < 17; i++) {
@@ -127,6 +134,23 @@ void bench(Events& e, const char* name, uint32_t k_plan, uint32_t v_plan, double
         if (i < 10) std::printf(" %.2f", ms);
     }
     std::printf("\n  of these %.2f without a fit and with statistics\n", observe);
+    // Runs of 32 records, as a warp takes them, that are all in one set per head and side.
+    {
+        std::vector<uint8_t> records(4096 * layout.slot_bytes);
+        cuda::need(cuda::driver().to_host(records.data(), reinterpret_cast<uint64_t>(store.get()), records.size()), "records");
+        size_t whole = 0;
+        for (size_t run = 0; run < 128; run++) {
+            for (uint32_t h = 0; h < 2 * N_KV; h++) {
+                bool same = true;
+                for (size_t i = 0; i < 32; i++) {
+                    const uint8_t* at = &records[(run * 32 + i) * layout.slot_bytes + layout.k_headers_offset + 2 * h];
+                    same &= (at[0] & 15) == (records[run * 32 * layout.slot_bytes + layout.k_headers_offset + 2 * h] & 15);
+                }
+                whole += same;
+            }
+        }
+        std::printf("  runs of 32 records in one set: %.1f%%\n", 100.0 * double(whole) / (128 * 2 * N_KV));
+    }
     for (size_t have = 4096; have < slots; have *= 2) {
         const size_t n = std::min(have, slots - have) * layout.slot_bytes;
         e.copy(reinterpret_cast<uint64_t>(store.get()) + have * layout.slot_bytes, reinterpret_cast<uint64_t>(store.get()), n, e.stream);

@@ -217,7 +217,7 @@ template <class T> __device__ __forceinline__ T load_global(const T* at) { retur
 template <int N> struct Int { static constexpr int value = N; };
 
 template <int N, int I = 0, class Body>
-__device__ __forceinline__ void for_each(Body&& body) {
+__host__ __device__ __forceinline__ void for_each(Body&& body) {
     if constexpr (I < N) {
         body(Int<I>{});
         for_each<N, I + 1>(body);

@@ -78,7 +78,7 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
             if (c < D) *reinterpret_cast<float4*>(&gathered[warp][c]) = acc[k];
         }
         if (!__syncthreads_or(seen)) continue;
-        for (uint32_t c = t; c < D; c += blockDim.x) {
+        for (int c = t; c < D; c += blockDim.x) {
             float y = 0.0f;
             for (uint32_t w = 0; w < warps; w++) y += gathered[w][c];
             for_each<V::tiers>([&](auto tier) {
