@@ -17,7 +17,8 @@ use crate::shape::{Gauge, LayerShape, SideDesc};
 /// `context`: its backend and device. `desc`: read during the call only. `out`: receives the handle; untouched on
 /// failure. Destroy it with `dq_codec_destroy`.
 ///
-/// Errors: `DQ_ERROR_INVALID_ARGUMENT`; `DQ_ERROR_UNSUPPORTED` for a head_dim or plan without code.
+/// Errors: `DQ_ERROR_INVALID_ARGUMENT`; `DQ_ERROR_UNSUPPORTED` for a head_dim or plan without code, on CUDA also for a
+/// combination without kernels; `DQ_ERROR_OUT_OF_MEMORY`, `DQ_ERROR_CUDA`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dq_codec_create(
     context: *const dq_context,

@@ -40,7 +40,7 @@ pub unsafe extern "C" fn dq_sets_export(
 /// where the export has no such set; at least `2 * n_kv_heads * DQ_MAX_SETS` bytes, untouched on failure.
 ///
 /// Errors: `DQ_ERROR_BAD_FILE` for an export that is damaged, cut short, of another version or of another shape;
-/// `DQ_ERROR_SETS_FULL` when a head has too few free ids; `DQ_ERROR_IO`. No set was added then.
+/// `DQ_ERROR_SETS_FULL` when a head has too few free ids, or on CUDA no room for so many fits (max_fits and three); `DQ_ERROR_IO`. No set was added then.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dq_sets_import(
     codec: *mut dq_codec,
@@ -73,7 +73,7 @@ pub unsafe extern "C" fn dq_sets_import(
     })
 }
 
-/// Rewrites the set ids in records that came from another codec.
+/// Rewrites the set ids in records that came from another codec. In host memory, whatever the backend.
 ///
 /// `store`: the records. `slots`: `[n_slots]`, -1 skips, none named twice. `map`: of `dq_sets_import`, `map_bytes` at
 /// least `2 * n_kv_heads * DQ_MAX_SETS`. Codes and scales stay as they are.

@@ -20,7 +20,9 @@ use crate::log;
 ///
 /// Returns `DQ_ROWS_REPLACED` when a row held NaN, infinity or values beyond f16. Such rows stay out of the statistics;
 /// all other rows are coded as if they were not there.
-/// Errors: `DQ_ERROR_INVALID_ARGUMENT`, `DQ_ERROR_WORKSPACE`, `DQ_ERROR_OUT_OF_MEMORY`.
+/// On CUDA the number of such rows is added to `tokens->replaced_rows` instead, and the call cannot be captured while a
+/// fit is due.
+/// Errors: `DQ_ERROR_INVALID_ARGUMENT`, `DQ_ERROR_WORKSPACE`, `DQ_ERROR_OUT_OF_MEMORY`, `DQ_ERROR_CAPTURE`, `DQ_ERROR_CUDA`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dq_compress(
     codec: *mut dq_codec,
@@ -91,7 +93,8 @@ pub unsafe extern "C" fn dq_append(
 
 /// Between steps: fits the layers `[first_layer, first_layer + n_layers)` where a fit is due, so that a chat which only
 /// ever appends is fitted, too. Cheap when none is due. New sets serve the rows that are coded from then on; records
-/// stay as they are. `stream`: null on the CPU.
+/// stay as they are. `stream`: null on the CPU. On CUDA it sees the rows of work that has been done when it is called.
+/// Errors: `DQ_ERROR_CAPTURE` when a fit is due in a capture, `DQ_ERROR_CUDA`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dq_refit(
     codec: *mut dq_codec,
