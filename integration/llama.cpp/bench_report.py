@@ -1,0 +1,64 @@
+"""What bench.sh prints, from the JSON lines of llama-bench.
+
+    bench_report.py last  RESULTS          the last measurement, in a line
+    bench_report.py table RESULTS          Markdown: tokens a second and ratios to f16 and q4_0
+    bench_report.py plot  RESULTS OUT.svg  decode speed against depth
+"""
+import json
+import statistics
+import sys
+
+
+def read(path):
+    """[(test, depth, type, tokens a second)]; a test is "pp128" or "tg32"."""
+    with open(path) as lines:
+        for line in map(json.loads, lines):
+            test = f"pp{line['n_prompt']}" if line["n_prompt"] else f"tg{line['n_gen']}"
+            yield test, line["n_depth"], line["type_k"], statistics.median(line["samples_ts"])
+
+
+def table(results):
+    rows = {}
+    for test, depth, kind, speed in results:
+        rows.setdefault((test, depth), {})[kind] = speed
+    kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row))
+    print("| test | depth | " + " | ".join(kinds) + " | dq4 / f16 | dq4 / q4_0 | dq3 / dq4 |")
+    print("|---" * (len(kinds) + 5) + "|")
+    for (test, depth), row in sorted(rows.items()):
+        ratio = lambda a, b: f"{row[a] / row[b]:.2f}" if a in row and b in row else ""
+        cells = [f"{row[kind]:.1f}" if kind in row else "" for kind in kinds]
+        cells += [ratio("dq4", "f16"), ratio("dq4", "q4_0"), ratio("dq3", "dq4")]
+        print(f"| {test} | {depth} | " + " | ".join(cells) + " |")
+
+
+def plot(results, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curves = {}
+    for test, depth, kind, speed in results:
+        if test.startswith("tg"):
+            curves.setdefault(kind, []).append((depth, speed))
+    for kind, points in curves.items():
+        pyplot.plot(*zip(*sorted(points)), marker="o", label=kind)
+    pyplot.xlabel("tokens in the cache")
+    pyplot.ylabel("decoded tokens a second")
+    pyplot.ylim(bottom=0)
+    pyplot.legend()
+    pyplot.savefig(path)
+
+
+def main(what, path, *rest):
+    results = list(read(path))
+    if what == "last":
+        test, depth, kind, speed = results[-1]
+        print(f"{kind}: {test} at depth {depth}: {speed:.1f} tokens a second")
+    elif what == "table":
+        table(results)
+    else:
+        plot(results, *rest)
+
+
+main(*sys.argv[1:])
