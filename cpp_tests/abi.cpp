@@ -59,7 +59,7 @@ FIELD(dq_store, data, 0);
 FIELD(dq_store, n_slots, 8);
 FIELD(dq_store, slot_stride, 16);
 
-SIZE(dq_tokens, 144);
+SIZE(dq_tokens, 152);
 FIELD(dq_tokens, n_tokens, 4);
 FIELD(dq_tokens, q, 8);
 FIELD(dq_tokens, k, 40);
@@ -67,6 +67,7 @@ FIELD(dq_tokens, v, 72);
 FIELD(dq_tokens, positions, 104);
 FIELD(dq_tokens, slots, 112);
 FIELD(dq_tokens, store, 120);
+FIELD(dq_tokens, replaced_rows, 144);
 
 SIZE(dq_mask, 32);
 FIELD(dq_mask, data, 0);
@@ -75,7 +76,7 @@ FIELD(dq_mask, reserved, 12);
 FIELD(dq_mask, query_stride, 16);
 FIELD(dq_mask, stream_stride, 24);
 
-SIZE(dq_attend_args, 168);
+SIZE(dq_attend_args, 208);
 FIELD(dq_attend_args, n_streams, 4);
 FIELD(dq_attend_args, n_q, 8);
 FIELD(dq_attend_args, n_kv, 12);
@@ -88,6 +89,13 @@ FIELD(dq_attend_args, mask, 120);
 FIELD(dq_attend_args, sink_logits, 152);
 FIELD(dq_attend_args, scale, 160);
 FIELD(dq_attend_args, softcap, 164);
+FIELD(dq_attend_args, lengths, 168);
+FIELD(dq_attend_args, block_table, 176);
+FIELD(dq_attend_args, table_stride, 184);
+FIELD(dq_attend_args, block_slots, 192);
+FIELD(dq_attend_args, causal, 196);
+FIELD(dq_attend_args, window, 200);
+FIELD(dq_attend_args, reserved, 204);
 
 SIZE(dq_limits, 20);
 FIELD(dq_limits, max_tokens, 4);
