@@ -25,6 +25,14 @@
  * sizes are in bytes. On the CPU nothing is allocated in dq_attend and its phases, dq_encode_shard, dq_dequantize and
  * dq_remap_rows when they succeed, nor in dq_append, but for the mean of a new attention sink (four per head at most).
  *
+ * CUDA. Rows, positions, slots, records, masks, outputs and workspaces are memory of the context's device; stream is a
+ * CUstream or cudaStream_t of its primary context, null the legacy default stream. Calls return before their work is
+ * done, and leave the caller's current context as it was. What lies on the device is not checked: a slot beyond the store
+ * is skipped. dq_append, dq_attend and dq_dequantize allocate nothing, wait for nothing and may be captured into graphs,
+ * whose replays see the fits made since. dq_compress and dq_refit wait for the stream when a fit is due, which is made on
+ * the host. dq_sets_export, dq_sets_import and dq_codec_save wait for the device. dq_remap_rows works on host memory, for
+ * records on their way to the device.
+ *
  * Threads. A handle may be used from any thread. Calls that take a const handle may run at the same time as any other
  * call on it, dq_codec_destroy and dq_context_destroy excepted. Calls that take a non-const dq_codec and name the same
  * layer must not overlap each other, the shards of one phase excepted.
@@ -249,6 +257,9 @@ typedef struct dq_tokens {
     const int64_t *slots;
     // Where the records go.
     struct dq_store store;
+    // On CUDA: a device word to which the number of replaced rows is added (see `DQ_ROWS_REPLACED`); null: not told.
+    // Must be null on the CPU, where the status tells.
+    uint32_t *replaced_rows;
 } dq_tokens;
 
 // Upper limits of the calls that one workspace is to serve.
@@ -365,6 +376,22 @@ typedef struct dq_attend_args {
     struct dq_sequences sequences;
     // Rows that are not coded, on the CPU; all zero: none.
     struct dq_tail tail;
+    // On CUDA, here and below; null or 0 on the CPU. Keys of each stream, `[n_streams]`, at most `n_kv` each, read on the
+    // device: a graph may be replayed with other lengths. Null: `n_kv`.
+    const int32_t *lengths;
+    // Where keys live when their slots do not follow each other, `[n_streams][table_stride]`: key `t` of stream `s` is in
+    // slot `block_table[s * table_stride + t / block_slots] * block_slots + t % block_slots`. Null: `first_slot` says.
+    const int32_t *block_table;
+    // Entries from one stream's blocks to the next's.
+    uint64_t table_stride;
+    // Slots of a block, a power of two.
+    uint32_t block_slots;
+    // 1: the last query sits at the last key, and no query sees a key behind its own. Needs `lengths`.
+    uint32_t causal;
+    // Each query sees so many keys that end with its own; 0: all. Needs `lengths`.
+    uint32_t window;
+    // Must be 0.
+    uint32_t reserved;
 } dq_attend_args;
 
 // Receives log lines, UTF-8, zero-terminated, without a newline. `level`: 1 error, 2 warning, 3 information. May be
@@ -421,9 +448,12 @@ extern "C" {
 // `dq_context_destroy`.
 //
 // Errors: `DQ_ERROR_INVALID_ARGUMENT` for a number that is no backend or a device other than 0 on the CPU;
-// `DQ_ERROR_NO_BACKEND` for a backend that is not in this build (`dq_backends`) or whose device cannot be opened.
+// `DQ_ERROR_NO_BACKEND` for a backend that is not in this build (`dq_backends`), or whose driver is missing or too old, or
+// whose device is not there; `DQ_ERROR_UNSUPPORTED` for a device of an architecture without kernels;
+// `DQ_ERROR_OUT_OF_MEMORY`, `DQ_ERROR_CUDA`. On CUDA the device's primary context is retained and all kernels are loaded.
 // Threads: may be called from several at once.
-dq_status dq_context_create(const struct dq_context_desc *desc, struct dq_context **out);
+dq_status dq_context_create(const struct dq_context_desc *desc,
+                            struct dq_context **out);
 
 // Ends a context. Null is fine. Codecs that were made with it keep what they need.
 void dq_context_destroy(struct dq_context *context);
@@ -434,7 +464,8 @@ void dq_context_destroy(struct dq_context *context);
 // `context`: its backend and device. `desc`: read during the call only. `out`: receives the handle; untouched on
 // failure. Destroy it with `dq_codec_destroy`.
 //
-// Errors: `DQ_ERROR_INVALID_ARGUMENT`; `DQ_ERROR_UNSUPPORTED` for a head_dim or plan without code.
+// Errors: `DQ_ERROR_INVALID_ARGUMENT`; `DQ_ERROR_UNSUPPORTED` for a head_dim or plan without code, on CUDA also for a
+// combination without kernels; `DQ_ERROR_OUT_OF_MEMORY`, `DQ_ERROR_CUDA`.
 dq_status dq_codec_create(const struct dq_context *context, const struct dq_codec_desc *desc, struct dq_codec **out);
 
 // Ends a codec. Null is fine. Records stay readable by another codec only with their sets: see `dq_sets_export`.
@@ -481,7 +512,9 @@ dq_status dq_codec_info(const struct dq_codec *codec, uint32_t layer, struct dq_
 //
 // Returns `DQ_ROWS_REPLACED` when a row held NaN, infinity or values beyond f16. Such rows stay out of the statistics;
 // all other rows are coded as if they were not there.
-// Errors: `DQ_ERROR_INVALID_ARGUMENT`, `DQ_ERROR_WORKSPACE`, `DQ_ERROR_OUT_OF_MEMORY`.
+// On CUDA the number of such rows is added to `tokens->replaced_rows` instead, and the call cannot be captured while a
+// fit is due.
+// Errors: `DQ_ERROR_INVALID_ARGUMENT`, `DQ_ERROR_WORKSPACE`, `DQ_ERROR_OUT_OF_MEMORY`, `DQ_ERROR_CAPTURE`, `DQ_ERROR_CUDA`.
 dq_status dq_compress(struct dq_codec *codec,
                       uint32_t layer,
                       const struct dq_tokens *tokens,
@@ -500,7 +533,8 @@ dq_status dq_append(struct dq_codec *codec,
 
 // Between steps: fits the layers `[first_layer, first_layer + n_layers)` where a fit is due, so that a chat which only
 // ever appends is fitted, too. Cheap when none is due. New sets serve the rows that are coded from then on; records
-// stay as they are. `stream`: null on the CPU.
+// stay as they are. `stream`: null on the CPU. On CUDA it sees the rows of work that has been done when it is called.
+// Errors: `DQ_ERROR_CAPTURE` when a fit is due in a capture, `DQ_ERROR_CUDA`.
 dq_status dq_refit(struct dq_codec *codec, uint32_t first_layer, uint32_t n_layers, void *stream);
 
 // Phase 1 of compress: adds the tokens to the statistics. For engines that run an operation on threads of their own
@@ -614,7 +648,7 @@ dq_status dq_sets_export(const struct dq_codec *codec, uint32_t layer, dq_write_
 // where the export has no such set; at least `2 * n_kv_heads * DQ_MAX_SETS` bytes, untouched on failure.
 //
 // Errors: `DQ_ERROR_BAD_FILE` for an export that is damaged, cut short, of another version or of another shape;
-// `DQ_ERROR_SETS_FULL` when a head has too few free ids; `DQ_ERROR_IO`. No set was added then.
+// `DQ_ERROR_SETS_FULL` when a head has too few free ids, or on CUDA no room for so many fits (max_fits and three); `DQ_ERROR_IO`. No set was added then.
 dq_status dq_sets_import(struct dq_codec *codec,
                          uint32_t layer,
                          dq_read_fn read,
@@ -622,7 +656,7 @@ dq_status dq_sets_import(struct dq_codec *codec,
                          uint8_t *map,
                          uint64_t map_bytes);
 
-// Rewrites the set ids in records that came from another codec.
+// Rewrites the set ids in records that came from another codec. In host memory, whatever the backend.
 //
 // `store`: the records. `slots`: `[n_slots]`, -1 skips, none named twice. `map`: of `dq_sets_import`, `map_bytes` at
 // least `2 * n_kv_heads * DQ_MAX_SETS`. Codes and scales stay as they are.

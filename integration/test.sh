@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# Runs every test: Rust, C++ (plain, then under ASan and UBSan), and the patched llama.cpp on a real small model.
+# Runs every test: Rust, C++ (plain, then under ASan and UBSan), the CUDA backend (its kernels compiled by nvcc, driven
+# through the library on a stand-in driver, and on a device where there is one), and the patched llama.cpp on a real
+# small model.
 #   integration/test.sh            everything but tsan and fuzz, which build the library anew
-#   integration/test.sh rust cpp sanitizers tsan fuzz llama    only the named parts
+#   integration/test.sh rust cpp sanitizers tsan fuzz cuda llama    only the named parts
 # Logs go to build/test-logs; the runners' own summary lines are repeated at the end.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PATH:$HOME/.cargo/bin"
 
 parts=("$@")
-((${#parts[@]})) || parts=(rust cpp sanitizers llama)
+((${#parts[@]})) || parts=(rust cpp sanitizers cuda llama)
 logs=build/test-logs
 mkdir -p "$logs"
 bash integration/install-deps.sh
@@ -35,6 +37,18 @@ ctest_in() { # ctest_in BUILD_DIR CMAKE_OPTIONS...
         ctest --test-dir "$dir" --output-on-failure -j "$(nproc)"
 }
 
+# A library of its own, so that the other parts see one without kernels; one architecture in it, all in the last step.
+cuda_tests() {
+    local home
+    home=$(bash integration/install-nvcc.sh) || return
+    DECOQUANT_CUDA=on DECOQUANT_CUDA_ARCHS=${DECOQUANT_CUDA_ARCHS:-90a} CUDA_HOME=$home \
+        cargo build --release --locked --lib --target-dir target/cuda &&
+        cmake -S cpp_tests -B build/cpp_tests-cuda -G Ninja -DDECOQUANT_LIB="$PWD/target/cuda/release/libdecoquant.so" &&
+        cmake --build build/cpp_tests-cuda --target cuda bench_cuda stand_in &&
+        ctest --test-dir build/cpp_tests-cuda --output-on-failure -R '^cuda_' &&
+        EXTRA=-DDQ_INSTANCES_HOT CUDA_HOME=$home sh kernels/tests/resources.sh
+}
+
 failed=()
 for part in "${parts[@]}"; do
     case $part in
@@ -43,8 +57,9 @@ for part in "${parts[@]}"; do
         sanitizers) run sanitizers ctest_in build/cpp_tests-sanitized -DDECOQUANT_SANITIZE=ON ;;
         tsan) run tsan bash cpp_tests/tsan/run.sh ;;
         fuzz) run fuzz bash cpp_tests/fuzz/run.sh 30 ;;
+        cuda) run cuda cuda_tests ;;
         llama) run llama bash integration/llama.cpp/test.sh ;;
-        *) echo "no such part: $part (rust, cpp, sanitizers, tsan, fuzz, llama)" >&2; exit 2 ;;
+        *) echo "no such part: $part (rust, cpp, sanitizers, tsan, fuzz, cuda, llama)" >&2; exit 2 ;;
     esac
 done
 

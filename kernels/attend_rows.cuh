@@ -31,29 +31,36 @@ struct RowImage {
         if (heads == n_kv) {
             // The whole record, as it is.
             add_run(0, Record<K, V>::bytes(n_kv), 0, 1, 0, table);
-            for (int i = 0; i < K::planes(); i++) k_planes[i] = plane_at<K>(n_kv, i) + head * plane_bytes<K>(i);
-            for (int i = 0; i < V::planes(); i++) v_planes[i] = n_kv * K::row_bytes + plane_at<V>(n_kv, i) + head * plane_bytes<V>(i);
+            for_each<K::planes()>([&](auto i) {
+                constexpr int I = decltype(i)::value, BYTES = plane_bytes<K>(I), BEFORE = plane_at<K>(I);
+                k_planes[I] = n_kv * BEFORE + head * BYTES;
+            });
+            for_each<V::planes()>([&](auto i) {
+                constexpr int I = decltype(i)::value, BYTES = plane_bytes<V>(I), BEFORE = K::row_bytes + plane_at<V>(I);
+                v_planes[I] = n_kv * BEFORE + head * BYTES;
+            });
             k_headers = Record<K, V>::k_headers(n_kv) + 2 * head;
             v_headers = Record<K, V>::v_headers(n_kv) + 2 * head;
             return;
         }
-        for (int i = 0; i < K::planes(); i++) {
-            k_planes[i] = add_run(plane_at<K>(n_kv, i), plane_bytes<K>(i), first, heads, head, table);
-        }
-        for (int i = 0; i < V::planes(); i++) {
-            v_planes[i] = add_run(n_kv * K::row_bytes + plane_at<V>(n_kv, i), plane_bytes<V>(i), first, heads, head, table);
-        }
+        for_each<K::planes()>([&](auto i) {
+            constexpr int I = decltype(i)::value, BYTES = plane_bytes<K>(I), BEFORE = plane_at<K>(I);
+            k_planes[I] = add_run(n_kv * BEFORE, BYTES, first, heads, head, table);
+        });
+        for_each<V::planes()>([&](auto i) {
+            constexpr int I = decltype(i)::value, BYTES = plane_bytes<V>(I), BEFORE = K::row_bytes + plane_at<V>(I);
+            v_planes[I] = add_run(n_kv * BEFORE, BYTES, first, heads, head, table);
+        });
         k_headers = add_run(Record<K, V>::k_headers(n_kv), 2, first, heads, head, table);
         v_headers = add_run(Record<K, V>::v_headers(n_kv), 2, first, heads, head, table);
     }
 
-    template <class S> __host__ __device__ static uint32_t plane_at(uint32_t n_kv, int plane) {
-        int t = S::tier_of_plane(plane);
-        return n_kv * S::bytes_before(t, plane - S::plane_index(t, 0));
+    // Bytes of one head in all planes of the side before this one, and in this one.
+    template <class S> __host__ __device__ static constexpr int plane_at(int plane) {
+        return S::bytes_before(S::tier_of_plane(plane), plane - S::plane_index(S::tier_of_plane(plane), 0));
     }
-    template <class S> __host__ __device__ static uint32_t plane_bytes(int plane) {
-        int t = S::tier_of_plane(plane);
-        return S::head_bytes(t, plane - S::plane_index(t, 0));
+    template <class S> __host__ __device__ static constexpr int plane_bytes(int plane) {
+        return S::head_bytes(S::tier_of_plane(plane), plane - S::plane_index(S::tier_of_plane(plane), 0));
     }
 
   private:

@@ -27,7 +27,7 @@ __host__ __device__ __forceinline__ uint32_t attend_parts(const DqAttend& p) { r
 // Looked up by the warp that uses them, straight from a stage of rows.
 template <class K, class V>
 struct FromCodes {
-    template <int BITS> static constexpr bool two_tables = BITS == 4;
+    template <int BITS> static constexpr bool two_tables = Book<BITS>::two_tables;
     const uint8_t* rows;
     uint32_t stride;
     const RowImage<K, V>& image;

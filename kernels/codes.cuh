@@ -36,6 +36,35 @@ __device__ __forceinline__ void look_up_word(uint32_t nibbles, Levels& first, Le
     second = look_up<BITS>(nibbles >> 16, flipped >> 16);
 }
 
+// Four codes of five or six bits: `nibbles` the magnitude's low four bits, `upper` its fifth, `negative` the sign, each
+// at bit 0 of its nibble.
+template <int BITS>
+__device__ __forceinline__ Levels look_up_wide(uint32_t nibbles, uint32_t upper, uint32_t negative) {
+    using B = Book<BITS>;
+    constexpr uint32_t ZERO_OR_ONES = 0x0000FF00u;
+    uint32_t size = prmt(B::word(0), B::word(1), nibbles) | prmt(B::word(2), B::word(3), nibbles ^ 0x8888u);
+    if constexpr (BITS == 6) {
+        const uint32_t larger = prmt(B::word(4), B::word(5), nibbles) | prmt(B::word(6), B::word(7), nibbles ^ 0x8888u);
+        const uint32_t mask = prmt(ZERO_OR_ONES, 0, upper);
+        size = (size & ~mask) | (larger & mask);
+    }
+    const uint32_t mask = prmt(ZERO_OR_ONES, 0, negative);
+    return {size & ~mask, size & mask};
+}
+
+// Eight codes of five or six bits: the four upper bits, and the lower ones at bit 0 of each nibble (with anything above).
+// The book is symmetric: the codes of its negative half are those of the positive one with every bit flipped.
+template <int BITS>
+__device__ __forceinline__ void look_up_wide_word(uint32_t high, uint32_t low, Levels& first, Levels& second) {
+    constexpr int SHIFT = BITS - 4;
+    constexpr uint32_t LOW = SHIFT == 1 ? 0x11111111u : 0x33333333u;
+    const uint32_t negative = (~high & 0x88888888u) >> 3, flip = negative * 15;
+    const uint32_t nibbles = ((high << SHIFT & ~LOW) | (low & LOW)) ^ flip;
+    const uint32_t upper = (high ^ flip) >> 2 & 0x11111111u;
+    first = look_up_wide<BITS>(nibbles, upper, negative);
+    second = look_up_wide<BITS>(nibbles >> 16, upper >> 16, negative >> 16);
+}
+
 // Puts a 2-bit plane's part and a 1-bit plane's part of a 3-bit code together; each already stands four bits apart.
 __device__ __forceinline__ uint32_t join_3(uint32_t two, uint32_t one) {
     return (two << 1 & 0x66666666u) | (one & 0x11111111u);
@@ -91,6 +120,10 @@ __device__ __forceinline__ void key_levels(const uint8_t* row, const uint32_t* p
         uint32_t two = key_bits<S::aligned, N, 2, GROUP>(row + planes[P], w);
         uint32_t one = key_bits<S::aligned, N, 1, GROUP>(row + planes[P + 1], w);
         look_up_word<3>(join_3(two, one), first, second);
+    } else if constexpr (BITS == 5 || BITS == 6) {
+        uint32_t high = key_bits<S::aligned, N, 4, GROUP>(row + planes[P], w);
+        uint32_t low = key_bits<S::aligned, N, BITS - 4, GROUP>(row + planes[P + 1], w);
+        look_up_wide_word<BITS>(high, low, first, second);
     } else if constexpr (BITS == 2) {
         look_up_word<2>(key_bits<S::aligned, N, 2, GROUP>(row + planes[P], w) & 0x33333333u, first, second);
     } else {
@@ -153,6 +186,7 @@ __device__ __forceinline__ void transpose_nibbles(uint32_t r0, uint32_t r1, uint
 template <class S, int TIER, int GROUP>
 __device__ __forceinline__ void value_levels(ValueFragments& f, const uint8_t* rows, uint32_t stride, const uint32_t* planes, int lane) {
     constexpr int N = S::channels(TIER), BITS = S::bits(TIER), P = S::plane_index(TIER, 0);
+    static_assert(BITS != 5 && BITS != 6, "tiers are for keys");
     if constexpr (BITS == 8) {
         // Unit u holds the channels 2u and 2u + 1 themselves; unit u + n/4 those n/2 further on.
         DQ_UNROLL

@@ -1,7 +1,8 @@
 // Records back to rows: x = mean + decode y, y_j = scale * unit * level_j.
 //
 // Grid: (runs of ROWS rows, KV head, side), 128 threads. The rows' latents go to shared memory, then a thread makes
-// whole channels. Not for attention, which never decodes; for state files, tests and engines without a kernel.
+// whole channels. Slot -1, and a row that names a set which does not exist, give zeros. Not for attention, which never
+// decodes; for state files, tests and engines without a kernel.
 #pragma once
 #include "rows.cuh"
 
@@ -28,14 +29,11 @@ __device__ __forceinline__ uint32_t read_code(const uint8_t* record, uint32_t si
 
 template <int BITS>
 __device__ __forceinline__ float level_of(uint32_t code) {
-    using B = Book<BITS>;
-    if constexpr (BITS == 8) return float(int(code) - 128);
-    else if constexpr (B::two_tables) {
-        const uint32_t entry = code & 7, shift = 8 * (entry & 3);
-        if (code < 8) return -float((entry < 4 ? B::low_0 : B::low_1) >> shift & 0xFF);
-        return float((entry < 4 ? B::high_0 : B::high_1) >> shift & 0xFF);
+    if constexpr (BITS == 8) {
+        return float(int(code) - 128);
     } else {
-        return float(int8_t((code < 4 ? B::table_0 : B::table_1) >> (8 * (code & 3))));
+        constexpr uint32_t HALF = 1u << (BITS - 1);
+        return code < HALF ? -float(Book<BITS>::magnitude(HALF - 1 - code)) : float(Book<BITS>::magnitude(code - HALF));
     }
 }
 
@@ -49,7 +47,11 @@ __device__ __forceinline__ void dequantize_side(const DqDequantize& p, const DqF
     if (out.data == nullptr) return;
     for (int i = t; i < ROWS * D; i += blockDim.x) {
         const int row = i / D, c = i % D;
-        if (first + row >= p.n || p.slots[first + row] < 0) continue;
+        if (first + row >= p.n) continue;
+        if (!in_store(p.store, p.slots[first + row])) {
+            if (c == 0) sets[row] = DQ_MAX_SETS;
+            continue;
+        }
         const uint8_t* record = p.store.data + uint64_t(p.slots[first + row]) * p.store.stride;
         const uint32_t header = *reinterpret_cast<const uint16_t*>(record + headers + 2 * head);
         const uint32_t code = read_code<S>(record, side, p.n_kv_heads, head, c);
@@ -63,11 +65,15 @@ __device__ __forceinline__ void dequantize_side(const DqDequantize& p, const DqF
     }
     __syncthreads();
     for (int row = 0; row < ROWS && first + row < p.n; row++) {
-        if (p.slots[first + row] < 0) continue;
-        const uint32_t set = sets[row], transform = f.heads[head].transform[set] & (DQ_MAX_TRANSFORMS - 1);
+        const uint32_t set = sets[row];
+        if (set == DQ_MAX_SETS || !(f.heads[head].present >> set & 1)) {
+            for (int c = t; c < D; c += blockDim.x) store_row(out, first + row, head, c, 0.0f);
+            continue;
+        }
+        const uint32_t transform = f.heads[head].transform[set] & (DQ_MAX_TRANSFORMS - 1);
         const uint16_t* mean = f.means + (uint64_t(head) * DQ_MAX_SETS + set) * D;
         for (int c = t; c < D; c += blockDim.x) {
-            store_row(out, first + row, head, c, half_to_float(load_global(mean + c)) + unfold_channel<D>(f, head, transform, y[row], c));
+            store_row(out, first + row, head, c, half_to_float(load_global(mean + c)) + unfold_channel<D>(f, head, transform, y[row], c, 0, D));
         }
     }
 }

@@ -22,7 +22,9 @@ constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 
 #define DQ_DYNAMIC_SHARED(name) uint8_t* name = emu::dynamic_shared()
 #define DQ_UNROLL
+#define DQ_UNROLL_BY_16
 #define DQ_UNROLL_BY_8
+#define DQ_UNROLL_BY_4
 #define DQ_UNROLL_BY_1
 
 inline float exp2_fast(float x) { return std::exp2(x); }
@@ -100,7 +102,9 @@ template <class T> inline T load_global(const T* at) { return *at; }
 
 #define DQ_DYNAMIC_SHARED(name) extern __shared__ __align__(128) uint8_t name[]
 #define DQ_UNROLL _Pragma("unroll")
+#define DQ_UNROLL_BY_16 _Pragma("unroll 16")
 #define DQ_UNROLL_BY_8 _Pragma("unroll 8")
+#define DQ_UNROLL_BY_4 _Pragma("unroll 4")
 #define DQ_UNROLL_BY_1 _Pragma("unroll 1")
 
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -213,7 +217,7 @@ template <class T> __device__ __forceinline__ T load_global(const T* at) { retur
 template <int N> struct Int { static constexpr int value = N; };
 
 template <int N, int I = 0, class Body>
-__device__ __forceinline__ void for_each(Body&& body) {
+__host__ __device__ __forceinline__ void for_each(Body&& body) {
     if constexpr (I < N) {
         body(Int<I>{});
         for_each<N, I + 1>(body);

@@ -316,7 +316,7 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
 
     DQ_UNROLL_BY_1
     for (int r = 0; r < ROWS; r++) {
-        if (first + r >= p.n || p.slots[first + r] < 0) continue;
+        if (first + r >= p.n || !in_store(p.store, p.slots[first + r])) continue;
         uint8_t* record = p.store.data + uint64_t(p.slots[first + r]) * p.store.stride;
         float raw[PER], y[PER];
         DQ_UNROLL

@@ -6,18 +6,24 @@
 #include "encode.cuh"
 #include "instances.h"
 #include "merge.cuh"
+#include "observe.cuh"
 
-#define DQ_ATTEND(name, d, kp, vp, nt, aligned)                                                                       \
-    extern "C" __global__ void __launch_bounds__(256, (nt) == 1 && (d) <= 128 ? 2 : 1) name(const DqAttend p) {       \
-        dq::attend_decode<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>, nt, 3>(p);                              \
+// Row tiles of the prefill kernel.
+#define DQ_PREFILL_TILES(d) ((d) <= 128 ? 4 : 2)
+
+#define DQ_ATTEND(suffix, d, kp, vp, aligned)                                                                         \
+    extern "C" __global__ void __launch_bounds__(256, (d) <= 128 ? 2 : 1) dq_attend_##d##_##kp##_##vp##_n1##suffix(const DqAttend p) { \
+        dq::attend_decode<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>, 1, 3>(p);                               \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(256, 1) dq_attend_##d##_##kp##_##vp##_n2##suffix(const DqAttend p) {    \
+        dq::attend_decode<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>, 2, 3>(p);                               \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(256, 1) dq_prefill_##d##_##kp##_##vp##suffix(const DqAttend p) {        \
+        dq::attend_prefill<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>, DQ_PREFILL_TILES(d)>(p);               \
     }
 #define DQ_KERNELS(d, kp, vp)                                                                                         \
-    DQ_ATTEND(dq_attend_##d##_##kp##_##vp##_n1, d, kp, vp, 1, true)                                                   \
-    DQ_ATTEND(dq_attend_##d##_##kp##_##vp##_n2, d, kp, vp, 2, true)                                                   \
-    extern "C" __global__ void __launch_bounds__(256) dq_prefill_##d##_##kp##_##vp(const DqAttend p) {                \
-        dq::attend_prefill<dq::Side<d, kp, true>, dq::Side<d, vp, true>, (d) <= 128 ? 4 : 2>(p);                      \
-    }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(128) dq_fold_##d##_##kp##_##vp(const DqAttend p) {                   \
+    DQ_ATTEND(, d, kp, vp, true)                                                                                      \
+    extern "C" __global__ void __launch_bounds__(dq::FOLD_THREADS) dq_fold_##d##_##kp##_##vp(const DqAttend p) {                   \
         dq::fold_queries<dq::Side<d, kp, true>>(p);                                                                   \
     }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(512) dq_merge_##d##_##kp##_##vp(const DqAttend p) {                  \
@@ -29,8 +35,8 @@
     extern "C" __global__ void __launch_bounds__(128) dq_dequantize_##d##_##kp##_##vp(const DqDequantize p) {         \
         dq::dequantize<dq::Side<d, kp, true>, dq::Side<d, vp, true>>(p);                                              \
     }
+#define DQ_UNALIGNED(d, kp, vp) DQ_ATTEND(u, d, kp, vp, false)
 DQ_INSTANCES(DQ_KERNELS)
+DQ_UNALIGNED_INSTANCES(DQ_UNALIGNED)
 
-// Three bits at head_dim 64 leave an 8-byte plane: every odd number of heads is unaligned.
-DQ_ATTEND(dq_attend_64_3_3_n1u, 64, 3, 3, 1, false)
-DQ_ATTEND(dq_attend_64_3_3_n2u, 64, 3, 3, 2, false)
+extern "C" __global__ void __launch_bounds__(256) dq_observe(const DqObserve p) { dq::observe(p); }

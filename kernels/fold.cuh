@@ -11,7 +11,8 @@
 //   folded_scales  [stream][kv head][transform][4 * n tiles]
 //   constants      [stream][kv head][set][4 * n tiles]
 //
-// Grid: (kv head * DQ_MAX_TRANSFORMS, n tile, stream), 128 threads.
+// Grid: (kv head * DQ_MAX_TRANSFORMS, n tile, stream), FOLD_THREADS threads. A thread makes two latent channels from a run
+// of the row's channels, so that a matrix is read with all its loads in flight; runs are added in shared memory.
 #pragma once
 #include "rows.cuh"
 
@@ -20,6 +21,8 @@ namespace dq {
 constexpr float LOG2_E = 1.4426950408889634f;
 // Largest magnitude of a folded query channel: 127 * 256 + 127 would do, this leaves the low byte its full range.
 constexpr float FOLD_RANGE = 32512.0f;
+
+constexpr int FOLD_THREADS = 512;
 
 template <class K>
 __device__ __forceinline__ uint64_t folded_tile(const DqAttend& p, uint32_t stream, uint32_t head, uint32_t transform, uint32_t tile, uint32_t n_tiles) {
@@ -33,9 +36,11 @@ __device__ __forceinline__ float fold_factor(const DqAttend& p) {
 
 template <class K>
 __device__ __forceinline__ void fold_queries(const DqAttend& p) {
-    constexpr int D = K::D, ROWS = 4, THREADS = 128, PER = (D + THREADS - 1) / THREADS;
+    constexpr int D = K::D, ROWS = 4, THREADS = FOLD_THREADS, PAIRS = D / 2, RUNS = THREADS / PAIRS, RUN = (D + RUNS - 1) / RUNS;
     __shared__ float query[ROWS][D];
-    __shared__ float warp_largest[ROWS][THREADS / 32];
+    __shared__ float2 parts[RUNS][ROWS][PAIRS];
+    __shared__ float folded[ROWS][D];
+    __shared__ float row_largest[ROWS];
     __shared__ __align__(16) uint8_t fragments[K::groups * 256];
     const uint32_t head = blockIdx.x / DQ_MAX_TRANSFORMS, transform = blockIdx.x % DQ_MAX_TRANSFORMS;
     const uint32_t tile = blockIdx.y, n_tiles = gridDim.y, stream = blockIdx.z;
@@ -56,84 +61,73 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     for (int i = t; i < K::groups * 64; i += THREADS) reinterpret_cast<uint32_t*>(fragments)[i] = 0;
     __syncthreads();
 
-    // q' of this thread's latent channels.
-    float folded[PER][ROWS] = {};
-    DQ_UNROLL
-    for (int i = 0; i < PER; i++) {
-        const int j = t + i * THREADS;
-        if (j >= D) continue;
-        if (transform == 0) {
-            const uint32_t* signs = p.k.rotation + j * ((D + 31) / 32);
-            for (int word = 0; word < (D + 31) / 32; word++) {
-                uint32_t bits = load_global(signs + word);
-                DQ_UNROLL
-                for (int c = 0; c < 32; c++) {
-                    if (D % 32 != 0 && word * 32 + c >= D) break;
-                    DQ_UNROLL
-                    for (int r = 0; r < ROWS; r++) {
-                        float v = query[r][word * 32 + c];
-                        folded[i][r] += __uint_as_float(__float_as_uint(v) ^ (bits << (31 - c) & 0x80000000u));
-                    }
-                }
+    // This thread's run of channels.
+    if (t < RUNS * PAIRS) {
+        const int pair = t % PAIRS, run = t / PAIRS, first = run * RUN;
+        float2 sum[ROWS] = {};
+        const uint16_t* column = p.k.decode + (uint64_t(head) * p.k.max_dense + transform - 1) * D * D + 2 * pair;
+        DQ_UNROLL_BY_16
+        for (int i = 0; i < RUN; i++) {
+            const int c = first + i;
+            if (D % RUN != 0 && c >= D) break;
+            float2 weight;
+            if (transform == 0) {
+                weight.x = with_sign(1.0f, rotation_sign<D>(p.k.rotation, 2 * pair, c));
+                weight.y = with_sign(1.0f, rotation_sign<D>(p.k.rotation, 2 * pair + 1, c));
+            } else {
+                const uint32_t both = load_global(reinterpret_cast<const uint32_t*>(column + c * D));
+                weight.x = half_to_float(uint16_t(both)), weight.y = half_to_float(uint16_t(both >> 16));
             }
             DQ_UNROLL
-            for (int r = 0; r < ROWS; r++) folded[i][r] *= rsqrtf(float(D));
-        } else {
-            const uint16_t* column = p.k.decode + (uint64_t(head) * p.k.max_dense + transform - 1) * D * D + j;
-    DQ_UNROLL_BY_8
-            for (int c = 0; c < D; c++) {
-                float weight = half_to_float(load_global(column + c * D));
-                DQ_UNROLL
-                for (int r = 0; r < ROWS; r++) folded[i][r] += query[r][c] * weight;
-            }
+            for (int r = 0; r < ROWS; r++) sum[r].x += query[r][c] * weight.x, sum[r].y += query[r][c] * weight.y;
         }
-        // Levels count in units of their tier's book.
+        DQ_UNROLL
+        for (int r = 0; r < ROWS; r++) parts[run][r][pair] = sum[r];
+    }
+    __syncthreads();
+
+    // q' in levels: these count in units of their tier's book.
+    for (int i = t; i < ROWS * D; i += THREADS) {
+        const int r = i / D, j = i % D;
+        float sum = 0.0f;
+        DQ_UNROLL
+        for (int run = 0; run < RUNS; run++) sum += reinterpret_cast<const float*>(parts[run][r])[j];
+        if (transform == 0) sum *= rsqrtf(float(D));
         for_each<K::tiers>([&](auto tier) {
             constexpr int T = decltype(tier)::value;
-            if (j >= K::first(T) && j < K::first(T) + K::channels(T)) {
-                DQ_UNROLL
-                for (int r = 0; r < ROWS; r++) folded[i][r] *= Book<K::bits(T)>::unit;
-            }
+            if (j >= K::first(T) && j < K::first(T) + K::channels(T)) sum *= Book<K::bits(T)>::unit;
         });
+        folded[r][j] = sum;
     }
+    __syncthreads();
 
     // The step of each row, from its largest magnitude.
-    DQ_UNROLL
-    for (int r = 0; r < ROWS; r++) {
+    if (warp < ROWS) {
         float largest = 0.0f;
-        DQ_UNROLL
-        for (int i = 0; i < PER; i++) largest = fmaxf(largest, fabsf(folded[i][r]));
+        for (int j = lane; j < D; j += 32) largest = fmaxf(largest, fabsf(folded[warp][j]));
         largest = warp_max(largest);
-        if (lane == 0) warp_largest[r][warp] = largest;
+        if (lane == 0) {
+            row_largest[warp] = largest;
+            uint64_t at = ((uint64_t(stream) * p.n_kv_heads + head) * DQ_MAX_TRANSFORMS + transform) * n_tiles + tile;
+            p.folded_scales[at * ROWS + warp] = largest / FOLD_RANGE;
+        }
     }
     __syncthreads();
 
     // Bytes to their place in the fragments.
-    DQ_UNROLL
-    for (int r = 0; r < ROWS; r++) {
-        float largest = 0.0f;
-        DQ_UNROLL
-        for (int w = 0; w < THREADS / 32; w++) largest = fmaxf(largest, warp_largest[r][w]);
-        const float inverse = largest > 0.0f ? FOLD_RANGE / largest : 0.0f;
-        if (t == 0) {
-            uint64_t at = ((uint64_t(stream) * p.n_kv_heads + head) * DQ_MAX_TRANSFORMS + transform) * n_tiles + tile;
-            p.folded_scales[at * ROWS + r] = largest / FOLD_RANGE;
-        }
-        DQ_UNROLL
-        for (int i = 0; i < PER; i++) {
-            const int j = t + i * THREADS;
-            if (j >= D) continue;
-            const int whole = __float2int_rn(folded[i][r] * inverse), high = (whole + 128) >> 8, low = whole - 256 * high;
-            for_each<K::tiers>([&](auto tier) {
-                constexpr int T = decltype(tier)::value;
-                if (j >= K::first(T) && j < K::first(T) + K::channels(T)) {
-                    const KPosition k = k_position(K::channels(T), j - K::first(T));
-                    uint8_t* at = fragments + (K::groups_before(T) + k.group) * 256 + k.q * 8 + k.reg * 4 + k.byte;
-                    at[(2 * r) * 32] = uint8_t(high);
-                    at[(2 * r + 1) * 32] = uint8_t(low);
-                }
-            });
-        }
+    for (int i = t; i < ROWS * D; i += THREADS) {
+        const int r = i / D, j = i % D;
+        const float largest = row_largest[r], inverse = largest > 0.0f ? FOLD_RANGE / largest : 0.0f;
+        const int whole = __float2int_rn(folded[r][j] * inverse), high = (whole + 128) >> 8, low = whole - 256 * high;
+        for_each<K::tiers>([&](auto tier) {
+            constexpr int T = decltype(tier)::value;
+            if (j >= K::first(T) && j < K::first(T) + K::channels(T)) {
+                const KPosition k = k_position(K::channels(T), j - K::first(T));
+                uint8_t* at = fragments + (K::groups_before(T) + k.group) * 256 + k.q * 8 + k.reg * 4 + k.byte;
+                at[(2 * r) * 32] = uint8_t(high);
+                at[(2 * r + 1) * 32] = uint8_t(low);
+            }
+        });
     }
     __syncthreads();
     uint8_t* out = p.folded + folded_tile<K>(p, stream, head, transform, tile, n_tiles);

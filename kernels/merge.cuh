@@ -9,18 +9,26 @@
 
 namespace dq {
 
+// Weights of parts that wait in shared memory.
+constexpr uint32_t MERGE_PARTS = 512;
+
 template <class V>
 __device__ __forceinline__ void attend_merge(const DqAttend& p) {
-    constexpr int D = V::D, WARPS = 16;
+    constexpr int D = V::D, WARPS = 16, PER = (D + 127) / 128;
     __shared__ __align__(16) float gathered[WARPS][D];
+    __shared__ __align__(16) float latents[D];
+    __shared__ float weights[MERGE_PARTS];
     __shared__ float sums[WARPS][DQ_MAX_SETS];
     __shared__ float reduced[WARPS];
-    const int t = threadIdx.x, warp = t >> 5, lane = t & 31, warps = blockDim.x >> 5;
+    const uint32_t t = threadIdx.x, warp = t >> 5, lane = t & 31, warps = blockDim.x >> 5;
     const uint32_t n_rows = p.n_q * p.group, row = blockIdx.x % n_rows;
     const uint32_t head = blockIdx.x / n_rows % p.n_kv_heads, stream = blockIdx.x / n_rows / p.n_kv_heads;
     const uint32_t parts = attend_parts(p), parts_per_transform = p.n_splits * p.key_warps;
     const uint64_t first = uint64_t(blockIdx.x) * parts;
     const uint32_t token = row / p.group, q_head = head * p.group + row % p.group;
+    // Threads that share a channel of the output, each with a run of latents.
+    constexpr uint32_t MOST_RUNS_OF_LATENTS = 4;
+    const uint32_t runs = blockDim.x >= MOST_RUNS_OF_LATENTS * D && D % (8 * MOST_RUNS_OF_LATENTS) == 0 ? MOST_RUNS_OF_LATENTS : 1;
 
     // Phase 1: the maximum over all parts, and the sink's logit.
     float m = p.sink_logits != nullptr ? p.sink_logits[q_head] * LOG2_E : NEVER;
@@ -29,28 +37,39 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
     m = warp_max(m);
     if (lane == 0) reduced[warp] = m;
     __syncthreads();
-    for (int w = 0; w < warps; w++) m = fmaxf(m, reduced[w]);
+    for (uint32_t w = 0; w < warps; w++) m = fmaxf(m, reduced[w]);
 
-    // Phase 2: each linear part gathered, unfolded and added; sums per set.
-    constexpr int PER = (D + 127) / 128;
+    // Phase 2: each linear part gathered, unfolded and added; sums per set. A thread's channels are t, t + blockDim ...;
+    // with runs, thread t has channel t % D.
     const bool any = m > NEVER;
-    float x[2 * PER] = {}, set_sum = 0.0f;
+    float x[4 * PER] = {}, set_sum = 0.0f;
     for (uint32_t transform = 0; transform < p.v_transforms; transform++) {
         float4 acc[PER] = {};
         bool seen = false;
-        for (uint32_t i = warp; i < parts_per_transform; i += warps) {
-            const uint64_t at = first + transform * parts_per_transform + i;
-            const float part_m = p.partial_sums[at * SUMS + DQ_MAX_SETS];
-            if (!any || part_m == NEVER) continue;
-            seen = true;
-            const float scale = exp2_fast(part_m - m);
-            if (lane < DQ_MAX_SETS) set_sum += scale * p.partial_sums[at * SUMS + lane];
-            DQ_UNROLL
-            for (int k = 0; k < PER; k++) {
-                const int c = 4 * (lane + 32 * k);
-                if (c >= D) continue;
-                const float4 v = *reinterpret_cast<const float4*>(p.partial + at * D + c);
-                acc[k].x += scale * v.x, acc[k].y += scale * v.y, acc[k].z += scale * v.z, acc[k].w += scale * v.w;
+        for (uint32_t from = 0; from < parts_per_transform; from += MERGE_PARTS) {
+            const uint32_t n = parts_per_transform - from < MERGE_PARTS ? parts_per_transform - from : MERGE_PARTS;
+            const uint64_t at = first + transform * parts_per_transform + from;
+            __syncthreads();
+            for (uint32_t i = t; i < n; i += blockDim.x) {
+                // A part that saw no key left nothing behind but its maximum.
+                const float part_m = p.partial_sums[(at + i) * SUMS + DQ_MAX_SETS];
+                const bool counts = any && part_m > NEVER;
+                weights[i] = counts ? exp2_fast(part_m - m) : 0.0f;
+                seen |= counts;
+            }
+            __syncthreads();
+            DQ_UNROLL_BY_4
+            for (uint32_t i = warp; i < n; i += warps) {
+                const float weight = weights[i];
+                if (weight == 0.0f) continue;
+                if (lane < DQ_MAX_SETS) set_sum += weight * p.partial_sums[(at + i) * SUMS + lane];
+                DQ_UNROLL
+                for (int k = 0; k < PER; k++) {
+                    const int c = 4 * (lane + 32 * k);
+                    if (c >= D) continue;
+                    const float4 v = *reinterpret_cast<const float4*>(p.partial + (at + i) * D + c);
+                    acc[k].x += weight * v.x, acc[k].y += weight * v.y, acc[k].z += weight * v.z, acc[k].w += weight * v.w;
+                }
             }
         }
         DQ_UNROLL
@@ -61,43 +80,57 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
         if (!__syncthreads_or(seen)) continue;
         for (int c = t; c < D; c += blockDim.x) {
             float y = 0.0f;
-            for (int w = 0; w < warps; w++) y += gathered[w][c];
+            for (uint32_t w = 0; w < warps; w++) y += gathered[w][c];
             for_each<V::tiers>([&](auto tier) {
                 constexpr int T = decltype(tier)::value;
                 if (c >= V::first(T) && c < V::first(T) + V::channels(T)) y *= Book<V::bits(T)>::unit;
             });
-            gathered[0][c] = y;
+            latents[c] = y;
         }
         __syncthreads();
-        for (int i = 0, c = t; c < D; c += blockDim.x, i++) {
-            float part = unfold_channel<D>(p.v, head, transform, gathered[0], c);
-            DQ_UNROLL
-            for (int k = 0; k < 2 * PER; k++) if (k == i) x[k] += part;
+        if (runs > 1) {
+            if (t < runs * D) x[0] += unfold_channel<D>(p.v, head, transform, latents, t % D, t / D * (D / runs), D / runs);
+        } else {
+            for (uint32_t i = 0, c = t; c < D; c += blockDim.x, i++) {
+                float part = unfold_channel<D>(p.v, head, transform, latents, c, 0, D);
+                DQ_UNROLL
+                for (int k = 0; k < 4 * PER; k++) if (k == int(i)) x[k] += part;
+            }
         }
-        __syncthreads();
     }
 
-    // Phase 3: means, and the sum of all weights.
+    // Phase 3: the runs of a channel, the means, and the sum of all weights.
+    __syncthreads();
+    if (runs > 1) {
+        if (t < runs * D) gathered[t / D][t % D] = x[0];
+        __syncthreads();
+        if (t < D) x[0] = (gathered[0][t] + gathered[1][t]) + (gathered[2][t] + gathered[3][t]);
+    }
     if (lane < DQ_MAX_SETS) sums[warp][lane] = set_sum;
+    __syncthreads();
+    if (t < DQ_MAX_SETS) {
+        float l = 0.0f;
+        for (uint32_t w = 0; w < warps; w++) l += sums[w][t];
+        weights[t] = l;
+    }
     __syncthreads();
     float total = any && p.sink_logits != nullptr ? exp2_fast(sink - m) : 0.0f;
     for (int e = 0; e < DQ_MAX_SETS; e++) {
-        float l = 0.0f;
-        for (int w = 0; w < warps; w++) l += sums[w][e];
+        const float l = weights[e];
         if (l == 0.0f) continue;
         total += l;
         const uint16_t* mean = p.v.means + (uint64_t(head) * DQ_MAX_SETS + e) * D;
-        for (int i = 0, c = t; c < D; c += blockDim.x, i++) {
+        for (uint32_t i = 0, c = t; c < D; c += blockDim.x, i++) {
             float part = l * half_to_float(load_global(mean + c));
             DQ_UNROLL
-            for (int k = 0; k < 2 * PER; k++) if (k == i) x[k] += part;
+            for (int k = 0; k < 4 * PER; k++) if (k == int(i)) x[k] += part;
         }
     }
     const float scale = total > 0.0f ? 1.0f / total : 0.0f;
-    for (int i = 0, c = t; c < D; c += blockDim.x, i++) {
+    for (uint32_t i = 0, c = t; c < D; c += blockDim.x, i++) {
         float v = 0.0f;
         DQ_UNROLL
-        for (int k = 0; k < 2 * PER; k++) if (k == i) v = x[k];
+        for (int k = 0; k < 4 * PER; k++) if (k == int(i)) v = x[k];
         store_row(p.out, uint64_t(stream) * p.n_q + token, q_head, c, v * scale);
     }
 }

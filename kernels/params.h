@@ -87,6 +87,38 @@ typedef struct DqDequantize {
     uint32_t n, n_kv_heads;
 } DqDequantize;
 
+/* Running statistics of one unit: the rows of a KV head (K or V) or the queries of its group. The same sums, in the same
+ * order, as src/factor/moments.rs. Behind each other in memory, all of one layer's units of a kind equally large:
+ *   DqMoments | sum f64 [d] | reference f32 [d] | staged f32 [16][d] | second f32 [d (d + 1) / 2] where it is wanted */
+typedef struct DqMoments {
+    uint64_t rows;                   /* in the sums */
+    double energy, slack;
+    double spread;                   /* of the rows when the sums were dropped */
+    uint32_t n_staged;
+    uint32_t has_reference;
+    uint32_t learns;                 /* sums are kept */
+    uint32_t takes_sinks;            /* rows at position 0 become sinks */
+} DqMoments;
+
+/* A kind of units: K rows, V rows or queries. */
+typedef struct DqUnits {
+    uint8_t* data;                   /* DqMoments of head 0; null: this kind is not observed */
+    uint64_t stride;                 /* bytes from head to head */
+    uint32_t dim, with_second;
+} DqUnits;
+
+typedef struct DqObserve {
+    DqUnits k, v, q;
+    DqRows k_rows, v_rows, q_rows;   /* data may be null */
+    DqHeadSets* k_heads;             /* where sinks are entered */
+    DqHeadSets* v_heads;
+    uint16_t* k_means;
+    uint16_t* v_means;
+    const int32_t* positions;        /* [n] or null */
+    uint32_t* rows_seen;             /* host memory, [2][n_kv_heads]: rows taken in so far */
+    uint32_t n, n_kv_heads, group, reserved;
+} DqObserve;
+
 typedef struct DqEncode {
     DqStore store;
     DqFactors k, v;
@@ -95,5 +127,12 @@ typedef struct DqEncode {
     uint32_t* status;             /* counts replaced rows, or null */
     uint32_t n, n_kv_heads;
 } DqEncode;
+
+/* src/cuda/params.rs asserts the same numbers. */
+#ifdef __cplusplus
+static_assert(sizeof(DqHeadSets) == 40 && sizeof(DqFactors) == 48 && sizeof(DqRows) == 32 && sizeof(DqStore) == 24, "");
+static_assert(sizeof(DqAttend) == 360 && sizeof(DqDequantize) == 200 && sizeof(DqEncode) == 208, "");
+static_assert(sizeof(DqMoments) == 48 && sizeof(DqObserve) == 232, "");
+#endif
 
 #endif

@@ -18,6 +18,22 @@ template <int PLAN> struct PlanTiers {
     __host__ __device__ static constexpr int bits(int) { return PLAN; }
 };
 
+// Keys have a steep spectrum: the widest latent channels get more bits.
+#define DQ_TIERED_PLAN(plan, n, ...)                                                                                  \
+    template <> struct PlanTiers<plan> {                                                                              \
+        static constexpr int count = n;                                                                               \
+        __host__ __device__ static constexpr int pick(int i) {                                                        \
+            constexpr int pairs[] = {__VA_ARGS__};                                                                    \
+            return pairs[i];                                                                                          \
+        }                                                                                                             \
+        __host__ __device__ static constexpr int sixteenths(int t) { return pick(2 * t); }                            \
+        __host__ __device__ static constexpr int bits(int t) { return pick(2 * t + 1); }                              \
+    }
+DQ_TIERED_PLAN(102, 2, 4, 4, 12, 2);
+DQ_TIERED_PLAN(103, 3, 4, 5, 4, 3, 8, 2);
+DQ_TIERED_PLAN(104, 3, 4, 6, 4, 4, 8, 3);
+#undef DQ_TIERED_PLAN
+
 __host__ __device__ constexpr int planes_of(int bits) { return bits == 3 || bits == 5 || bits == 6 ? 2 : 1; }
 // Width of plane `i` of a code, most significant first.
 __host__ __device__ constexpr int plane_bits(int bits, int i) {
@@ -127,6 +143,26 @@ template <> struct Book<4> {
     static constexpr float unit = float(exact_unit), distortion = 0.009497f;
     // Magnitude m of the positive half, in steps.
     __host__ __device__ static constexpr int magnitude(int m) { return (m < 4 ? high_0 : high_1) >> (8 * (m & 3)) & 0xFF; }
+};
+// Five and six bits are sign and magnitude: magnitudes in words of four, ascending.
+template <> struct Book<5> {
+    static constexpr bool two_tables = true;
+    static constexpr double exact_unit = 3.2607 / 127.0;
+    static constexpr float unit = float(exact_unit), distortion = 0.00253f;
+    __host__ __device__ static constexpr uint32_t word(int i) {
+        return i < 2 ? (i == 0 ? 0x120D0803u : 0x29231D18u) : (i == 2 ? 0x463D362Fu : 0x7F695A4Fu);
+    }
+    __host__ __device__ static constexpr int magnitude(int m) { return word(m >> 2) >> (8 * (m & 3)) & 0xFF; }
+};
+template <> struct Book<6> {
+    static constexpr bool two_tables = true;
+    static constexpr double exact_unit = 3.7441 / 108.0;
+    static constexpr float unit = float(exact_unit), distortion = 0.00066f;
+    __host__ __device__ static constexpr uint32_t word(int i) {
+        return i < 4 ? (i < 2 ? (i == 0 ? 0x07050301u : 0x0F0D0B09u) : (i == 2 ? 0x17151311u : 0x201E1B19u))
+                     : (i < 6 ? (i == 4 ? 0x2A272522u : 0x3633302Du) : (i == 6 ? 0x47423E3Au : 0x6C5D544Du));
+    }
+    __host__ __device__ static constexpr int magnitude(int m) { return word(m >> 2) >> (8 * (m & 3)) & 0xFF; }
 };
 template <> struct Book<8> {
     static constexpr bool two_tables = false;

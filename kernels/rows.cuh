@@ -11,6 +11,11 @@ __device__ __forceinline__ bool names_transform(const DqHeadSets& sets, uint32_t
     return named;
 }
 
+// Slots come from device memory, where nobody has checked them: one beyond the store is as good as -1.
+__device__ __forceinline__ bool in_store(const DqStore& store, int64_t slot) {
+    return slot >= 0 && uint64_t(slot) < store.n_slots;
+}
+
 __device__ __forceinline__ float load_row(const DqRows& rows, uint64_t token, uint32_t head, uint32_t channel) {
     uint64_t at = token * rows.token_stride + head * rows.head_stride;
     if (rows.type == DQ_TYPE_F32) return at_bytes<float>(rows.data, at + 4ull * channel);
@@ -35,24 +40,38 @@ __device__ __forceinline__ float warp_sum(float v) {
     return v;
 }
 
-// Channel c of decode y, without the mean.
+// Whether entry (latent, channel) of the rotation is negative. For powers of two the matrix is Sylvester's behind the signs
+// of the table's first row: no look into the table but for these.
 template <int D>
-__device__ __forceinline__ float unfold_channel(const DqFactors& f, uint32_t head, uint32_t transform, const float* y, int c) {
+__device__ __forceinline__ uint32_t rotation_sign(const uint32_t* table, int latent, int c) {
+    if constexpr ((D & (D - 1)) == 0) {
+        return (load_global(table + c / 32) >> (c % 32) ^ __popc(uint32_t(latent & c))) & 1;
+    } else {
+        return load_global(table + latent * ((D + 31) / 32) + c / 32) >> (c % 32) & 1;
+    }
+}
+__device__ __forceinline__ float with_sign(float v, uint32_t negative) {
+    return __uint_as_float(__float_as_uint(v) ^ negative << 31);
+}
+
+// The share of the latents first ... first + n in channel c of decode y, without the mean. Both multiples of eight.
+template <int D>
+__device__ __forceinline__ float unfold_channel(const DqFactors& f, uint32_t head, uint32_t transform, const float* y, int c, int first, int n) {
     float x = 0.0f;
     if (transform == 0) {
-        constexpr int WORDS = (D + 31) / 32;
-    DQ_UNROLL_BY_8
-        for (int j = 0; j < D; j++) {
-            uint32_t bits = load_global(f.rotation + j * WORDS + c / 32);
-            x += __uint_as_float(__float_as_uint(y[j]) ^ (bits << (31 - c % 32) & 0x80000000u));
-        }
+        DQ_UNROLL_BY_8
+        for (int j = first; j < first + n; j++) x += with_sign(y[j], rotation_sign<D>(f.rotation, j, c));
         return x * rsqrtf(float(D));
     }
     const uint16_t* row = f.decode + ((uint64_t(head) * f.max_dense + transform - 1) * D + c) * D;
-    DQ_UNROLL_BY_8
-    for (int j = 0; j < D; j += 2) {
-        uint32_t both = load_global(reinterpret_cast<const uint32_t*>(row + j));
-        x += half_to_float(uint16_t(both)) * y[j] + half_to_float(uint16_t(both >> 16)) * y[j + 1];
+    DQ_UNROLL_BY_4
+    for (int j = first; j < first + n; j += 8) {
+        const uint4 eight = load_global(reinterpret_cast<const uint4*>(row + j));
+        const uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
+        DQ_UNROLL
+        for (int k = 0; k < 4; k++) {
+            x += half_to_float(uint16_t(words[k])) * y[j + 2 * k] + half_to_float(uint16_t(words[k] >> 16)) * y[j + 2 * k + 1];
+        }
     }
     return x;
 }

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::factor::file::{self, EXPORT_MAGIC, FACTOR_MAGIC, ReadHead};
-use crate::factor::{HeadFactors, LayerFactors};
+use crate::factor::{HeadFactors, LayerFactors, Transform};
 use crate::shape::{LayerShape, MAX_SETS, Side};
 use crate::view::{Rows, Tokens};
 
@@ -156,8 +156,9 @@ impl Codec {
     /// Takes the sets of an export into a layer. They are to be decoded; for new rows the newest of them and its sinks are
     /// candidates in heads that learn and have not been fitted yet, until a fit of their own from more rows. `map` is
     /// `[2][n_kv_heads][16]`: the id here of each id there, [`NOT_EXPORTED`] where there is none. A set that is already
-    /// here keeps its id. When a head has no free id left, nothing changes.
-    pub fn import_sets(&self, layer: usize, read: file::Read, map: &mut [u8]) -> Result<()> {
+    /// here keeps its id. When a head has no free id left, or would hold more than `dense_room` further fits, nothing
+    /// changes.
+    pub fn import_sets(&self, layer: usize, read: file::Read, map: &mut [u8], dense_room: usize) -> Result<()> {
         let layer = &self.layers[layer];
         let wanted = 2 * layer.shape.n_kv_heads * MAX_SETS;
         if map.len() != wanted {
@@ -165,7 +166,15 @@ impl Codec {
         }
         let heads = file::read(EXPORT_MAGIC, &self.fingerprint, &[&layer.shape], read)?.remove(0);
         for ((side, index, factors), head) in layer.factors.units().zip(&heads) {
-            let new = head.sets.iter().filter(|s| factors.sets.find(s.set.hash).is_none()).count();
+            let is_new = |s: &&file::ReadSet| factors.sets.find(s.set.hash).is_none();
+            let dense = head.sets.iter().filter(is_new).filter(|s| matches!(*s.set.transform, Transform::Dense { .. })).count();
+            if dense > dense_room {
+                return Err(Error::new(
+                    ErrorKind::SetsFull,
+                    format!("{side:?} head {index} needs room for {dense} fits on the device and has {dense_room}"),
+                ));
+            }
+            let new = head.sets.iter().filter(is_new).count();
             if new > factors.sets.free() {
                 return Err(Error::new(
                     ErrorKind::SetsFull,

@@ -218,15 +218,15 @@ fn imports_keep_known_sets_and_put_others_on_top() {
     let (here, there) = (fed(100), Codec::new(desc()).unwrap());
     feed(&there, 0, 100, 50, 1);
     let mut map = vec![0; 2 * KV * MAX_SETS];
-    here.import_sets(0, &mut reader(&exported(&here)), &mut map).unwrap();
+    here.import_sets(0, &mut reader(&exported(&here)), &mut map, usize::MAX).unwrap();
     assert_eq!(map[..4], [0, 1, 2, 255]);
     let newest = here.layers[0].factors.k[0].sets.newest();
-    here.import_sets(0, &mut reader(&exported(&there)), &mut map).unwrap();
+    here.import_sets(0, &mut reader(&exported(&there)), &mut map, usize::MAX).unwrap();
     assert_eq!(map[..4], [0, 15, 14, 255]);
     let (a, b) = (&here.layers[0].factors.k[0].sets, &there.layers[0].factors.k[0].sets);
     assert_eq!(a.get(14).unwrap().hash, b.get(2).unwrap().hash);
     assert_eq!((a.newest(), a.sinks().count()), (newest, 1));
-    here.import_sets(0, &mut reader(&exported(&there)), &mut map).unwrap();
+    here.import_sets(0, &mut reader(&exported(&there)), &mut map, usize::MAX).unwrap();
     assert_eq!((map[1], map[2], a.count()), (15, 14, 5));
 }
 
@@ -239,7 +239,7 @@ fn a_full_head_refuses_an_import_and_nothing_changes() {
         feed(&there, 0, 40, 100 + 10 * seed, 1);
         let before = hashes(&here);
         map.fill(9);
-        if let Err(e) = here.import_sets(0, &mut reader(&exported(&there)), &mut map) {
+        if let Err(e) = here.import_sets(0, &mut reader(&exported(&there)), &mut map, usize::MAX) {
             assert_eq!(e.kind, ErrorKind::SetsFull);
             assert_eq!(before, hashes(&here));
             assert!(map.iter().all(|&x| x == 9));

@@ -48,6 +48,11 @@ impl Arena {
         Self { base: std::ptr::null_mut(), used: 0 }
     }
 
+    /// Lays pieces from an address that nobody follows on the host: memory of a device.
+    pub fn at(address: usize) -> Self {
+        Self { base: std::ptr::without_provenance_mut(address), used: 0 }
+    }
+
     /// Room for `n` elements, aligned to [`ALIGN`].
     pub fn take<T: Copy>(&mut self, n: usize) -> *mut T {
         let at = self.used.next_multiple_of(ALIGN);

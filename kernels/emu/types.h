@@ -36,6 +36,8 @@ inline int __ffs(uint32_t v) { return __builtin_ffs(int(v)); }
 inline int __clz(uint32_t v) { return v ? __builtin_clz(v) : 32; }
 // One rounding each, as on the device; compile with -ffp-contract=off.
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }

@@ -51,12 +51,23 @@ struct PlainEncoder {
         return {uint16_t((std::min(rounded, 0xF7F0u) & 0xFFF0) | set), rounded >= 0xF800u};
     }
 
-    Coded code(const std::vector<float>& y, int set, float kappa) const {
-        const int d = f.d, plan = layout.plan;
-        ref::Book book = ref::book(plan);
+    using Weights = std::vector<float>;
+
+    // sum over tiers of weight * sum over the tier of term(channel)
+    template <class Term> float over_tiers(const Weights& weights, Term term) const {
+        float total = 0;
+        for (size_t t = 0; t < layout.tiers.size(); t++) {
+            int first = layout.tiers[t].first;
+            total += weights[t] * sum(layout.tiers[t].channels, [&](int c) { return term(first + c); });
+        }
+        return total;
+    }
+
+    Coded code(const std::vector<float>& y, int set, const Weights& kappa) const {
+        const int d = f.d;
         Coded out{std::vector<uint8_t>(d), uint16_t(set), false};
-        const float unit = float(book.unit);
-        if (plan == 8) {
+        if (layout.plan == 8) {
+            const float unit = float(ref::book(8).unit);
             float largest = 0;
             for (float v : y) largest = std::max(largest, std::fabs(v));
             float scale = largest / (127.0f * unit);
@@ -67,11 +78,12 @@ struct PlainEncoder {
             out.header = packed, out.saturated = saturated;
             return out;
         }
-        const int half = 1 << (plan - 1);
-        const double exact = plan == 2 ? 1.5104 / 127 : plan == 3 ? 2.1519 / 127 : 2.7326 / 127;
-        auto magnitude_index = [&](float v, float reach) {
+        std::vector<ref::Book> books(9);
+        for (auto& t : layout.tiers) books[t.bits] = ref::book(t.bits);
+        auto magnitude_index = [&](int c, float reach) {
+            const int bits = layout.bits_of(c), half = 1 << (bits - 1);
             int m = 0;
-            for (int i = half; i < 2 * half - 1; i++) m += std::fabs(v * reach) > float((book.table[i] + book.table[i + 1]) / 2.0 * exact);
+            for (int i = half; i < 2 * half - 1; i++) m += std::fabs(y[c] * reach) > ref::edge(bits, books[bits], i);
             return m;
         };
         float rms = std::sqrt(sum(d, [&](int c) { return y[c] * y[c]; }) / float(d)), reach = 0, best = 0;
@@ -80,18 +92,21 @@ struct PlainEncoder {
             for (float multiple : {0.8f, 0.9f, 1.0f, 1.1f, 1.25f}) {
                 float r = 1.0f / (rms * multiple);
                 std::vector<float> level(d);
-                for (int c = 0; c < d; c++) level[c] = std::copysign(float(book.table[half + magnitude_index(y[c], r)]), y[c]) * unit;
-                float projection = kappa * sum(d, [&](int c) { return y[c] * level[c]; });
-                float energy = kappa * sum(d, [&](int c) { return level[c] * level[c]; });
+                for (int c = 0; c < d; c++) {
+                    const ref::Book& book = books[layout.bits_of(c)];
+                    level[c] = std::copysign(float(book.table[book.table.size() / 2 + magnitude_index(c, r)]), y[c]) * float(book.unit);
+                }
+                float projection = over_tiers(kappa, [&](int c) { return y[c] * level[c]; });
+                float energy = over_tiers(kappa, [&](int c) { return level[c] * level[c]; });
                 auto [packed, saturated] = pack(std::min(std::max(projection / energy, 0.0f), 3.4028234e38f), set);
                 float scale = float(ref::header_scale(packed));
-                float error = kappa * sum(d, [&](int c) { float e = y[c] - scale * level[c]; return e * e; });
+                float error = over_tiers(kappa, [&](int c) { float e = y[c] - scale * level[c]; return e * e; });
                 if (first || error < best) best = error, reach = r, out.header = packed, out.saturated = saturated;
                 first = false;
             }
         }
         for (int c = 0; c < d; c++) {
-            int m = magnitude_index(y[c], reach);
+            const int m = magnitude_index(c, reach), half = 1 << (layout.bits_of(c) - 1);
             out.codes[c] = uint8_t(std::signbit(y[c]) ? half - 1 - m : half + m);
         }
         return out;
@@ -107,11 +122,12 @@ struct PlainEncoder {
             std::memcpy(record + layout.headers + 2 * head, &c.header, 2);
             return c.saturated;
         };
+        const Weights ones(4, 1.0f), kappa(sets.kappa, sets.kappa + 4);
         float largest = 0;
         bool bad = false;
         for (float v : x) largest = std::max(largest, std::fabs(v)), bad |= !std::isfinite(v);
         if (bad) {
-            put(code(std::vector<float>(d, 0.0f), 0, 1.0f));
+            put(code(std::vector<float>(d, 0.0f), 0, ones));
             return true;
         }
         if (largest > 1e15f) for (float& v : x) v *= 1e15f / largest;
@@ -122,8 +138,13 @@ struct PlainEncoder {
             for (int i = 0; i < d; i++) y[i] = x[i] - mean(sets.newest, i);
             y = rotate(y);
         }
-        const float distortion = layout.plan == 2 ? 0.1175f : layout.plan == 3 ? 0.03454f : layout.plan == 4 ? 0.009497f : float(4.0 / 127 * (4.0 / 127) / 12);
-        float cost = sets.kappa[0] * distortion * sum(d, [&](int c) { return y[c] * y[c]; });
+        Weights expected;
+        float distortion = 0;
+        for (size_t t = 0; t < layout.tiers.size(); t++) {
+            const float of_tier = float(ref::book(layout.tiers[t].bits).distortion);
+            expected.push_back(kappa[t] * of_tier), distortion += float(layout.tiers[t].channels) * of_tier;
+        }
+        float cost = over_tiers(expected, [&](int c) { return y[c] * y[c]; });
         int other = 0;
         float distance = sum(d, [&](int c) { return x[c] * x[c]; });
         for (int e = 0; e < 16; e++) {
@@ -131,11 +152,11 @@ struct PlainEncoder {
             float v = sum(d, [&](int c) { float q = x[c] - mean(e, c); return q * q; });
             if (v < distance) distance = v, other = e;
         }
-        if (!(distance * (float(d) * distortion / float(d)) < 0.5f * cost)) {
-            if (!put(code(y, sets.newest, sets.kappa[0]))) return false;
+        if (!(distance * (distortion / float(d)) < 0.5f * cost)) {
+            if (!put(code(y, sets.newest, kappa))) return false;
         }
         for (int c = 0; c < d; c++) y[c] = other ? x[c] - mean(other, c) : x[c];
-        return put(code(rotate(y), other, 1.0f));
+        return put(code(rotate(y), other, ones));
     }
 };
 
@@ -149,7 +170,7 @@ void encode_case(uint32_t n_kv, uint32_t n, ref::SetKinds k_sets, ref::SetKinds 
     std::normal_distribution<double> normal;
     auto l = ref::layout(n_kv, DK, KP, DV, VP);
     auto kf = ref::random_factors(DK, n_kv, k_sets, rng), vf = ref::random_factors(DV, n_kv, v_sets, rng);
-    for (auto& s : kf.heads) s.kappa[0] = 0.7f;
+    for (auto& s : kf.heads) s.kappa[0] = 0.7f, s.kappa[1] = 1.1f, s.kappa[2] = 1.6f;
     const uint64_t stride = l.slot_bytes + 32;
     const uint32_t n_slots = n + 7, size = type == DQ_TYPE_F32 ? 4 : 2;
 
@@ -246,7 +267,7 @@ void encode_case(uint32_t n_kv, uint32_t n, ref::SetKinds k_sets, ref::SetKinds 
             if (slots[t] < 0) continue;
             const uint8_t* record = &got[slots[t] * stride];
             for (uint32_t h = 0; h < n_kv; h++) {
-                auto x = f.decode_row(h, ref::header_of(side, h, record), ref::unpack(side, h, record), side.plan);
+                auto x = f.decode_row(h, ref::header_of(side, h, record), ref::unpack(side, h, record), side);
                 double norm = 1e-30, e = 0;
                 for (int c = 0; c < f.d; c++) norm = std::max(norm, std::fabs(x[c])), e = std::max(e, std::fabs(x[c] - out[(size_t(t) * n_kv + h) * f.d + c]));
                 if (!(e / norm <= worst)) worst = e / norm;
@@ -268,6 +289,9 @@ void encode_cases(std::mt19937_64& rng) {
     encode_case<128, 3, 128, 3, 2>(1, 40, {2, 1}, {3, 0}, DQ_TYPE_BF16, rng);
     encode_case<64, 2, 64, 8, 2>(3, 40, {2, 1}, {2, 0}, DQ_TYPE_F32, rng);
     encode_case<64, 3, 256, 4, 2>(2, 40, {1, 0}, {2, 1}, DQ_TYPE_F32, rng);
+    encode_case<128, 104, 128, 4, 2>(2, 40, {2, 1}, {3, 0}, DQ_TYPE_F32, rng);
+    encode_case<64, 103, 64, 3, 2>(3, 40, {2, 1}, {2, 0}, DQ_TYPE_F16, rng);
+    encode_case<96, 102, 256, 2, 2>(1, 40, {3, 0}, {2, 0}, DQ_TYPE_BF16, rng);
     encode_case<192, 4, 80, 8, 2>(1, 40, {2, 0}, {2, 1}, DQ_TYPE_F32, rng);
 }
 

@@ -38,48 +38,81 @@ inline uint16_t to_half(double v) {
 
 struct Book {
     std::vector<int> table;
-    double unit;
+    double unit, distortion;
 };
 inline Book book(int bits) {
     if (bits == 8) {
-        Book b{{}, double(float(4.0 / 127.0))};
+        Book b{{}, double(float(4.0 / 127.0)), 4.0 / 127 * (4.0 / 127) / 12};
         for (int c = 0; c < 256; c++) b.table.push_back(c - 128);
         return b;
     }
     Vec half = bits == 2 ? Vec{0.4528, 1.5104}
         : bits == 3      ? Vec{0.2451, 0.7560, 1.3439, 2.1519}
-                         : Vec{0.1284, 0.3880, 0.6568, 0.9423, 1.2562, 1.6180, 2.0690, 2.7326};
-    double unit = half.back() / 127.0;
-    Book b{{}, double(float(unit))};
+        : bits == 4      ? Vec{0.1284, 0.3880, 0.6568, 0.9423, 1.2562, 1.6180, 2.0690, 2.7326}
+        : bits == 5      ? Vec{0.0659, 0.1981, 0.3314, 0.4667, 0.6049, 0.7471, 0.8946, 1.0488,
+                               1.2118, 1.3863, 1.5762, 1.7872, 2.0287, 2.3177, 2.6911, 3.2607}
+                         : Vec{0.0334, 0.1003, 0.1673, 0.2346, 0.3022, 0.3703, 0.4389, 0.5083, 0.5785, 0.6497, 0.7219,
+                               0.7955, 0.8705, 0.9472, 1.0257, 1.1065, 1.1897, 1.2758, 1.3651, 1.4583, 1.5558, 1.6586,
+                               1.7675, 1.8840, 2.0096, 2.1468, 2.2990, 2.4713, 2.6723, 2.9174, 3.2404, 3.7441};
+    const double distortions[] = {0, 0, 0.1175, 0.03454, 0.009497, 0.00253, 0.00066};
+    double unit = half.back() / (bits == 6 ? 108.0 : 127.0);
+    Book b{{}, double(float(unit)), distortions[bits]};
     for (size_t i = half.size(); i-- > 0;) b.table.push_back(-int(std::nearbyint(half[i] / unit)));
     for (double h : half) b.table.push_back(int(std::nearbyint(h / unit)));
     return b;
 }
+// Where code c ends, in units of a row of unit variance.
+inline float edge(int bits, const Book& b, int c) {
+    const double tops[] = {0, 0, 1.5104 / 127, 2.1519 / 127, 2.7326 / 127, 3.2607 / 127, 3.7441 / 108};
+    return float((b.table[c] + b.table[c + 1]) / 2.0 * tops[bits]);
+}
 
 // ---- Layout ----
 
-struct Plane { uint32_t offset, head_bytes; int bits, shift; };
+struct Tier { int first, channels, bits; };
+struct Plane { uint32_t offset, head_bytes; int bits, shift, first; };
 struct SideLayout {
     int d, plan;
+    std::vector<Tier> tiers;
     std::vector<Plane> planes;
     uint32_t headers;
+
+    int bits_of(int channel) const {
+        for (auto& t : tiers) if (channel < t.first + t.channels) return t.bits;
+        return 0;
+    }
 };
 struct Layout {
     uint32_t n_kv;
     SideLayout k, v;
     uint32_t slot_bytes;
 };
+inline std::vector<Tier> tiers_of(int d, int plan) {
+    using Pairs = std::vector<std::pair<int, int>>;  // sixteenths, bits
+    const Pairs pairs = plan == 102 ? Pairs{{4, 4}, {12, 2}} : plan == 103 ? Pairs{{4, 5}, {4, 3}, {8, 2}} : plan == 104 ? Pairs{{4, 6}, {4, 4}, {8, 3}} : Pairs{{16, plan}};
+    std::vector<Tier> tiers;
+    int first = 0, share = 0;
+    for (auto [sixteenths, bits] : pairs) {
+        share += sixteenths;
+        int exact = d * share / 16, end = (first == 0 && share < 16 ? exact : exact + 8) / 16 * 16;
+        tiers.push_back({first, end - first, bits});
+        first = end;
+    }
+    return tiers;
+}
 inline Layout layout(uint32_t n_kv, int dk, int k_plan, int dv, int v_plan) {
     Layout l;
     l.n_kv = n_kv;
     uint32_t at = 0;
     auto side = [&](int d, int plan) {
-        SideLayout s{d, plan, {}, 0};
-        int shift = plan;
-        for (int bits : plan == 3 ? std::vector<int>{2, 1} : std::vector<int>{plan}) {
-            shift -= bits;
-            s.planes.push_back({at, uint32_t(d * bits / 8), bits, shift});
-            at += n_kv * d * bits / 8;
+        SideLayout s{d, plan, tiers_of(d, plan), {}, 0};
+        for (auto& t : s.tiers) {
+            int shift = t.bits;
+            for (int bits : t.bits == 3 ? std::vector<int>{2, 1} : t.bits == 5 ? std::vector<int>{4, 1} : t.bits == 6 ? std::vector<int>{4, 2} : std::vector<int>{t.bits}) {
+                shift -= bits;
+                s.planes.push_back({at, uint32_t(t.channels * bits / 8), bits, shift, t.first});
+                at += n_kv * t.channels * bits / 8;
+            }
         }
         return s;
     };
@@ -95,7 +128,7 @@ inline std::vector<uint8_t> unpack(const SideLayout& s, uint32_t head, const uin
     for (auto& p : s.planes) {
         for (uint32_t j = 0; j < p.head_bytes; j++) {
             uint8_t byte = record[p.offset + head * p.head_bytes + j];
-            for (int k = 0; k < 8 / p.bits; k++) codes[j + k * p.head_bytes] |= (byte >> (k * p.bits) & ((1 << p.bits) - 1)) << p.shift;
+            for (int k = 0; k < 8 / p.bits; k++) codes[p.first + j + k * p.head_bytes] |= (byte >> (k * p.bits) & ((1 << p.bits) - 1)) << p.shift;
         }
     }
     return codes;
@@ -104,7 +137,7 @@ inline void pack(const SideLayout& s, uint32_t head, const std::vector<uint8_t>&
     for (auto& p : s.planes) {
         for (uint32_t j = 0; j < p.head_bytes; j++) {
             uint8_t byte = 0;
-            for (int k = 0; k < 8 / p.bits; k++) byte |= (codes[j + k * p.head_bytes] >> p.shift & ((1 << p.bits) - 1)) << (k * p.bits);
+            for (int k = 0; k < 8 / p.bits; k++) byte |= (codes[p.first + j + k * p.head_bytes] >> p.shift & ((1 << p.bits) - 1)) << (k * p.bits);
             record[p.offset + head * p.head_bytes + j] = byte;
         }
     }
@@ -174,15 +207,18 @@ struct Factors {
     }
     double mean(uint32_t head, int set, int channel) const { return half_value(means[(size_t(head) * DQ_MAX_SETS + set) * d + channel]); }
     // mean + decode y, y from codes
-    Vec decode_row(uint32_t head, uint16_t header, const std::vector<uint8_t>& codes, int plan) const {
-        Book b = book(plan);
+    Vec decode_row(uint32_t head, uint16_t header, const std::vector<uint8_t>& codes, const SideLayout& side) const {
         double scale = header_scale(header);
         int set = header & 15;
-        Vec x(d);
+        Vec x(d), y(d);
+        for (auto& t : side.tiers) {
+            Book b = book(t.bits);
+            for (int j = t.first; j < t.first + t.channels; j++) y[j] = b.table[codes[j]] * b.unit * scale;
+        }
         for (int c = 0; c < d; c++) {
             double sum = 0;
-            for (int j = 0; j < d; j++) sum += decode_entry(head, set, c, j) * b.table[codes[j]];
-            x[c] = mean(head, set, c) + sum * scale * b.unit;
+            for (int j = 0; j < d; j++) sum += decode_entry(head, set, c, j) * y[j];
+            x[c] = mean(head, set, c) + sum;
         }
         return x;
     }

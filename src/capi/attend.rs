@@ -7,6 +7,8 @@ use super::types::*;
 use super::{check_shards, guard, layer, layer_shape};
 use crate::codec::Layer;
 use crate::cpu::attend::{self, Limits};
+use crate::cuda;
+use crate::cuda::view::Stream;
 use crate::error::Result;
 
 /// Bytes of workspace that any call on this layer within `limits` needs. Depends on shapes only, never on the number of
@@ -29,17 +31,26 @@ pub unsafe extern "C" fn dq_workspace_size(
         // SAFETY: as above.
         let limits = unsafe { convert::read_struct("limits", limits) }?;
         let (streams, queries) = (limits.max_streams.max(1) as usize, limits.max_queries as usize);
-        let all = streams.saturating_mul(queries);
-        let size = attend::workspace_size(
-            shape,
-            &Limits {
-                streams,
-                queries,
-                total_queries: if limits.max_total_queries == 0 { all } else { all.min(limits.max_total_queries as usize) },
-                kv: limits.max_kv as usize,
-                tail: limits.max_tail as usize,
-            },
-        )?;
+        let kv = limits.max_kv as usize;
+        let size = match &handle.device {
+            Some(device) => {
+                device.workspace_size(&handle.codec, layer as usize, cuda::Limits { streams, queries, kv })?
+            }
+            None => {
+                let all = streams.saturating_mul(queries);
+                let total = limits.max_total_queries as usize;
+                attend::workspace_size(
+                    shape,
+                    &Limits {
+                        streams,
+                        queries,
+                        total_queries: if total == 0 { all } else { all.min(total) },
+                        kv,
+                        tail: limits.max_tail as usize,
+                    },
+                )?
+            }
+        };
         // SAFETY: checked above.
         unsafe { bytes.write(size as u64) };
         Ok(DQ_OK)
@@ -72,6 +83,14 @@ pub unsafe extern "C" fn dq_attend(
         // SAFETY: the header's contract, here and below.
         let handle: &CodecHandle = unsafe { convert::handle(codec) }?;
         convert::check_stream(&handle.context, stream)?;
+        if let Some(device) = &handle.device {
+            let shape = layer_shape(handle, layer)?;
+            // SAFETY: as above.
+            if let Some((args, scratch)) = unsafe { convert::device_attend(args, shape, workspace, workspace_bytes) }? {
+                device.attend(&handle.codec, layer as usize, &args, scratch, Stream(stream))?;
+            }
+            return Ok(DQ_OK);
+        }
         // SAFETY: as above.
         unsafe { run(handle, layer, args, workspace, workspace_bytes, Part::Whole) }
     })
@@ -96,6 +115,7 @@ pub unsafe extern "C" fn dq_attend_shard(
         check_shards(shard, n_shards)?;
         // SAFETY: the header's contract, here and below.
         let handle: &CodecHandle = unsafe { convert::handle(codec) }?;
+        convert::check_phase(&handle.context)?;
         // SAFETY: as above.
         unsafe { run(handle, layer, args, workspace, workspace_bytes, Part::Shard(shard as usize, n_shards as usize)) }
     })
@@ -117,6 +137,7 @@ pub unsafe extern "C" fn dq_attend_merge_shard(
         check_shards(shard, n_shards)?;
         // SAFETY: the header's contract, here and below.
         let handle: &CodecHandle = unsafe { convert::handle(codec) }?;
+        convert::check_phase(&handle.context)?;
         // SAFETY: as above.
         unsafe { run(handle, layer, args, workspace, workspace_bytes, Part::Merge(shard as usize, n_shards as usize)) }
     })
@@ -140,7 +161,7 @@ unsafe fn run(
 ) -> Result<dq_status> {
     let Layer { shape, factors } = self::layer(handle, layer)?;
     // SAFETY: the caller's word, here and below.
-    let Some(given) = unsafe { convert::attend_args(args, shape, &handle.context) }? else {
+    let Some(given) = unsafe { convert::attend_args(args, shape) }? else {
         return Ok(DQ_OK);
     };
     let a = &given.args;

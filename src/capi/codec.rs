@@ -17,7 +17,8 @@ use crate::shape::{Gauge, LayerShape, SideDesc};
 /// `context`: its backend and device. `desc`: read during the call only. `out`: receives the handle; untouched on
 /// failure. Destroy it with `dq_codec_destroy`.
 ///
-/// Errors: `DQ_ERROR_INVALID_ARGUMENT`; `DQ_ERROR_UNSUPPORTED` for a head_dim or plan without code.
+/// Errors: `DQ_ERROR_INVALID_ARGUMENT`; `DQ_ERROR_UNSUPPORTED` for a head_dim or plan without code, on CUDA also for a
+/// combination without kernels; `DQ_ERROR_OUT_OF_MEMORY`, `DQ_ERROR_CUDA`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dq_codec_create(
     context: *const dq_context,
@@ -30,9 +31,9 @@ pub unsafe extern "C" fn dq_codec_create(
         let context: &Arc<Context> = unsafe { convert::handle(context) }?;
         // SAFETY: as above.
         let model = unsafe { model(desc) }?;
-        let codec = Codec::new(model)?;
+        let handle = CodecHandle::new(Codec::new(model)?, context)?;
         // SAFETY: checked above.
-        unsafe { out.write(convert::give(CodecHandle { codec, context: context.clone() })) };
+        unsafe { out.write(convert::give(handle)) };
         Ok(DQ_OK)
     })
 }
@@ -58,6 +59,7 @@ pub unsafe extern "C" fn dq_codec_save(codec: *const dq_codec, write: dq_write_f
         let handle: &CodecHandle = unsafe { convert::handle(codec) }?;
         // SAFETY: as above.
         let mut write = unsafe { convert::writer(write, user) }?;
+        handle.pull(0..handle.codec.layers.len())?;
         handle.codec.save(&mut write)?;
         Ok(DQ_OK)
     })
@@ -88,10 +90,10 @@ pub unsafe extern "C" fn dq_codec_load(
         let model = unsafe { model(desc) }?;
         // SAFETY: as above.
         let mut read = unsafe { convert::reader(read, user) }?;
-        let codec = Codec::load(model, &mut read)?;
-        log::information(|| format!("loaded factors of {} layers; they are frozen", codec.layers.len()));
+        let handle = CodecHandle::new(Codec::load(model, &mut read)?, context)?;
+        log::information(|| format!("loaded factors of {} layers; they are frozen", handle.codec.layers.len()));
         // SAFETY: checked above.
-        unsafe { out.write(convert::give(CodecHandle { codec, context: context.clone() })) };
+        unsafe { out.write(convert::give(handle)) };
         Ok(DQ_OK)
     })
 }
@@ -126,7 +128,10 @@ pub unsafe extern "C" fn dq_codec_info(codec: *const dq_codec, layer: u32, out: 
         // SAFETY: the header's contract, here and below.
         let handle: &CodecHandle = unsafe { convert::handle(codec) }?;
         layer_shape(handle, layer)?;
-        let info = handle.codec.info(layer as usize);
+        let mut info = handle.codec.info(layer as usize);
+        if let Some(device) = &handle.device {
+            info.rows_seen = info.rows_seen.max(device.rows_seen(layer as usize));
+        }
         let info = dq_layer_info {
             struct_size: 0,
             k_sets: info.k_sets as u32,

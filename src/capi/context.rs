@@ -14,7 +14,9 @@ use crate::error::{Error, Result};
 /// `dq_context_destroy`.
 ///
 /// Errors: `DQ_ERROR_INVALID_ARGUMENT` for a number that is no backend or a device other than 0 on the CPU;
-/// `DQ_ERROR_NO_BACKEND` for a backend that is not in this build (`dq_backends`) or whose device cannot be opened.
+/// `DQ_ERROR_NO_BACKEND` for a backend that is not in this build (`dq_backends`), or whose driver is missing or too old, or
+/// whose device is not there; `DQ_ERROR_UNSUPPORTED` for a device of an architecture without kernels;
+/// `DQ_ERROR_OUT_OF_MEMORY`, `DQ_ERROR_CUDA`. On CUDA the device's primary context is retained and all kernels are loaded.
 /// Threads: may be called from several at once.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dq_context_create(desc: *const dq_context_desc, out: *mut *mut dq_context) -> dq_status {

@@ -7,6 +7,7 @@ use super::types::*;
 use super::{guard, layer};
 use crate::codec::Layer;
 use crate::cpu::dequantize::dequantize;
+use crate::cuda::view::Stream;
 
 /// Decodes records into rows.
 ///
@@ -35,6 +36,12 @@ pub unsafe extern "C" fn dq_dequantize(
         let Layer { shape, factors } = self::layer(handle, layer)?;
         convert::check_stream(&handle.context, stream)?;
         if n_slots == 0 {
+            return Ok(DQ_OK);
+        }
+        if let Some(device) = &handle.device {
+            // SAFETY: as above.
+            let given = unsafe { convert::device_dequantize(shape, store, slots, n_slots, k_out, v_out) }?;
+            device.dequantize(&handle.codec, layer as usize, &given, Stream(stream))?;
             return Ok(DQ_OK);
         }
         // SAFETY: as above.

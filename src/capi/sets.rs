@@ -25,6 +25,7 @@ pub unsafe extern "C" fn dq_sets_export(
         layer_shape(handle, layer)?;
         // SAFETY: as above.
         let mut write = unsafe { convert::writer(write, user) }?;
+        handle.pull(layer as usize..layer as usize + 1)?;
         handle.codec.export_sets(layer as usize, &mut write)?;
         Ok(DQ_OK)
     })
@@ -39,7 +40,7 @@ pub unsafe extern "C" fn dq_sets_export(
 /// where the export has no such set; at least `2 * n_kv_heads * DQ_MAX_SETS` bytes, untouched on failure.
 ///
 /// Errors: `DQ_ERROR_BAD_FILE` for an export that is damaged, cut short, of another version or of another shape;
-/// `DQ_ERROR_SETS_FULL` when a head has too few free ids; `DQ_ERROR_IO`. No set was added then.
+/// `DQ_ERROR_SETS_FULL` when a head has too few free ids, or on CUDA no room for so many fits (max_fits and three); `DQ_ERROR_IO`. No set was added then.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dq_sets_import(
     codec: *mut dq_codec,
@@ -59,14 +60,20 @@ pub unsafe extern "C" fn dq_sets_import(
         let mut read = unsafe { convert::reader(read, user) }?;
         // Not into the caller's map before all has gone well.
         let mut ids = vec![0; map.len()];
-        handle.codec.import_sets(layer as usize, &mut read, &mut ids)?;
+        handle.pull(layer as usize..layer as usize + 1)?;
+        let dense_room =
+            handle.device.as_ref().map_or(usize::MAX, |d| d.dense_sets_left(&handle.codec, layer as usize));
+        handle.codec.import_sets(layer as usize, &mut read, &mut ids, dense_room)?;
+        if let Some(device) = &handle.device {
+            device.push(&handle.codec, layer as usize)?;
+        }
         map.copy_from_slice(&ids);
         log::information(|| format!("layer {layer}: imported factor sets"));
         Ok(DQ_OK)
     })
 }
 
-/// Rewrites the set ids in records that came from another codec.
+/// Rewrites the set ids in records that came from another codec. In host memory, whatever the backend.
 ///
 /// `store`: the records. `slots`: `[n_slots]`, -1 skips, none named twice. `map`: of `dq_sets_import`, `map_bytes` at
 /// least `2 * n_kv_heads * DQ_MAX_SETS`. Codes and scales stay as they are.

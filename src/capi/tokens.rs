@@ -7,6 +7,7 @@ use super::types::*;
 use super::{check_shards, guard, last_error, layer, layer_shape};
 use crate::codec::Layer;
 use crate::cpu::encode::{EncodeReport, encode_shard};
+use crate::cuda::view::Stream;
 use crate::error::{Error, Result};
 use crate::log;
 
@@ -19,7 +20,9 @@ use crate::log;
 ///
 /// Returns `DQ_ROWS_REPLACED` when a row held NaN, infinity or values beyond f16. Such rows stay out of the statistics;
 /// all other rows are coded as if they were not there.
-/// Errors: `DQ_ERROR_INVALID_ARGUMENT`, `DQ_ERROR_WORKSPACE`, `DQ_ERROR_OUT_OF_MEMORY`.
+/// On CUDA the number of such rows is added to `tokens->replaced_rows` instead, and the call cannot be captured while a
+/// fit is due.
+/// Errors: `DQ_ERROR_INVALID_ARGUMENT`, `DQ_ERROR_WORKSPACE`, `DQ_ERROR_OUT_OF_MEMORY`, `DQ_ERROR_CAPTURE`, `DQ_ERROR_CUDA`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dq_compress(
     codec: *mut dq_codec,
@@ -33,8 +36,15 @@ pub unsafe extern "C" fn dq_compress(
         // SAFETY: the header's contract, here and below.
         let handle: &CodecHandle = unsafe { convert::handle(codec) }?;
         convert::check_stream(&handle.context, stream)?;
-        // The CPU needs no workspace; what is passed stays untouched.
+        // No backend needs a workspace here; what is passed stays untouched.
         let _ = (workspace, workspace_bytes);
+        if let Some(device) = &handle.device {
+            // SAFETY: as above.
+            if let Some(tokens) = unsafe { convert::device_tokens(tokens, layer_shape(handle, layer)?) }? {
+                device.compress(&handle.codec, layer as usize, &tokens, Stream(stream))?;
+            }
+            return Ok(DQ_OK);
+        }
         // SAFETY: as above.
         let Some(given) = unsafe { convert::tokens(tokens, layer_shape(handle, layer)?, Purpose::Both) }? else {
             return Ok(DQ_OK);
@@ -60,8 +70,15 @@ pub unsafe extern "C" fn dq_append(
         // SAFETY: the header's contract, here and below.
         let handle: &CodecHandle = unsafe { convert::handle(codec) }?;
         convert::check_stream(&handle.context, stream)?;
-        // The CPU needs no workspace; what is passed stays untouched.
+        // No backend needs a workspace here; what is passed stays untouched.
         let _ = (workspace, workspace_bytes);
+        if let Some(device) = &handle.device {
+            // SAFETY: as above.
+            if let Some(tokens) = unsafe { convert::device_tokens(tokens, layer_shape(handle, layer)?) }? {
+                device.append(&handle.codec, layer as usize, &tokens, Stream(stream))?;
+            }
+            return Ok(DQ_OK);
+        }
         // SAFETY: as above.
         let Some(given) = unsafe { convert::tokens(tokens, layer_shape(handle, layer)?, Purpose::Both) }? else {
             return Ok(DQ_OK);
@@ -76,7 +93,8 @@ pub unsafe extern "C" fn dq_append(
 
 /// Between steps: fits the layers `[first_layer, first_layer + n_layers)` where a fit is due, so that a chat which only
 /// ever appends is fitted, too. Cheap when none is due. New sets serve the rows that are coded from then on; records
-/// stay as they are. `stream`: null on the CPU.
+/// stay as they are. `stream`: null on the CPU. On CUDA it sees the rows of work that has been done when it is called.
+/// Errors: `DQ_ERROR_CAPTURE` when a fit is due in a capture, `DQ_ERROR_CUDA`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dq_refit(
     codec: *mut dq_codec,
@@ -94,6 +112,10 @@ pub unsafe extern "C" fn dq_refit(
             return Err(Error::invalid(format!(
                 "first_layer is {first_layer} and n_layers {n_layers}; the codec has {known} layers"
             )));
+        }
+        if let Some(device) = &handle.device {
+            device.refit(&handle.codec, first_layer as usize..end as usize, Stream(stream))?;
+            return Ok(DQ_OK);
         }
         for layer in first_layer..end as u32 {
             refit(handle, layer, 0, 1);
@@ -122,6 +144,7 @@ pub unsafe extern "C" fn dq_observe_shard(
         let handle: &CodecHandle = unsafe { convert::handle(codec) }?;
         let shape = layer_shape(handle, layer)?;
         check_shards(shard, n_shards)?;
+        convert::check_phase(&handle.context)?;
         // SAFETY: as above.
         if let Some(given) = unsafe { convert::tokens(tokens, shape, Purpose::Observe) }? {
             handle.codec.observe_shard(layer as usize, &given.tokens, shard as usize, n_shards as usize);
@@ -138,6 +161,7 @@ pub unsafe extern "C" fn dq_refit_shard(codec: *mut dq_codec, layer: u32, shard:
         let handle: &CodecHandle = unsafe { convert::handle(codec) }?;
         layer_shape(handle, layer)?;
         check_shards(shard, n_shards)?;
+        convert::check_phase(&handle.context)?;
         refit(handle, layer, shard, n_shards);
         Ok(DQ_OK)
     })
@@ -158,6 +182,7 @@ pub unsafe extern "C" fn dq_encode_shard(
         let handle: &CodecHandle = unsafe { convert::handle(codec) }?;
         let shape = layer_shape(handle, layer)?;
         check_shards(shard, n_shards)?;
+        convert::check_phase(&handle.context)?;
         // SAFETY: as above.
         match unsafe { convert::tokens(tokens, shape, Purpose::Encode) }? {
             Some(given) => replaced(layer, encode(handle, layer, &given, shard, n_shards)?),

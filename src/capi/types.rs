@@ -247,6 +247,9 @@ pub struct dq_tokens {
     pub slots: *const i64,
     /// Where the records go.
     pub store: dq_store,
+    /// On CUDA: a device word to which the number of replaced rows is added (see `DQ_ROWS_REPLACED`); null: not told.
+    /// Must be null on the CPU, where the status tells.
+    pub replaced_rows: *mut u32,
 }
 
 /// Additive mask `[n_streams][n_q][n_kv + tail.n_rows]`, keys next to each other; minus infinity hides a key.
@@ -352,6 +355,22 @@ pub struct dq_attend_args {
     pub sequences: dq_sequences,
     /// Rows that are not coded, on the CPU; all zero: none.
     pub tail: dq_tail,
+    /// On CUDA, here and below; null or 0 on the CPU. Keys of each stream, `[n_streams]`, at most `n_kv` each, read on the
+    /// device: a graph may be replayed with other lengths. Null: `n_kv`.
+    pub lengths: *const i32,
+    /// Where keys live when their slots do not follow each other, `[n_streams][table_stride]`: key `t` of stream `s` is in
+    /// slot `block_table[s * table_stride + t / block_slots] * block_slots + t % block_slots`. Null: `first_slot` says.
+    pub block_table: *const i32,
+    /// Entries from one stream's blocks to the next's.
+    pub table_stride: u64,
+    /// Slots of a block, a power of two.
+    pub block_slots: u32,
+    /// 1: the last query sits at the last key, and no query sees a key behind its own. Needs `lengths`.
+    pub causal: u32,
+    /// Each query sees so many keys that end with its own; 0: all. Needs `lengths`.
+    pub window: u32,
+    /// Must be 0.
+    pub reserved: u32,
 }
 
 /// Upper limits of the calls that one workspace is to serve.

@@ -149,6 +149,39 @@ impl HeadFactors {
         let _ = self.sets.push_sink(FactorSet::rotation(mean));
     }
 
+    /// Rows at which the next fit comes due; `None` when none will.
+    pub fn next_fit_at(&self) -> Option<u64> {
+        self.stats().running.as_ref().map(|r| fit_due_at(r.due))
+    }
+
+    /// Whether rows at position 0 make sinks.
+    pub fn takes_sinks(&self) -> bool {
+        self.stats().takes_sinks
+    }
+
+    /// Mean of `|x - mean|^2` of a head whose moments were dropped.
+    pub fn frozen_spread(&self) -> f64 {
+        self.stats().spread
+    }
+
+    /// Looks into the running moments of the rows, or of the queries, while they are kept.
+    pub fn with_moments<T>(&self, queries: bool, look: impl FnOnce(&mut Moments) -> T) -> Option<T> {
+        let mut stats = self.stats();
+        let running = stats.running.as_mut()?;
+        let moments = if queries { running.queries.as_mut()? } else { &mut running.rows };
+        Some(look(moments))
+    }
+
+    /// Takes up a sink that a device has made under this id.
+    pub fn take_sink(&self, id: u8, mean: Box<[f16]>) {
+        match self.sets.get(id) {
+            Some(_) => self.sets.add_sinks(1 << id),
+            None => {
+                self.sets.restore(id, FactorSet::rotation(mean), true);
+            }
+        }
+    }
+
     /// Whether a fit has come due.
     pub fn is_fit_due(&self) -> bool {
         let stats = self.stats();

@@ -20,6 +20,7 @@ pub mod moments;
 pub mod sets;
 
 pub use head::{HeadFactors, HeadInfo, MAX_SINKS};
+pub use moments::{Moments, RawMoments};
 pub use sets::{Encode, FactorSet, HeadSets, ROTATION_KAPPA, ROTATION_SET, TierWeights, Transform};
 
 use crate::shape::{LayerShape, Side};

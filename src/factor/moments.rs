@@ -34,6 +34,19 @@ pub struct Moments {
     slack: f64,
 }
 
+/// The parts of [`Moments`].
+pub struct RawMoments<'a> {
+    pub rows: &'a mut u64,
+    pub energy: &'a mut f64,
+    pub slack: &'a mut f64,
+    pub n_staged: &'a mut usize,
+    pub has_reference: &'a mut bool,
+    pub sum: &'a mut [f64],
+    pub reference: &'a mut [f32],
+    pub staged: &'a mut [f32],
+    pub second: &'a mut [f32],
+}
+
 impl Moments {
     /// About a reference that the first block chooses.
     pub fn centred(dim: usize, with_second: bool) -> Self {
@@ -183,6 +196,21 @@ impl Moments {
             }
         }
         out
+    }
+
+    /// Everything, for a device that goes on with these sums: the order in which `kernels/params.h` has them.
+    pub fn raw(&mut self) -> RawMoments<'_> {
+        RawMoments {
+            rows: &mut self.rows,
+            energy: &mut self.energy,
+            slack: &mut self.slack,
+            n_staged: &mut self.n_staged,
+            has_reference: &mut self.has_reference,
+            sum: &mut self.sum,
+            reference: &mut self.reference,
+            staged: &mut self.staged,
+            second: &mut self.second,
+        }
     }
 
     /// Everything that is summed, for factor files: rows, energy, reference, sum, second.

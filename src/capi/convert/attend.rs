@@ -1,7 +1,6 @@
 //! `dq_attend_args`.
 
 use super::batch::{check_forms, sequences, tail};
-use super::handle::Context;
 use super::memory::{Region, check_apart, elements};
 use super::rows::{Dims, input_rows, mask, name, output_rows};
 use super::slots::store;
@@ -36,14 +35,14 @@ impl Attend<'_> {
 pub unsafe fn attend_args<'a>(
     pointer: *const dq_attend_args,
     shape: &LayerShape,
-    context: &Context,
 ) -> Result<Option<Attend<'a>>> {
     // SAFETY: the caller's word.
     let given = unsafe { read_struct("args", pointer) }?;
     let n_streams = given.n_streams.max(1) as usize;
     let (n_q, n_kv) = (given.n_q as usize, given.n_kv as usize);
     let scale = check_numbers(&given, shape)?;
-    check_forms(&given, context)?;
+    check_cpu(&given)?;
+    check_forms(&given)?;
     let uneven = !given.sequences.q_starts.is_null();
     let n_tokens = if uneven { given.sequences.n_tokens as usize } else { n_streams * n_q };
     if n_q == 0 || n_tokens == 0 {
@@ -105,7 +104,22 @@ pub unsafe fn attend_args<'a>(
     Ok(Some(attend))
 }
 
-fn check_numbers(given: &dq_attend_args, shape: &LayerShape) -> Result<f32> {
+/// What only a device reads.
+fn check_cpu(given: &dq_attend_args) -> Result<()> {
+    let Some(field) = [
+        (!given.lengths.is_null(), "lengths"),
+        (!given.block_table.is_null(), "block_table"),
+        (given.causal != 0, "causal"),
+        (given.window != 0, "window"),
+    ]
+    .into_iter()
+    .find_map(|(set, field)| set.then_some(field)) else {
+        return Ok(());
+    };
+    Err(Error::unsupported(format!("args->{field} is set; it is for CUDA only, on the CPU args->sequences or a mask says which keys a query sees")))
+}
+
+pub(super) fn check_numbers(given: &dq_attend_args, shape: &LayerShape) -> Result<f32> {
     if !given.scale.is_finite() {
         return Err(Error::invalid(format!("args->scale is {}; it must be finite", given.scale)));
     }
@@ -116,7 +130,7 @@ fn check_numbers(given: &dq_attend_args, shape: &LayerShape) -> Result<f32> {
 }
 
 /// The last stream's last key lies in the store.
-fn check_slots(given: &dq_attend_args, n_streams: usize) -> Result<()> {
+pub(super) fn check_slots(given: &dq_attend_args, n_streams: usize) -> Result<()> {
     let end = (n_streams as u64 - 1)
         .checked_mul(given.stream_slots)
         .and_then(|s| s.checked_add(given.first_slot))

@@ -1,6 +1,5 @@
 //! `dq_sequences` and `dq_tail` of `dq_attend_args`.
 
-use super::handle::Context;
 use super::memory::{Region, elements};
 use super::rows::{Dims, input_rows, name};
 use crate::batch::{Batch, BlockTable, Sequences, Visible};
@@ -14,12 +13,9 @@ fn fail<T>(message: String) -> Result<T> {
 }
 
 /// Fields that only one of the two ways to name keys has are zero in the other.
-pub fn check_forms(given: &dq_attend_args, context: &Context) -> Result<()> {
+pub fn check_forms(given: &dq_attend_args) -> Result<()> {
     let (s, tail) = (&given.sequences, &given.tail);
     let uneven = !s.q_starts.is_null();
-    if (uneven || tail.n_rows > 0) && !matches!(context, Context::Cpu) {
-        return Err(Error::unsupported("args->sequences and args->tail are served on the CPU only"));
-    }
     let must = |name: &str, fine: bool, rule: &str| match fine {
         true => Ok(()),
         false => fail(format!("args->{name} is given; {rule}")),

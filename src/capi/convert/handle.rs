@@ -9,10 +9,10 @@ use crate::cuda;
 use crate::error::{Error, Result};
 
 /// What a `dq_context` opened.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub enum Context {
     Cpu,
-    Cuda(cuda::Device),
+    Cuda(Arc<cuda::Device>),
 }
 
 /// A type behind an opaque C type.
@@ -78,6 +78,24 @@ pub unsafe fn destroy<T: Handle>(pointer: *mut T::C) {
 
 /// What a `dq_codec` stands for.
 pub struct CodecHandle {
+    /// Its memory on the device of a CUDA context.
+    pub device: Option<cuda::DeviceCodec>,
     pub codec: Codec,
     pub context: Arc<Context>,
+}
+
+impl CodecHandle {
+    /// Puts a codec on the context's device, if it has one.
+    pub fn new(codec: Codec, context: &Arc<Context>) -> Result<Self> {
+        let device = match &**context {
+            Context::Cpu => None,
+            Context::Cuda(device) => Some(cuda::DeviceCodec::new(device, &codec)?),
+        };
+        Ok(Self { device, codec, context: context.clone() })
+    }
+
+    /// Brings to the host what a device has learned of these layers.
+    pub fn pull(&self, layers: std::ops::Range<usize>) -> Result<()> {
+        self.device.as_ref().map_or(Ok(()), |device| device.pull(&self.codec, layers))
+    }
 }

@@ -5,6 +5,7 @@
 
 mod attend;
 mod batch;
+mod device;
 mod handle;
 mod memory;
 mod out;
@@ -15,9 +16,10 @@ mod structs;
 mod tokens;
 
 pub(super) use attend::attend_args;
+pub(super) use device::{device_attend, device_dequantize, device_tokens};
 pub(super) use handle::{CodecHandle, Context, destroy, give, handle};
 pub(super) use memory::{bytes, bytes_mut, check_out, workspace};
 pub(super) use out::{dequantize, records};
-pub(super) use stream::{check_stream, reader, writer};
+pub(super) use stream::{check_phase, check_stream, reader, writer};
 pub(super) use structs::{fill_struct, layers, read_struct};
 pub(super) use tokens::{Given, Purpose, tokens};

@@ -98,7 +98,8 @@ fn row_bytes(shape: &RowsShape) -> usize {
     shape.head_dim * shape.dtype.size()
 }
 
-fn check(name: Name, tensor: &dq_tensor, dims: Dims) -> Result<(RowsShape, Region)> {
+/// Shape and place of a tensor, wherever its memory is.
+pub fn check(name: Name, tensor: &dq_tensor, dims: Dims) -> Result<(RowsShape, Region)> {
     let of = name.of;
     let dtype = dtype(of, tensor.dtype)?;
     if tensor.reserved != 0 {
@@ -132,7 +133,7 @@ fn check(name: Name, tensor: &dq_tensor, dims: Dims) -> Result<(RowsShape, Regio
 }
 
 /// A tensor is `[token][head]` or `[head][token]` in memory; its rows do not meet.
-fn check_rows_apart(name: Name, shape: &RowsShape) -> Result<()> {
+pub fn check_rows_apart(name: Name, shape: &RowsShape) -> Result<()> {
     let row = row_bytes(shape);
     let tokens = (shape.n_tokens - 1) * shape.token_stride + row;
     let token_major = shape.n_tokens <= 1 || shape.token_stride >= token_bytes(shape);
@@ -157,14 +158,15 @@ fn dtype(of: &str, value: u32) -> Result<DType> {
     }
 }
 
-/// # Safety
-/// `mask.data`, when it is not null, is valid for reads of what the counts and the strides span during `'a`.
-pub unsafe fn mask<'a>(
-    mask: &dq_mask,
-    n_streams: usize,
-    n_q: usize,
-    n_kv: usize,
-) -> Result<Option<(Mask<'a>, Region)>> {
+/// Type, strides and place of a mask, wherever its memory is; `None` when there is none.
+pub struct MaskShape {
+    pub dtype: MaskType,
+    pub query_stride: usize,
+    pub stream_stride: usize,
+    pub region: Region,
+}
+
+pub fn check_mask(mask: &dq_mask, n_streams: usize, n_q: usize, n_kv: usize) -> Result<Option<MaskShape>> {
     if mask.data.is_null() {
         return Ok(None);
     }
@@ -185,6 +187,20 @@ pub unsafe fn mask<'a>(
     let stream_stride = mask_stride("stream_stride", mask.stream_stride, n_streams, size, row)?;
     let extent = span(&[(n_streams, stream_stride), (n_q, query_stride), (n_kv, size)]);
     let region = Region::new("args->mask.data", mask.data, extent, size)?;
+    Ok(Some(MaskShape { dtype, query_stride, stream_stride, region }))
+}
+
+/// # Safety
+/// `mask.data`, when it is not null, is valid for reads of what the counts and the strides span during `'a`.
+pub unsafe fn mask<'a>(
+    mask: &dq_mask,
+    n_streams: usize,
+    n_q: usize,
+    n_kv: usize,
+) -> Result<Option<(Mask<'a>, Region)>> {
+    let Some(MaskShape { dtype, query_stride, stream_stride, region }) = check_mask(mask, n_streams, n_q, n_kv)? else {
+        return Ok(None);
+    };
     // SAFETY: not null and within the address space; the caller vouches for the memory.
     let bytes = unsafe { std::slice::from_raw_parts(mask.data.cast::<u8>(), region.len) };
     Ok(Some((Mask { bytes, dtype, query_stride, stream_stride }, region)))

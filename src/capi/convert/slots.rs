@@ -6,9 +6,8 @@ use crate::error::{Error, Result};
 use crate::shape::{LayerShape, SLOT_ALIGN};
 use crate::view::Store;
 
-/// # Safety
-/// `store.data`, when it is not null, is valid for reads and writes of `n_slots * slot_stride` bytes during `'a`.
-pub unsafe fn store<'a>(name: &'static str, store: &dq_store, shape: &LayerShape) -> Result<(Store<'a>, Region)> {
+/// Stride and place of a store, wherever its memory is.
+pub fn check_store(name: &'static str, store: &dq_store, shape: &LayerShape) -> Result<(u64, Region)> {
     let stride = if store.slot_stride == 0 { shape.slot_bytes as u64 } else { store.slot_stride };
     if stride < shape.slot_bytes as u64 || stride % SLOT_ALIGN as u64 != 0 {
         return Err(Error::invalid(format!(
@@ -22,7 +21,13 @@ pub unsafe fn store<'a>(name: &'static str, store: &dq_store, shape: &LayerShape
     // The last record ends with its bytes, not with its stride: stores of several layers may be woven.
     let extent = (store.n_slots - 1).checked_mul(stride).and_then(|b| b.checked_add(shape.slot_bytes as u64));
     let extent = extent.and_then(|b| usize::try_from(b).ok()).unwrap_or(usize::MAX);
-    let region = Region::new(name, store.data, extent, SLOT_ALIGN)?;
+    Ok((stride, Region::new(name, store.data, extent, SLOT_ALIGN)?))
+}
+
+/// # Safety
+/// `store.data`, when it is not null, is valid for reads and writes of `n_slots * slot_stride` bytes during `'a`.
+pub unsafe fn store<'a>(name: &'static str, store: &dq_store, shape: &LayerShape) -> Result<(Store<'a>, Region)> {
+    let (stride, region) = check_store(name, store, shape)?;
     // SAFETY: not null, aligned, within the address space; the caller vouches for the memory.
     let view = unsafe { Store::from_raw(store.data.cast(), store.n_slots as usize, stride as usize, shape.slot_bytes) };
     Ok((view, region))

@@ -11,7 +11,15 @@ pub fn check_stream(context: &Context, stream: *mut c_void) -> Result<()> {
     match context {
         Context::Cpu if stream.is_null() => Ok(()),
         Context::Cpu => Err(Error::invalid(format!("stream is {stream:p}; it must be null on the CPU"))),
-        Context::Cuda(device) => match *device {},
+        Context::Cuda(_) => Ok(()),
+    }
+}
+
+/// Phases of a call are for threads of the caller's own.
+pub fn check_phase(context: &Context) -> Result<()> {
+    match context {
+        Context::Cpu => Ok(()),
+        Context::Cuda(_) => Err(Error::unsupported("calls in shards work on the CPU only; this codec is on a CUDA device")),
     }
 }
 

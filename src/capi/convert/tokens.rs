@@ -40,6 +40,9 @@ pub unsafe fn tokens<'a>(
     if given.n_tokens == 0 {
         return Ok(None);
     }
+    if !given.replaced_rows.is_null() {
+        return Err(Error::invalid("tokens->replaced_rows is not null; on the CPU the status tells of replaced rows"));
+    }
     let mut reads = Vec5::new();
     // SAFETY: the caller's word, for each of these.
     let tokens = Tokens {

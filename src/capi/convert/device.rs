@@ -1,0 +1,212 @@
+//! Arguments whose memory is on a device: the same checks, and no look behind a pointer.
+
+use std::ffi::c_void;
+
+use super::attend::{check_numbers, check_slots};
+use super::memory::{Region, check_apart};
+use super::rows::{Dims, Name, check, check_mask, check_rows_apart, name};
+use super::slots::check_store;
+use super::structs::read_struct;
+use crate::capi::types::*;
+use crate::cuda::view::{Address, Attend, Dequantize, Mask, Rows, Store, Tokens, Workspace};
+use crate::error::{Error, Result};
+use crate::shape::LayerShape;
+
+const NONE: Region = Region { name: "", start: 0, len: 0 };
+
+fn address<T>(pointer: *const T) -> Address {
+    pointer.addr() as Address
+}
+
+/// `count` elements that may be absent.
+fn optional<T>(name: &'static str, pointer: *const T, count: usize) -> Result<Region> {
+    if pointer.is_null() { Ok(NONE) } else { Region::elements(name, pointer, count) }
+}
+
+fn rows(name: Name, tensor: &dq_tensor, dims: Dims) -> Result<(Rows, Region)> {
+    let (shape, region) = check(name, tensor, dims)?;
+    Ok((Rows { data: address(tensor.data), shape }, region))
+}
+
+fn store(name: &'static str, given: &dq_store, shape: &LayerShape) -> Result<(Store, Region)> {
+    let (stride, region) = check_store(name, given, shape)?;
+    Ok((Store { data: address(given.data), stride, n_slots: given.n_slots }, region))
+}
+
+/// `dq_tokens` of compress and append; `None` when there are no tokens.
+///
+/// # Safety
+/// `pointer`, when it is not null, is a `dq_tokens`.
+pub unsafe fn device_tokens(pointer: *const dq_tokens, shape: &LayerShape) -> Result<Option<Tokens>> {
+    // SAFETY: the caller's word.
+    let given = unsafe { read_struct("tokens", pointer) }?;
+    if given.n_tokens == 0 {
+        return Ok(None);
+    }
+    let n = given.n_tokens as usize;
+    let dims = |n_heads, head_dim| Dims { n_tokens: n, n_heads, head_dim };
+    let (k, k_region) = rows(name!("tokens->k"), &given.k, dims(shape.n_kv_heads, shape.k.head_dim))?;
+    let (v, v_region) = rows(name!("tokens->v"), &given.v, dims(shape.n_kv_heads, shape.v.head_dim))?;
+    let q = match given.q.data.is_null() {
+        true => None,
+        false => Some(rows(name!("tokens->q"), &given.q, dims(shape.n_q_heads, shape.k.head_dim))?),
+    };
+    let (store, written) = store("tokens->store", &given.store, shape)?;
+    let reads = [
+        k_region,
+        v_region,
+        q.map_or(NONE, |q| q.1),
+        optional("tokens->positions", given.positions, n)?,
+        Region::elements("tokens->slots", given.slots, n)?,
+    ];
+    check_apart(&[written, optional("tokens->replaced_rows", given.replaced_rows, 1)?], &reads)?;
+    Ok(Some(Tokens {
+        n_tokens: given.n_tokens,
+        q: q.map(|q| q.0),
+        k,
+        v,
+        positions: address(given.positions),
+        slots: address(given.slots),
+        store,
+        replaced_rows: address(given.replaced_rows),
+    }))
+}
+
+/// `dq_attend_args` and the workspace; `None` when there are no queries.
+///
+/// # Safety
+/// `pointer`, when it is not null, is a `dq_attend_args`.
+pub unsafe fn device_attend(
+    pointer: *const dq_attend_args,
+    shape: &LayerShape,
+    workspace: *mut c_void,
+    workspace_bytes: u64,
+) -> Result<Option<(Attend, Workspace)>> {
+    // SAFETY: the caller's word.
+    let given = unsafe { read_struct("args", pointer) }?;
+    let n_streams = given.n_streams.max(1) as usize;
+    let (n_q, n_kv) = (given.n_q as usize, given.n_kv as usize);
+    let scale = check_numbers(&given, shape)?;
+    if !given.sequences.q_starts.is_null() || given.tail.n_rows > 0 {
+        return Err(Error::unsupported("args->sequences and args->tail are served on the CPU only"));
+    }
+    check_lengths(&given)?;
+    if n_q == 0 {
+        return Ok(None);
+    }
+    let (store, store_region) = store("args->store", &given.store, shape)?;
+    let block_shift = if given.block_table.is_null() {
+        check_slots(&given, n_streams)?;
+        0
+    } else {
+        check_blocks(&given)?
+    };
+    let dims = |head_dim| Dims { n_tokens: n_streams * n_q, n_heads: shape.n_q_heads, head_dim };
+    let (q, q_region) = rows(name!("args->q"), &given.q, dims(shape.k.head_dim))?;
+    let (out, out_region) = rows(name!("args->out"), &given.out, dims(shape.v.head_dim))?;
+    check_rows_apart(name!("args->out"), &out.shape)?;
+    let mask = check_mask(&given.mask, n_streams, n_q, n_kv)?;
+    let table = (given.table_stride as usize).saturating_mul(n_streams - 1).saturating_add(n_kv >> block_shift);
+    let reads = [
+        store_region,
+        q_region,
+        mask.as_ref().map_or(NONE, |m| m.region),
+        optional("args->sink_logits", given.sink_logits, shape.n_q_heads)?,
+        optional("args->lengths", given.lengths, n_streams)?,
+        optional("args->block_table", given.block_table, table)?,
+    ];
+    let scratch = Region { name: "workspace", start: workspace.addr(), len: workspace_bytes as usize };
+    check_apart(&[out_region, scratch], &reads)?;
+    let attend = Attend {
+        n_streams: n_streams as u32,
+        n_q: given.n_q,
+        n_kv: given.n_kv,
+        first_slot: given.first_slot,
+        stream_slots: given.stream_slots,
+        store,
+        q,
+        out,
+        mask: mask.map(|m| Mask {
+            data: address(given.mask.data),
+            dtype: m.dtype,
+            query_stride: m.query_stride as u64,
+            stream_stride: m.stream_stride as u64,
+        }),
+        sink_logits: address(given.sink_logits),
+        lengths: address(given.lengths),
+        block_table: address(given.block_table),
+        table_stride: given.table_stride,
+        block_shift,
+        window: given.window as i32,
+        causal: given.causal != 0,
+        scale,
+        softcap: given.softcap,
+    };
+    Ok(Some((attend, Workspace { data: address(workspace), bytes: workspace_bytes })))
+}
+
+fn check_lengths(given: &dq_attend_args) -> Result<()> {
+    if given.reserved != 0 || given.causal > 1 {
+        return Err(Error::invalid(format!(
+            "args->reserved is {} and causal {}; they must be 0, and 0 or 1",
+            given.reserved, given.causal
+        )));
+    }
+    if given.window > i32::MAX as u32 {
+        return Err(Error::invalid(format!("args->window is {}; it must be below 2^31", given.window)));
+    }
+    if given.lengths.is_null() && (given.causal != 0 || given.window != 0) {
+        return Err(Error::invalid("args->lengths is null; causal and window need it to know where queries sit"));
+    }
+    Ok(())
+}
+
+fn check_blocks(given: &dq_attend_args) -> Result<u32> {
+    if !given.block_slots.is_power_of_two() {
+        return Err(Error::invalid(format!("args->block_slots is {}; it must be a power of two", given.block_slots)));
+    }
+    let blocks = u64::from(given.n_kv.div_ceil(given.block_slots));
+    if given.table_stride < blocks {
+        return Err(Error::invalid(format!(
+            "args->table_stride is {}; {} keys in blocks of {} need {blocks}",
+            given.table_stride, given.n_kv, given.block_slots
+        )));
+    }
+    Ok(given.block_slots.trailing_zeros())
+}
+
+/// Arguments of `dq_dequantize`, of which there is at least one slot.
+///
+/// # Safety
+/// The structs, when the pointers are not null, are what their types say.
+pub unsafe fn device_dequantize(
+    shape: &LayerShape,
+    store_pointer: *const dq_store,
+    slots: *const i64,
+    n_slots: u32,
+    k_out: *const dq_tensor,
+    v_out: *const dq_tensor,
+) -> Result<Dequantize> {
+    Region::elements("store", store_pointer, 1)?;
+    // SAFETY: not null; the caller's word.
+    let (store, store_region) = store("store", unsafe { &*store_pointer }, shape)?;
+    let slots_region = Region::elements("slots", slots, n_slots as usize)?;
+    let output = |name: Name, tensor: *const dq_tensor, head_dim| -> Result<Option<(Rows, Region)>> {
+        if tensor.is_null() {
+            return Ok(None);
+        }
+        Region::elements(name.of, tensor, 1)?;
+        // SAFETY: as above.
+        let tensor = unsafe { &*tensor };
+        if tensor.data.is_null() {
+            return Ok(None);
+        }
+        let (rows, region) = rows(name, tensor, Dims { n_tokens: n_slots as usize, n_heads: shape.n_kv_heads, head_dim })?;
+        check_rows_apart(name, &rows.shape)?;
+        check_apart(&[region], &[store_region, slots_region])?;
+        Ok(Some((rows, region)))
+    };
+    let k = output(name!("k_out"), k_out, shape.k.head_dim)?.map(|o| o.0);
+    let v = output(name!("v_out"), v_out, shape.v.head_dim)?.map(|o| o.0);
+    Ok(Dequantize { store, slots: address(slots), n_slots, k, v })
+}

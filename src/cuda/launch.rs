@@ -1,0 +1,320 @@
+//! How work is cut: kernels of a layer, grids, shared memory, workspace. The kernels' comments say what each number means.
+
+use super::driver::{Device, Kernel};
+use super::params::{self, MAX_SETS, MAX_TRANSFORMS};
+use super::view::{Address, Workspace};
+use super::Limits;
+use crate::error::{Error, ErrorKind, Result};
+use crate::shape::{Gauge, LayerShape, SideShape};
+use crate::workspace::{ALIGN, Arena, size_of_pieces};
+
+const KEYS_PER_WARP: usize = 32;
+const STAGES: usize = 3;
+pub const FOLD_THREADS: usize = 512;
+const MOST_WARPS: usize = 8;
+const TILE_KEYS: usize = 64;
+const MOST_RUNS: usize = 16;
+const RUN_BYTES: usize = 8;
+/// Floats of a part's sums: a weight per set and the maximum.
+const SUMS: usize = MAX_SETS + 1;
+/// Waves of blocks that keys are split into, at most.
+const MOST_WAVES: usize = 4;
+
+/// The kernels of a layer and what is fixed about their launches.
+#[derive(Debug, Clone)]
+pub struct LayerKernels {
+    pub encode: Kernel,
+    pub dequantize: Kernel,
+    fold: Kernel,
+    merge: Kernel,
+    /// Decode with one and two tiles of four rows, prefill.
+    attend: [Variant; 3],
+    pub encode_shared: usize,
+    k_groups: usize,
+    v_transforms: usize,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Variant {
+    kernel: Kernel,
+    prefill: bool,
+    /// Tiles of four rows to a warp.
+    nt: usize,
+    heads_per_block: usize,
+    key_warps: usize,
+    /// Bytes of shared memory of a block.
+    shared: usize,
+    /// Blocks that run at once.
+    blocks: usize,
+}
+
+/// Codes of 32 channels of a tier are a group.
+fn groups(side: &SideShape) -> usize {
+    side.plan.tiers.iter().map(|t| t.channels.div_ceil(32)).sum()
+}
+
+/// Whether all planes start where the fast loads want them.
+fn planes_aligned(shape: &LayerShape) -> bool {
+    let words = |side: &SideShape| side.planes.iter().all(|p| p.head_bytes % 4 != 0 || p.offset % 4 == 0);
+    words(&shape.k) && words(&shape.v) && shape.v.planes.iter().all(|p| p.head_bytes % 16 != 0 || p.offset % 16 == 0)
+}
+
+/// Bytes from row to row in shared memory, at most: an odd number of 16-byte chunks.
+fn row_stride(shape: &LayerShape, heads: usize) -> usize {
+    if heads == shape.n_kv_heads {
+        return (shape.slot_bytes / 16 | 1) * 16;
+    }
+    let planes = shape.k.planes.iter().chain(&shape.v.planes).map(|p| (p.offset, p.head_bytes));
+    let headers = [(shape.k.headers_offset, 2), (shape.v.headers_offset, 2)];
+    // Groups of heads that start within a chunk can need one more than the first group.
+    let chunks: usize = planes.chain(headers).map(|(at, bytes)| (at % 16 + heads * bytes).div_ceil(16) + 1).sum();
+    (chunks | 1) * 16
+}
+
+impl LayerKernels {
+    /// Looks the kernels up. The device's context is current.
+    pub fn new(device: &Device, shape: &LayerShape) -> Result<Self> {
+        let (d, k, v) = (shape.k.head_dim, shape.k.plan.id, shape.v.plan.id);
+        let absent = |what: &str| {
+            Error::unsupported(format!(
+                "this library has no CUDA {what} for head_dim_k {d}, head_dim_v {}, k_plan {k} and v_plan {v}",
+                shape.v.head_dim
+            ))
+        };
+        if shape.v.head_dim != d {
+            return Err(absent("kernel"));
+        }
+        let find = |name: String| device.kernel(&name)?.ok_or_else(|| absent("kernel"));
+        let suffix = if planes_aligned(shape) { "" } else { "u" };
+        let attend = |name: String| match device.kernel(&format!("{name}{suffix}"))? {
+            Some(kernel) => Ok(kernel),
+            None => Err(absent(&format!("attention on {} KV heads", shape.n_kv_heads))),
+        };
+        let n1 = Self::decode(device, shape, attend(format!("dq_attend_{d}_{k}_{v}_n1"))?, 1)?;
+        let n2 = Self::decode(device, shape, attend(format!("dq_attend_{d}_{k}_{v}_n2"))?, 2)?;
+        let prefill = Self::prefill(device, shape, attend(format!("dq_prefill_{d}_{k}_{v}"))?)?;
+        Ok(Self {
+            encode: find(format!("dq_encode_{d}_{k}_{v}"))?,
+            dequantize: find(format!("dq_dequantize_{d}_{k}_{v}"))?,
+            fold: find(format!("dq_fold_{d}_{k}_{v}"))?,
+            merge: find(format!("dq_merge_{d}_{k}_{v}"))?,
+            attend: [n1, n2, prefill],
+            encode_shared: 16 * (2 * 2 * d * 4 + d),
+            k_groups: groups(&shape.k),
+            v_transforms: if shape.v.gauge == Gauge::Attention { MAX_TRANSFORMS } else { 1 },
+        })
+    }
+
+    /// A block takes as many heads of a slot as its warps and the device's shared memory allow, two blocks to a
+    /// multiprocessor where that is possible.
+    fn decode(device: &Device, shape: &LayerShape, kernel: Kernel, nt: usize) -> Result<Variant> {
+        let cut = |warps: usize| {
+            let heads = (1..=warps).rev().find(|h| shape.n_kv_heads % h == 0).expect("one divides all");
+            let key_warps = warps / heads;
+            let shared = STAGES * KEYS_PER_WARP * key_warps * row_stride(shape, heads)
+                + 64
+                + MOST_RUNS * RUN_BYTES
+                + heads * key_warps * MAX_SETS * 4 * nt * 4;
+            (heads, key_warps, shared)
+        };
+        let fits = |limit: usize| (0..4).map(|i| cut(MOST_WARPS >> i)).find(|c| c.2 <= limit);
+        // 1 KiB of each block is the system's.
+        let half = (device.sm_shared / 2).saturating_sub(1024);
+        let best = fits(half).filter(|c| c.0 * c.1 == MOST_WARPS).or_else(|| fits(device.block_shared));
+        let Some((heads_per_block, key_warps, shared)) = best else {
+            return Err(Error::unsupported(format!(
+                "attention on records of {} bytes needs more than the {} bytes of shared memory of this device",
+                shape.slot_bytes, device.block_shared
+            )));
+        };
+        let blocks = device.sms * device.blocks_per_sm(kernel, 32 * heads_per_block * key_warps, shared)?;
+        Ok(Variant { kernel, prefill: false, nt, heads_per_block, key_warps, shared, blocks })
+    }
+
+    fn prefill(device: &Device, shape: &LayerShape, kernel: Kernel) -> Result<Variant> {
+        let nt = if shape.k.head_dim <= 128 { 4 } else { 2 };
+        let fragments = 2 * groups(&shape.k) + 2 * groups(&shape.v);
+        let shared = 2 * TILE_KEYS * row_stride(shape, 1)
+            + TILE_KEYS / KEYS_PER_WARP * fragments * 512
+            + MOST_RUNS * RUN_BYTES
+            + MOST_WARPS * MAX_SETS * 4 * nt * 4;
+        if shared > device.block_shared {
+            return Err(Error::unsupported(format!(
+                "attention of many queries needs {shared} bytes of shared memory; this device has {}",
+                device.block_shared
+            )));
+        }
+        let blocks = device.sms * device.blocks_per_sm(kernel, 32 * MOST_WARPS, shared)?;
+        Ok(Variant { kernel, prefill: true, nt, heads_per_block: 1, key_warps: 1, shared, blocks })
+    }
+
+    /// Which kernel takes so many rows (queries times query heads of a KV head).
+    fn variant(&self, rows: usize) -> &Variant {
+        &self.attend[if rows <= 4 { 0 } else if rows <= 8 { 1 } else { 2 }]
+    }
+}
+
+/// Launches of one attention.
+#[derive(Debug, Clone, Copy)]
+pub struct AttendPlan {
+    pub fold: (Kernel, (usize, usize, usize)),
+    pub attend: (Kernel, (usize, usize, usize)),
+    pub attend_threads: usize,
+    pub attend_shared: usize,
+    pub merge: (Kernel, (usize, usize, usize)),
+    pub merge_threads: usize,
+}
+
+impl Variant {
+    fn row_tiles(&self, rows: usize) -> usize {
+        rows.div_ceil(4 * self.nt)
+    }
+
+    /// Warps of a block.
+    fn warps(&self, rows: usize) -> usize {
+        if self.prefill { self.row_tiles(rows).clamp(4, MOST_WARPS) } else { self.heads_per_block * self.key_warps }
+    }
+
+    /// Blocks for one split of the keys.
+    fn others(&self, shape: &LayerShape, streams: usize, rows: usize) -> usize {
+        let of_rows = if self.prefill { self.row_tiles(rows).div_ceil(self.warps(rows)) } else { self.row_tiles(rows) };
+        shape.n_kv_heads / self.heads_per_block * of_rows * streams
+    }
+
+    fn tile_keys(&self) -> usize {
+        if self.prefill { TILE_KEYS } else { KEYS_PER_WARP * self.key_warps }
+    }
+
+    /// Splits of the keys: the least number of waves whose last one is nearly full, no split without a tile.
+    fn splits(&self, shape: &LayerShape, streams: usize, rows: usize, keys: usize) -> usize {
+        let (others, tiles) = (self.others(shape, streams, rows).max(1), keys.div_ceil(self.tile_keys()).max(1));
+        if others >= self.blocks && self.prefill {
+            return 1;
+        }
+        let mut best = (0, 1);
+        for waves in 1..=MOST_WAVES {
+            let splits = (waves * self.blocks / others).clamp(1, tiles);
+            let share = tiles.div_ceil(splits);
+            let splits = tiles.div_ceil(share);
+            // Work done per time of the longest: tiles of all over waves times the longest share.
+            let used = (splits * others).div_ceil(self.blocks) * share * self.blocks;
+            let score = 1000 * tiles * others / used.max(1);
+            if score > best.0 + 30 {
+                best = (score, splits);
+            }
+        }
+        best.1
+    }
+}
+
+/// Pieces of the workspace.
+#[derive(Debug, Clone, Copy)]
+struct Pieces {
+    folded: *mut u8,
+    folded_scales: *mut f32,
+    constants: *mut f32,
+    partial: *mut f32,
+    partial_sums: *mut f32,
+}
+
+/// What the pieces are counted by.
+#[derive(Debug, Clone, Copy)]
+struct Counts {
+    /// (stream, KV head, tile of four rows)
+    tiles: usize,
+    /// (row, part)
+    partials: usize,
+}
+
+fn lay(arena: &mut Arena, kernels: &LayerKernels, d_v: usize, c: Counts) -> Pieces {
+    Pieces {
+        folded: arena.take(c.tiles.saturating_mul(MAX_TRANSFORMS * kernels.k_groups * 256)),
+        folded_scales: arena.take(c.tiles.saturating_mul(MAX_TRANSFORMS * 4)),
+        constants: arena.take(c.tiles.saturating_mul(MAX_SETS * 4)),
+        partial: arena.take(c.partials.saturating_mul(d_v)),
+        partial_sums: arena.take(c.partials.saturating_mul(SUMS)),
+    }
+}
+
+/// Bytes of workspace for any attention within the limits.
+pub fn workspace_size(shape: &LayerShape, kernels: &LayerKernels, limits: Limits) -> Result<usize> {
+    let rows = limits.queries.saturating_mul(shape.group());
+    let heads = limits.streams.saturating_mul(shape.n_kv_heads);
+    if heads.saturating_mul(rows) >= usize::MAX >> 24 {
+        return Err(Error::invalid(format!(
+            "{} streams of {} queries are more than any workspace holds",
+            limits.streams, limits.queries
+        )));
+    }
+    let mut counts = Counts { tiles: 0, partials: 0 };
+    for (v, (least_rows, most_rows)) in kernels.attend.iter().zip([(0, 4), (5, 8), (9, usize::MAX)]) {
+        if rows < least_rows {
+            continue;
+        }
+        let rows = rows.min(most_rows);
+        counts.tiles = counts.tiles.max(heads * v.row_tiles(rows) * v.nt);
+        // As in `splits`: blocks are at most the waves' or one to each of the others; so many rows has a block.
+        let of_blocks = (MOST_WAVES * v.blocks).saturating_mul(v.heads_per_block * 4 * v.nt * if v.prefill { MOST_WARPS } else { 1 });
+        let splits = limits.kv.div_ceil(v.tile_keys()).max(1);
+        let parts = (heads * rows).saturating_mul(splits).min((heads * rows).max(of_blocks));
+        counts.partials = counts.partials.max(parts.saturating_mul(v.key_warps * kernels.v_transforms));
+    }
+    Ok(size_of_pieces(|arena| lay(arena, kernels, shape.v.head_dim, counts)))
+}
+
+/// Cuts one attention: fills in the cut and the workspace of `p` and says what is to be launched.
+pub fn plan_attend(
+    shape: &LayerShape,
+    kernels: &LayerKernels,
+    p: &mut params::Attend,
+    workspace: Workspace,
+) -> Result<AttendPlan> {
+    let (streams, keys) = (p.n_streams as usize, p.n_kv as usize);
+    let rows = p.n_q as usize * shape.group();
+    let v = kernels.variant(rows);
+    let (row_tiles, splits) = (v.row_tiles(rows), v.splits(shape, streams, rows, keys));
+    let n_tiles = row_tiles * v.nt;
+    let heads = streams * shape.n_kv_heads;
+    let parts_per_transform = splits * v.key_warps;
+    let counts = Counts { tiles: heads * n_tiles, partials: heads * rows * parts_per_transform * kernels.v_transforms };
+
+    // The size query bounds this; here is what this very call takes.
+    let need = size_of_pieces(|arena| lay(arena, kernels, shape.v.head_dim, counts));
+    if workspace.data == 0 || workspace.data % ALIGN as u64 != 0 {
+        return Err(Error::new(ErrorKind::Workspace, format!("workspace must be aligned to {ALIGN} bytes and not null")));
+    }
+    if need as u64 > workspace.bytes {
+        return Err(Error::new(
+            ErrorKind::Workspace,
+            format!("workspace has {} bytes; this call needs {need}", workspace.bytes),
+        ));
+    }
+    let mut arena = Arena::at(workspace.data as usize);
+    let pieces = lay(&mut arena, kernels, shape.v.head_dim, counts);
+
+    p.heads_per_block = v.heads_per_block as u32;
+    p.key_warps = v.key_warps as u32;
+    p.n_splits = splits as u32;
+    p.row_tiles = row_tiles as u32;
+    p.v_transforms = kernels.v_transforms as u32;
+    p.folded = pieces.folded.addr() as Address;
+    p.folded_scales = pieces.folded_scales.addr() as Address;
+    p.constants = pieces.constants.addr() as Address;
+    p.partial = pieces.partial.addr() as Address;
+    p.partial_sums = pieces.partial_sums.addr() as Address;
+
+    let y = if v.prefill {
+        shape.n_kv_heads * row_tiles.div_ceil(v.warps(rows))
+    } else {
+        shape.n_kv_heads / v.heads_per_block * row_tiles
+    };
+    Ok(AttendPlan {
+        fold: (kernels.fold, (shape.n_kv_heads * MAX_TRANSFORMS, n_tiles, streams)),
+        attend: (v.kernel, (splits, y, streams * kernels.v_transforms)),
+        attend_threads: 32 * v.warps(rows),
+        attend_shared: v.shared,
+        merge: (kernels.merge, (heads * rows, 1, 1)),
+        // Few parts and many rows: small blocks, of which many run at once.
+        merge_threads: if parts_per_transform > 16 { 512 } else { 128 },
+    })
+}

@@ -1,0 +1,333 @@
+//! The calls on a device. Nothing here allocates or waits in append and attend, so that a graph can hold them; what
+//! varies from replay to replay (lengths, slots, factors) is read on the device.
+//!
+//! Statistics are summed on the device. Fits are made on the host: the layer's sums come down, the factors go up, and the
+//! stream is waited for, at the few calls of a model's life at which a fit is due.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::driver::{Device, Memory, SharedWords};
+use super::launch::{self, LayerKernels};
+use super::params::{self, DeviceRows};
+use super::tables::TableLayout;
+use super::view::{Address, Attend, Dequantize, Rows, Stream, Tokens, Workspace};
+use super::Limits;
+use crate::codec::{Codec, Layer};
+use crate::error::{Error, ErrorKind, Result};
+use crate::shape::Side;
+use crate::view::MaskType;
+
+/// Rows that share a block of the encode kernel, and of the dequantize kernel.
+const ENCODE_ROWS: usize = 32;
+const DEQUANTIZE_ROWS: usize = 8;
+
+/// A codec's memory on a device.
+#[derive(Debug)]
+pub struct DeviceCodec {
+    layers: Vec<DeviceLayer>,
+    memory: Memory,
+    rows_seen: SharedWords,
+    observe: super::driver::Kernel,
+    device: Arc<Device>,
+}
+
+#[derive(Debug)]
+struct DeviceLayer {
+    kernels: LayerKernels,
+    tables: TableLayout,
+    /// Offset in the codec's memory; first word in `rows_seen`.
+    at: usize,
+    words: usize,
+    state: Mutex<State>,
+}
+
+/// What the host knows of a layer's statistics without looking.
+#[derive(Debug)]
+struct State {
+    /// No head and side has seen more rows than this, replays of graphs not counted.
+    most_rows: u64,
+    /// When the next fit comes due in any head; `None` when none will.
+    next_fit: Option<u64>,
+    takes_sinks: bool,
+}
+
+impl State {
+    fn of(layer: &Layer, most_rows: u64) -> Self {
+        let units = || layer.factors.units().map(|(_, _, f)| f);
+        Self {
+            most_rows,
+            next_fit: units().filter_map(|f| f.next_fit_at()).min(),
+            takes_sinks: units().any(|f| f.takes_sinks()),
+        }
+    }
+}
+
+const NO_STREAM: Stream = Stream(std::ptr::null_mut());
+
+impl DeviceCodec {
+    pub fn new(device: &Arc<Device>, codec: &Codec) -> Result<Self> {
+        let _current = device.enter(NO_STREAM)?;
+        let mut layers: Vec<DeviceLayer> = Vec::with_capacity(codec.layers.len());
+        let (mut bytes, mut words) = (0usize, 0usize);
+        for (index, layer) in codec.layers.iter().enumerate() {
+            // Layers of one shape share the look-up.
+            let same = codec.layers[..index].iter().position(|l| l.shape == layer.shape);
+            let kernels = match same {
+                Some(i) => layers[i].kernels.clone(),
+                None => LayerKernels::new(device, &layer.shape)
+                    .map_err(|e| Error::new(e.kind, format!("layer {index}: {e}")))?,
+            };
+            let tables = TableLayout::new(&layer.shape, codec.max_fits);
+            let size = tables.bytes.next_multiple_of(256);
+            layers.push(DeviceLayer { kernels, tables, at: bytes, words, state: Mutex::new(State::of(layer, 0)) });
+            bytes += size;
+            words += 2 * layer.shape.n_kv_heads;
+        }
+        let observe = device.kernel("dq_observe")?;
+        let made = Self {
+            layers,
+            memory: Memory::new(device, bytes)?,
+            rows_seen: SharedWords::new(device, words)?,
+            observe: observe.ok_or_else(|| Error::new(ErrorKind::Internal, "the kernels lack dq_observe"))?,
+            device: device.clone(),
+        };
+        for (layer, on_device) in codec.layers.iter().zip(&made.layers) {
+            on_device.tables.push(device, &made.memory, on_device.at, &layer.factors, NO_STREAM)?;
+        }
+        device.wait_all()?;
+        Ok(made)
+    }
+
+    pub fn workspace_size(&self, codec: &Codec, layer: usize, limits: Limits) -> Result<usize> {
+        launch::workspace_size(&codec.layers[layer].shape, &self.layers[layer].kernels, limits)
+    }
+
+    /// Statistics, a fit where one is due, records.
+    pub fn compress(&self, codec: &Codec, layer: usize, tokens: &Tokens, stream: Stream) -> Result<()> {
+        let _current = self.device.enter(stream)?;
+        let mut state = self.state(layer);
+        let due = state.next_fit.is_some_and(|at| self.rows_bound(layer, &state) + u64::from(tokens.n_tokens) >= at);
+        if due && self.device.is_capturing(stream)? {
+            return Err(Error::new(
+                ErrorKind::Capture,
+                format!("layer {layer}: a fit is due, which a graph cannot hold; compress outside of the capture first"),
+            ));
+        }
+        self.observe(codec, layer, &mut state, tokens, stream)?;
+        if due {
+            self.fit(codec, layer, &mut state, stream)?;
+        }
+        self.encode(codec, layer, tokens, stream)
+    }
+
+    /// Records with the sets in force, then statistics when q is given.
+    pub fn append(&self, codec: &Codec, layer: usize, tokens: &Tokens, stream: Stream) -> Result<()> {
+        let _current = self.device.enter(stream)?;
+        self.encode(codec, layer, tokens, stream)?;
+        if tokens.q.is_some() {
+            self.observe(codec, layer, &mut self.state(layer), tokens, stream)?;
+        }
+        Ok(())
+    }
+
+    /// Fits where one is due, as far as the host can see without waiting.
+    pub fn refit(&self, codec: &Codec, layers: Range<usize>, stream: Stream) -> Result<()> {
+        let _current = self.device.enter(stream)?;
+        for layer in layers {
+            let mut state = self.state(layer);
+            if state.next_fit.is_none_or(|at| self.rows_bound(layer, &state) < at) {
+                continue;
+            }
+            if self.device.is_capturing(stream)? {
+                return Err(Error::new(ErrorKind::Capture, format!("layer {layer}: a fit is due, which a graph cannot hold")));
+            }
+            self.fit(codec, layer, &mut state, stream)?;
+        }
+        Ok(())
+    }
+
+    pub fn attend(&self, codec: &Codec, layer: usize, a: &Attend, workspace: Workspace, stream: Stream) -> Result<()> {
+        let (shape, on_device) = (&codec.layers[layer].shape, &self.layers[layer]);
+        let mut p = params::Attend {
+            store: (&a.store).into(),
+            k: self.factors(layer, Side::K),
+            v: self.factors(layer, Side::V),
+            q: (&a.q).into(),
+            out: (&a.out).into(),
+            sink_logits: a.sink_logits,
+            block_table: a.block_table,
+            lengths: a.lengths,
+            first_slot: a.first_slot,
+            stream_slots: a.stream_slots,
+            table_stride: a.table_stride,
+            block_shift: a.block_shift,
+            n_kv_heads: shape.n_kv_heads as u32,
+            group: shape.group() as u32,
+            n_streams: a.n_streams,
+            n_q: a.n_q,
+            n_kv: a.n_kv,
+            window: a.window,
+            causal: u32::from(a.causal),
+            scale: a.scale,
+            softcap: a.softcap,
+            ..params::Attend::default()
+        };
+        if let Some(mask) = &a.mask {
+            p.mask = mask.data;
+            p.mask_query_stride = mask.query_stride;
+            p.mask_stream_stride = mask.stream_stride;
+            p.mask_type = match mask.dtype {
+                MaskType::F32 => 1,
+                MaskType::F16 => 2,
+            };
+        }
+        let plan = launch::plan_attend(shape, &on_device.kernels, &mut p, workspace)?;
+        let device = &self.device;
+        let _current = device.enter(stream)?;
+        // SAFETY: `capi` checked what can be checked of the caller's pointers; tables and workspace are as large as the
+        // kernels were told.
+        unsafe {
+            device.launch(plan.fold.0, plan.fold.1, launch::FOLD_THREADS, 0, stream, &p)?;
+            device.launch(plan.attend.0, plan.attend.1, plan.attend_threads, plan.attend_shared, stream, &p)?;
+            device.launch(plan.merge.0, plan.merge.1, plan.merge_threads, 0, stream, &p)
+        }
+    }
+
+    pub fn dequantize(&self, codec: &Codec, layer: usize, d: &Dequantize, stream: Stream) -> Result<()> {
+        let shape = &codec.layers[layer].shape;
+        let rows = |rows: &Option<Rows>| rows.as_ref().map_or(DeviceRows::default(), DeviceRows::from);
+        let p = params::Dequantize {
+            store: (&d.store).into(),
+            k: self.factors(layer, Side::K),
+            v: self.factors(layer, Side::V),
+            k_out: rows(&d.k),
+            v_out: rows(&d.v),
+            slots: d.slots,
+            n: d.n_slots,
+            n_kv_heads: shape.n_kv_heads as u32,
+        };
+        let _current = self.device.enter(stream)?;
+        let grid = ((d.n_slots as usize).div_ceil(DEQUANTIZE_ROWS), shape.n_kv_heads, 2);
+        // SAFETY: as in attend.
+        unsafe { self.device.launch(self.layers[layer].kernels.dequantize, grid, 128, 0, stream, &p) }
+    }
+
+    /// Rows in a layer's statistics: the most over its heads, as far as the device has told.
+    pub fn rows_seen(&self, layer: usize) -> u64 {
+        let first = self.layers[layer].words;
+        let end = self.layers.get(layer + 1).map_or(usize::MAX, |l| l.words);
+        (first..end).map_while(|i| self.rows_seen.try_get(i)).max().map_or(0, u64::from)
+    }
+
+    /// Brings what the device has made to the host, before it hands sets out or takes some in. Waits for the device.
+    pub fn pull(&self, codec: &Codec, layers: Range<usize>) -> Result<()> {
+        let _current = self.device.enter(NO_STREAM)?;
+        self.device.wait_all()?;
+        for layer in layers {
+            let _state = self.state(layer);
+            let l = &self.layers[layer];
+            l.tables.pull(&self.device, &self.memory, l.at, &codec.layers[layer].factors, NO_STREAM)?;
+        }
+        Ok(())
+    }
+
+    /// Brings a layer's sets to the device. Waits for it.
+    pub fn push(&self, codec: &Codec, layer: usize) -> Result<()> {
+        let _current = self.device.enter(NO_STREAM)?;
+        let mut state = self.state(layer);
+        self.push_layer(codec, layer, &mut state, NO_STREAM)?;
+        self.device.wait_all()
+    }
+
+    /// Dense sets of others that a layer's tables still take.
+    pub fn dense_sets_left(&self, codec: &Codec, layer: usize) -> usize {
+        self.layers[layer].tables.dense_left(&codec.layers[layer].factors)
+    }
+
+    fn state(&self, layer: usize) -> MutexGuard<'_, State> {
+        self.layers[layer].state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn base(&self, layer: usize) -> Address {
+        self.memory.data + self.layers[layer].at as u64
+    }
+
+    fn factors(&self, layer: usize, side: Side) -> params::Factors {
+        self.layers[layer].tables.factors(self.base(layer), side)
+    }
+
+    /// What the host counted, or what the device has told since: replays of graphs are told only by the device.
+    fn rows_bound(&self, layer: usize, state: &State) -> u64 {
+        state.most_rows.max(self.rows_seen(layer))
+    }
+
+    fn observe(&self, codec: &Codec, layer: usize, state: &mut State, tokens: &Tokens, stream: Stream) -> Result<()> {
+        if state.next_fit.is_none() && !(state.takes_sinks && tokens.positions != 0) {
+            return Ok(());
+        }
+        let (shape, l, base) = (&codec.layers[layer].shape, &self.layers[layer], self.base(layer));
+        let (k, v) = (self.factors(layer, Side::K), self.factors(layer, Side::V));
+        let p = params::Observe {
+            k: l.tables.units(base, 0),
+            v: l.tables.units(base, 1),
+            q: l.tables.units(base, 2),
+            k_rows: (&tokens.k).into(),
+            v_rows: (&tokens.v).into(),
+            q_rows: tokens.q.as_ref().map_or(DeviceRows::default(), DeviceRows::from),
+            k_heads: k.heads,
+            v_heads: v.heads,
+            k_means: k.means,
+            v_means: v.means,
+            positions: tokens.positions,
+            rows_seen: self.rows_seen.data + 4 * l.words as u64,
+            n: tokens.n_tokens,
+            n_kv_heads: shape.n_kv_heads as u32,
+            group: shape.group() as u32,
+            reserved: 0,
+        };
+        // SAFETY: as in attend.
+        unsafe { self.device.launch(self.observe, (shape.n_kv_heads, 3, 1), 256, 0, stream, &p) }?;
+        state.most_rows += u64::from(tokens.n_tokens);
+        Ok(())
+    }
+
+    fn encode(&self, codec: &Codec, layer: usize, tokens: &Tokens, stream: Stream) -> Result<()> {
+        let (shape, l) = (&codec.layers[layer].shape, &self.layers[layer]);
+        let p = params::Encode {
+            store: (&tokens.store).into(),
+            k: self.factors(layer, Side::K),
+            v: self.factors(layer, Side::V),
+            k_rows: (&tokens.k).into(),
+            v_rows: (&tokens.v).into(),
+            slots: tokens.slots,
+            status: tokens.replaced_rows,
+            n: tokens.n_tokens,
+            n_kv_heads: shape.n_kv_heads as u32,
+        };
+        let grid = ((tokens.n_tokens as usize).div_ceil(ENCODE_ROWS), shape.n_kv_heads, 2);
+        // SAFETY: as in attend.
+        unsafe { self.device.launch(l.kernels.encode, grid, 256, l.kernels.encode_shared, stream, &p) }
+    }
+
+    /// Sums down, a fit where one is due, factors up.
+    fn fit(&self, codec: &Codec, layer: usize, state: &mut State, stream: Stream) -> Result<()> {
+        self.device.wait(stream)?;
+        state.most_rows = self.rows_seen(layer);
+        if state.next_fit.is_none_or(|at| state.most_rows < at) {
+            return Ok(());
+        }
+        let l = &self.layers[layer];
+        l.tables.pull(&self.device, &self.memory, l.at, &codec.layers[layer].factors, stream)?;
+        crate::log::information(|| format!("layer {layer}: a fit is due after {} rows", state.most_rows));
+        codec.refit_shard(layer, 0, 1);
+        self.push_layer(codec, layer, state, stream)
+    }
+
+    fn push_layer(&self, codec: &Codec, layer: usize, state: &mut State, stream: Stream) -> Result<()> {
+        let l = &self.layers[layer];
+        l.tables.push(&self.device, &self.memory, l.at, &codec.layers[layer].factors, stream)?;
+        *state = State::of(&codec.layers[layer], state.most_rows);
+        Ok(())
+    }
+}
