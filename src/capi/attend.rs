@@ -61,7 +61,9 @@ pub unsafe extern "C" fn dq_workspace_size(
 ///
 /// `args`: see `dq_attend_args`. Queries are folded into the coded space once per factor set and rows are never
 /// decoded: with `x = mean + T_S y`, the score is `(T_S^T q) . y + q . mean`, and the values' sum is unfolded once at
-/// the end. Against exact arithmetic on the decoded rows the error is at most 1e-2 of the sum of `p |v|`.
+/// the end. Against exact arithmetic on the decoded rows the error of a channel is at most 1e-2 of its sum of `p |v|`,
+/// or, where that is small beside the row's other channels (a query that sees few keys), 1e-3 of the row's mean of these
+/// sums.
 /// `workspace`: at least what `dq_workspace_size` says for these counts, aligned to 64 bytes. `stream`: null on the CPU.
 ///
 /// All of `out` is written. A slot that is hidden from every query is not looked at; a visible slot must hold a record
