@@ -17,7 +17,7 @@
 
 namespace dq {
 
-constexpr int MOST_STAGES = 4;
+constexpr int MOST_STAGES = 4, DECODE_STAGES = 2;
 
 template <class K, class V, int NT, int STAGES>
 __device__ __forceinline__ void attend_decode(const DqAttend& p) {
@@ -103,10 +103,13 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
         for (int s = 0; s < STAGES - 1; s++) async_tile(first_tile + s);
     }
 
+    start_next_kernel();
+
     // Phase 3: the warp's state. Another head of the block may have work where this one has none.
     const bool idle = !names_transform(p.v.heads[head], v_transform);
     using Source = FromCodes<K, V>;
     const Tables tables;
+    wait_for_previous_kernel();
     AttendWarp<K, V, NT, Source> state(p, stream, head, row_tile, v_transform, n_keys, lane, sums);
 
     uint32_t index = 0, phase = 0;

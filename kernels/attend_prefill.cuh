@@ -135,7 +135,9 @@ __device__ __forceinline__ void attend_prefill(const DqAttend& p) {
         cp_async_commit();
     };
     copy_tile(first_tile);
+    start_next_kernel();
     const Tables tables;
+    wait_for_previous_kernel();
 
     AttendWarp<K, V, NT, Fragments> state(p, stream, head, row_tile < p.row_tiles ? row_tile : 0, v_transform, n_keys, lane, sums);
     for (uint32_t tile = first_tile; tile < end_tile; tile++) {

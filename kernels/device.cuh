@@ -108,6 +108,8 @@ inline float bf16_to_float(uint16_t h) { return dq_bf16_bits_to_float(h); }
 inline uint16_t float_to_bf16(float f) { return dq_float_to_bf16_bits(f); }
 
 template <class T> inline T load_global(const T* at) { return *at; }
+inline void start_next_kernel() {}
+inline void wait_for_previous_kernel() {}
 
 #else
 
@@ -257,6 +259,19 @@ __device__ __forceinline__ float bf16_to_float(uint16_t h) { return __uint_as_fl
 __device__ __forceinline__ uint16_t float_to_bf16(float f) { return __bfloat16_as_ushort(__float2bfloat16_rn(f)); }
 
 template <class T> __device__ __forceinline__ T load_global(const T* at) { return __ldg(at); }
+
+// Kernels of one call overlap where the host launched them so: the next one may start once every block of this one has
+// said so, and reads what this one writes only after its wait, which lasts until all of this one is done.
+__device__ __forceinline__ void start_next_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 #endif
 

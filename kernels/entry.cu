@@ -13,10 +13,10 @@
 
 #define DQ_ATTEND(suffix, d, kp, vp, aligned)                                                                         \
     extern "C" __global__ void __launch_bounds__(256, (d) <= 128 ? 2 : 1) dq_attend_##d##_##kp##_##vp##_n1##suffix(const DqAttend p) { \
-        dq::attend_decode<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>, 1, 3>(p);                               \
+        dq::attend_decode<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>, 1, dq::DECODE_STAGES>(p);                               \
     }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(256, 1) dq_attend_##d##_##kp##_##vp##_n2##suffix(const DqAttend p) {    \
-        dq::attend_decode<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>, 2, 3>(p);                               \
+        dq::attend_decode<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>, 2, dq::DECODE_STAGES>(p);                               \
     }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(256, 1) dq_prefill_##d##_##kp##_##vp##suffix(const DqAttend p) {        \
         dq::attend_prefill<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>, DQ_PREFILL_TILES(d)>(p);               \

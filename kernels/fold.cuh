@@ -11,8 +11,9 @@
 //   folded_scales  [stream][kv head][transform][4 * n tiles]
 //   constants      [stream][kv head][set][4 * n tiles]
 //
-// Grid: (kv head * DQ_MAX_TRANSFORMS, n tile, stream), FOLD_THREADS threads. A thread makes two latent channels from a run
-// of the row's channels, so that a matrix is read with all its loads in flight; runs are added in shared memory.
+// Grid: (kv head * DQ_MAX_TRANSFORMS, n tile, run of streams), FOLD_THREADS threads. A thread makes two latent channels from
+// a run of the row's channels: its part of the matrix comes with all loads in flight and stays in registers for all streams
+// of the block. Runs are added in shared memory.
 #pragma once
 #include "rows.cuh"
 
@@ -43,112 +44,128 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     __shared__ float row_largest[ROWS];
     __shared__ __align__(16) uint8_t fragments[K::groups * 256];
     const uint32_t head = blockIdx.x / DQ_MAX_TRANSFORMS, transform = blockIdx.x % DQ_MAX_TRANSFORMS;
-    const uint32_t tile = blockIdx.y, n_tiles = gridDim.y, stream = blockIdx.z;
+    const uint32_t tile = blockIdx.y, n_tiles = gridDim.y;
+    const uint32_t streams = (p.n_streams + gridDim.z - 1) / gridDim.z, first_stream = blockIdx.z * streams;
+    const uint32_t end_stream = first_stream + streams < p.n_streams ? first_stream + streams : p.n_streams;
     const uint32_t n_rows = p.n_q * p.group;
     const int t = threadIdx.x, warp = t >> 5, lane = t & 31;
     const DqHeadSets& sets = p.k.heads[head];
+    start_next_kernel();
 
     // Nothing to do for a linear part that no set names.
     if (!names_transform(sets, transform)) return;
 
-    // Queries to shared memory; rows that do not exist are zero.
-    for (int i = t; i < ROWS * D; i += THREADS) {
-        uint32_t row = tile * ROWS + i / D;
-        query[i / D][i % D] = row < n_rows
-            ? load_row(p.q, uint64_t(stream) * p.n_q + row / p.group, head * p.group + row % p.group, i % D) * fold_factor(p)
-            : 0.0f;
-    }
-    for (int i = t; i < K::groups * 64; i += THREADS) reinterpret_cast<uint32_t*>(fragments)[i] = 0;
-    __syncthreads();
-
-    // This thread's run of channels.
-    if (t < RUNS * PAIRS) {
-        const int pair = t % PAIRS, run = t / PAIRS, first = run * RUN;
-        float2 sum[ROWS] = {};
+    // This thread's part of the matrix: two f16 for each channel of its run.
+    const int pair = t % PAIRS, run = t / PAIRS, first = run * RUN;
+    uint32_t weights[RUN];
+    {
         const uint16_t* column = p.k.decode + (uint64_t(head) * p.k.max_dense + transform - 1) * D * D + 2 * pair;
-        DQ_UNROLL_BY_16
+        DQ_UNROLL
         for (int i = 0; i < RUN; i++) {
             const int c = first + i;
-            if (D % RUN != 0 && c >= D) break;
-            float2 weight;
-            if (transform == 0) {
-                weight.x = with_sign(1.0f, rotation_sign<D>(p.k.rotation, 2 * pair, c));
-                weight.y = with_sign(1.0f, rotation_sign<D>(p.k.rotation, 2 * pair + 1, c));
+            weights[i] = 0;
+            if (run >= RUNS || c >= D) continue;
+            if (transform != 0) {
+                weights[i] = load_global(reinterpret_cast<const uint32_t*>(column + c * D));
             } else {
-                const uint32_t both = load_global(reinterpret_cast<const uint32_t*>(column + c * D));
-                weight.x = half_to_float(uint16_t(both)), weight.y = half_to_float(uint16_t(both >> 16));
+                // Ones of f16 with the signs of the rotation.
+                weights[i] = 0x3C003C00u | rotation_sign<D>(p.k.rotation, 2 * pair, c) << 15 | rotation_sign<D>(p.k.rotation, 2 * pair + 1, c) << 31;
+            }
+        }
+    }
+    for (int i = t; i < K::groups * 64; i += THREADS) reinterpret_cast<uint32_t*>(fragments)[i] = 0;
+
+    for (uint32_t stream = first_stream; stream < end_stream; stream++) {
+        // Queries to shared memory; rows that do not exist are zero.
+        for (int i = t; i < ROWS * D; i += THREADS) {
+            uint32_t row = tile * ROWS + i / D;
+            query[i / D][i % D] = row < n_rows
+                ? load_row(p.q, uint64_t(stream) * p.n_q + row / p.group, head * p.group + row % p.group, i % D) * fold_factor(p)
+                : 0.0f;
+        }
+        __syncthreads();
+
+        // This thread's run of channels.
+        if (run < RUNS) {
+            float2 sum[ROWS] = {};
+            DQ_UNROLL
+            for (int i = 0; i < RUN; i++) {
+                const int c = first + i < D ? first + i : 0;
+                const float2 weight = {half_to_float(uint16_t(weights[i])), half_to_float(uint16_t(weights[i] >> 16))};
+                DQ_UNROLL
+                for (int r = 0; r < ROWS; r++) sum[r].x += query[r][c] * weight.x, sum[r].y += query[r][c] * weight.y;
             }
             DQ_UNROLL
-            for (int r = 0; r < ROWS; r++) sum[r].x += query[r][c] * weight.x, sum[r].y += query[r][c] * weight.y;
+            for (int r = 0; r < ROWS; r++) parts[run][r][pair] = sum[r];
         }
-        DQ_UNROLL
-        for (int r = 0; r < ROWS; r++) parts[run][r][pair] = sum[r];
-    }
-    __syncthreads();
+        __syncthreads();
 
-    // q' in levels: these count in units of their tier's book.
-    for (int i = t; i < ROWS * D; i += THREADS) {
-        const int r = i / D, j = i % D;
-        float sum = 0.0f;
-        DQ_UNROLL
-        for (int run = 0; run < RUNS; run++) sum += reinterpret_cast<const float*>(parts[run][r])[j];
-        if (transform == 0) sum *= rsqrtf(float(D));
-        for_each<K::tiers>([&](auto tier) {
-            constexpr int T = decltype(tier)::value;
-            if (j >= K::first(T) && j < K::first(T) + K::channels(T)) sum *= Book<K::bits(T)>::unit;
-        });
-        folded[r][j] = sum;
-    }
-    __syncthreads();
-
-    // The step of each row, from its largest magnitude.
-    if (warp < ROWS) {
-        float largest = 0.0f;
-        for (int j = lane; j < D; j += 32) largest = fmaxf(largest, fabsf(folded[warp][j]));
-        largest = warp_max(largest);
-        if (lane == 0) {
-            row_largest[warp] = largest;
-            uint64_t at = ((uint64_t(stream) * p.n_kv_heads + head) * DQ_MAX_TRANSFORMS + transform) * n_tiles + tile;
-            p.folded_scales[at * ROWS + warp] = largest / FOLD_RANGE;
-        }
-    }
-    __syncthreads();
-
-    // Bytes to their place in the fragments.
-    for (int i = t; i < ROWS * D; i += THREADS) {
-        const int r = i / D, j = i % D;
-        const float largest = row_largest[r], inverse = largest > 0.0f ? FOLD_RANGE / largest : 0.0f;
-        const int whole = __float2int_rn(folded[r][j] * inverse), high = (whole + 128) >> 8, low = whole - 256 * high;
-        for_each<K::tiers>([&](auto tier) {
-            constexpr int T = decltype(tier)::value;
-            if (j >= K::first(T) && j < K::first(T) + K::channels(T)) {
-                const KPosition k = k_position(K::channels(T), j - K::first(T));
-                uint8_t* at = fragments + (K::groups_before(T) + k.group) * 256 + k.q * 8 + k.reg * 4 + k.byte;
-                at[(2 * r) * 32] = uint8_t(high);
-                at[(2 * r + 1) * 32] = uint8_t(low);
-            }
-        });
-    }
-    __syncthreads();
-    uint8_t* out = p.folded + folded_tile<K>(p, stream, head, transform, tile, n_tiles);
-    for (int i = t; i < K::groups * 64; i += THREADS) {
-        reinterpret_cast<uint32_t*>(out)[i] = reinterpret_cast<const uint32_t*>(fragments)[i];
-    }
-
-    // The constants q . mean of the sets that share this linear part, a warp each.
-    for (int e = warp; e < DQ_MAX_SETS; e += THREADS / 32) {
-        const bool here = (sets.present >> e & 1) ? sets.transform[e] == transform : transform == 0;
-        if (!here) continue;
-        const uint16_t* mean = p.k.means + (uint64_t(head) * DQ_MAX_SETS + e) * D;
-        DQ_UNROLL
-        for (int r = 0; r < ROWS; r++) {
+        // q' in levels: these count in units of their tier's book.
+        for (int i = t; i < ROWS * D; i += THREADS) {
+            const int r = i / D, j = i % D;
             float sum = 0.0f;
-            for (int c = lane; c < D; c += 32) sum += query[r][c] * half_to_float(load_global(mean + c));
-            sum = warp_sum(sum);
+            DQ_UNROLL
+            for (int run = 0; run < RUNS; run++) sum += reinterpret_cast<const float*>(parts[run][r])[j];
+            if (transform == 0) sum *= rsqrtf(float(D));
+            for_each<K::tiers>([&](auto tier) {
+                constexpr int T = decltype(tier)::value;
+                if (j >= K::first(T) && j < K::first(T) + K::channels(T)) sum *= Book<K::bits(T)>::unit;
+            });
+            folded[r][j] = sum;
+        }
+        __syncthreads();
+
+        // The step of each row, from its largest magnitude.
+        if (warp < ROWS) {
+            float largest = 0.0f;
+            for (int j = lane; j < D; j += 32) largest = fmaxf(largest, fabsf(folded[warp][j]));
+            largest = warp_max(largest);
             if (lane == 0) {
-                p.constants[(((uint64_t(stream) * p.n_kv_heads + head) * DQ_MAX_SETS + e) * n_tiles + tile) * ROWS + r] = sum;
+                row_largest[warp] = largest;
+                uint64_t at = ((uint64_t(stream) * p.n_kv_heads + head) * DQ_MAX_TRANSFORMS + transform) * n_tiles + tile;
+                p.folded_scales[at * ROWS + warp] = largest / FOLD_RANGE;
             }
         }
+        __syncthreads();
+
+        // Bytes to their place in the fragments.
+        for (int i = t; i < ROWS * D; i += THREADS) {
+            const int r = i / D, j = i % D;
+            const float largest = row_largest[r], inverse = largest > 0.0f ? FOLD_RANGE / largest : 0.0f;
+            const int whole = __float2int_rn(folded[r][j] * inverse), high = (whole + 128) >> 8, low = whole - 256 * high;
+            for_each<K::tiers>([&](auto tier) {
+                constexpr int T = decltype(tier)::value;
+                if (j >= K::first(T) && j < K::first(T) + K::channels(T)) {
+                    const KPosition k = k_position(K::channels(T), j - K::first(T));
+                    uint8_t* at = fragments + (K::groups_before(T) + k.group) * 256 + k.q * 8 + k.reg * 4 + k.byte;
+                    at[(2 * r) * 32] = uint8_t(high);
+                    at[(2 * r + 1) * 32] = uint8_t(low);
+                }
+            });
+        }
+        __syncthreads();
+        uint8_t* out = p.folded + folded_tile<K>(p, stream, head, transform, tile, n_tiles);
+        for (int i = t; i < K::groups * 64; i += THREADS) {
+            reinterpret_cast<uint32_t*>(out)[i] = reinterpret_cast<const uint32_t*>(fragments)[i];
+        }
+
+        // The constants q . mean of the sets that share this linear part, a warp each.
+        for (int e = warp; e < DQ_MAX_SETS; e += THREADS / 32) {
+            const bool here = (sets.present >> e & 1) ? sets.transform[e] == transform : transform == 0;
+            if (!here) continue;
+            const uint16_t* mean = p.k.means + (uint64_t(head) * DQ_MAX_SETS + e) * D;
+            DQ_UNROLL
+            for (int r = 0; r < ROWS; r++) {
+                float sum = 0.0f;
+                for (int c = lane; c < D; c += 32) sum += query[r][c] * half_to_float(load_global(mean + c));
+                sum = warp_sum(sum);
+                if (lane == 0) {
+                    p.constants[(((uint64_t(stream) * p.n_kv_heads + head) * DQ_MAX_SETS + e) * n_tiles + tile) * ROWS + r] = sum;
+                }
+            }
+        }
+        // Nobody writes new queries before all have used the old ones.
+        __syncthreads();
     }
 }
 

@@ -113,7 +113,7 @@ template <int KP, int VP>
 void bench(const char* name, Timer& timer, double copy, bool mixed, bool brief) {
     using K = dq::Side<D, KP, true>;
     using V = dq::Side<D, VP, true>;
-    constexpr int STAGES = 3;
+    constexpr int STAGES = dq::DECODE_STAGES;
     auto l = ref::layout(N_KV, D, KP, D, VP);
     std::mt19937_64 rng(3);
     DeviceFactors kf(ref::random_factors(D, N_KV, {2, 1}, rng)), vf(ref::random_factors(D, N_KV, {3, 0}, rng));

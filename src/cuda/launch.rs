@@ -9,7 +9,12 @@ use crate::shape::{Gauge, LayerShape, SideShape};
 use crate::workspace::{ALIGN, Arena, size_of_pieces};
 
 const KEYS_PER_WARP: usize = 32;
-const STAGES: usize = 3;
+const STAGES: usize = 2;
+/// A barrier and a counter for each of four stages.
+const BARRIER_BYTES: usize = 48;
+/// Streams that share a block of the fold kernel, at most; and how many (stream, KV head) make it worth it.
+const FOLD_STREAMS: usize = 4;
+const FOLD_HEADS: usize = 128;
 pub const FOLD_THREADS: usize = 512;
 const MOST_WARPS: usize = 8;
 const TILE_KEYS: usize = 64;
@@ -55,8 +60,8 @@ fn groups(side: &SideShape) -> usize {
 
 /// Whether all planes start where the fast loads want them.
 fn planes_aligned(shape: &LayerShape) -> bool {
-    let words = |side: &SideShape| side.planes.iter().all(|p| p.head_bytes % 4 != 0 || p.offset % 4 == 0);
-    words(&shape.k) && words(&shape.v) && shape.v.planes.iter().all(|p| p.head_bytes % 16 != 0 || p.offset % 16 == 0)
+    let fits = |bytes: usize, at: usize, to: usize| bytes % to != 0 || at % to == 0;
+    shape.k.planes.iter().chain(&shape.v.planes).all(|p| [4, 16].iter().all(|&to| fits(p.head_bytes, p.offset, to)))
 }
 
 /// Bytes from row to row in shared memory, at most: an odd number of 16-byte chunks.
@@ -112,7 +117,7 @@ impl LayerKernels {
             let heads = (1..=warps).rev().find(|h| shape.n_kv_heads % h == 0).expect("one divides all");
             let key_warps = warps / heads;
             let shared = STAGES * KEYS_PER_WARP * key_warps * row_stride(shape, heads)
-                + 64
+                + BARRIER_BYTES
                 + MOST_RUNS * RUN_BYTES
                 + heads * key_warps * MAX_SETS * 4 * nt * 4;
             (heads, key_warps, shared)
@@ -309,7 +314,7 @@ pub fn plan_attend(
         shape.n_kv_heads / v.heads_per_block * row_tiles
     };
     Ok(AttendPlan {
-        fold: (kernels.fold, (shape.n_kv_heads * MAX_TRANSFORMS, n_tiles, streams)),
+        fold: (kernels.fold, (shape.n_kv_heads * MAX_TRANSFORMS, n_tiles, streams.div_ceil((heads / FOLD_HEADS).clamp(1, FOLD_STREAMS)))),
         attend: (v.kernel, (splits, y, streams * kernels.v_transforms)),
         attend_threads: 32 * v.warps(rows),
         attend_shared: v.shared,

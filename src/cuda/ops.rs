@@ -188,9 +188,9 @@ impl DeviceCodec {
         // SAFETY: `capi` checked what can be checked of the caller's pointers; tables and workspace are as large as the
         // kernels were told.
         unsafe {
-            device.launch(plan.fold.0, plan.fold.1, launch::FOLD_THREADS, 0, stream, &p)?;
-            device.launch(plan.attend.0, plan.attend.1, plan.attend_threads, plan.attend_shared, stream, &p)?;
-            device.launch(plan.merge.0, plan.merge.1, plan.merge_threads, 0, stream, &p)
+            device.launch(plan.fold.0, plan.fold.1, launch::FOLD_THREADS, 0, false, stream, &p)?;
+            device.launch(plan.attend.0, plan.attend.1, plan.attend_threads, plan.attend_shared, true, stream, &p)?;
+            device.launch(plan.merge.0, plan.merge.1, plan.merge_threads, 0, true, stream, &p)
         }
     }
 
@@ -210,7 +210,7 @@ impl DeviceCodec {
         let _current = self.device.enter(stream)?;
         let grid = ((d.n_slots as usize).div_ceil(DEQUANTIZE_ROWS), shape.n_kv_heads, 2);
         // SAFETY: as in attend.
-        unsafe { self.device.launch(self.layers[layer].kernels.dequantize, grid, 128, 0, stream, &p) }
+        unsafe { self.device.launch(self.layers[layer].kernels.dequantize, grid, 128, 0, false, stream, &p) }
     }
 
     /// Rows in a layer's statistics: the most over its heads, as far as the device has told.
@@ -287,7 +287,7 @@ impl DeviceCodec {
             reserved: 0,
         };
         // SAFETY: as in attend.
-        unsafe { self.device.launch(self.observe, (shape.n_kv_heads, 3, 1), 256, 0, stream, &p) }?;
+        unsafe { self.device.launch(self.observe, (shape.n_kv_heads, 3, 1), 256, 0, false, stream, &p) }?;
         state.most_rows += u64::from(tokens.n_tokens);
         Ok(())
     }
@@ -307,7 +307,7 @@ impl DeviceCodec {
         };
         let grid = ((tokens.n_tokens as usize).div_ceil(ENCODE_ROWS), shape.n_kv_heads, 2);
         // SAFETY: as in attend.
-        unsafe { self.device.launch(l.kernels.encode, grid, 256, l.kernels.encode_shared, stream, &p) }
+        unsafe { self.device.launch(l.kernels.encode, grid, 256, l.kernels.encode_shared, false, stream, &p) }
     }
 
     /// Sums down, a fit where one is due, factors up.
