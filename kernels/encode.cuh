@@ -3,13 +3,14 @@
 // l, l + 16, l + 32, ...
 //
 // Grid: (runs of 16 * ROWS tokens, KV head, side), 256 threads: sixteen half warps with ROWS rows each, which share one
-// pass over the encode matrix. Shared memory: per half warp the rows, then their latents, f32 [ROWS][D]; codes [D].
+// pass over the encode matrix. Shared memory: the block's rows and their latents, f32 [16 ROWS][D] each; codes [16][D];
+// stages of the matrix, f32 [ENCODE_STAGES][ENCODE_CHUNK][D].
 #pragma once
 #include "rows.cuh"
 
 namespace dq {
 
-constexpr int ENCODE_HALVES = 16;
+constexpr int ENCODE_HALVES = 16, ENCODE_THREADS = 16 * ENCODE_HALVES, ENCODE_CHUNK = 16, ENCODE_STAGES = 3;
 constexpr float SWITCH = 0.5f;
 constexpr float HUGE_ROW = 1e15f;
 constexpr int MAX_SINKS = 4;
@@ -234,6 +235,57 @@ template <class S> struct RowCoder {
     }
 };
 
+// ---- Latents of the block's rows under a dense matrix ----
+
+// In place: `rows` [ROWS][D] are centred rows, then latents. The whole block takes part; a thread has four channels of
+// latents and a few rows. Products are rounded, and added in the order of the channels. Rows from `n` on are nobody's.
+template <int D, int ROWS>
+__device__ __forceinline__ void dense_latents(float* rows, const float* matrix, float* stages, uint32_t n) {
+    constexpr int GROUPS = D / 4, SHARERS = ENCODE_THREADS / GROUPS, MINE = (ROWS + SHARERS - 1) / SHARERS, CHUNKS = D / ENCODE_CHUNK;
+    const int t = threadIdx.x, channel = t % GROUPS * 4, first = t / GROUPS * MINE;
+    const bool works = first < ROWS && uint32_t(first) < n;
+    auto fetch = [&](int chunk) {
+        float* stage = stages + chunk % ENCODE_STAGES * (ENCODE_CHUNK * D);
+        for (int i = 4 * t; i < ENCODE_CHUNK * D && chunk < CHUNKS; i += 4 * ENCODE_THREADS) cp_async_16(stage + i, matrix + chunk * (ENCODE_CHUNK * D) + i);
+        cp_async_commit();
+    };
+    DQ_UNROLL
+    for (int s = 0; s < ENCODE_STAGES - 1; s++) fetch(s);
+    float4 acc[MINE] = {};
+    DQ_UNROLL_BY_1
+    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+        cp_async_wait<ENCODE_STAGES - 2>();
+        // Also: the rows are there, and nobody reads the stage that is filled next.
+        __syncthreads();
+        fetch(chunk + ENCODE_STAGES - 1);
+        if (!works) continue;
+        const float* stage = stages + chunk % ENCODE_STAGES * (ENCODE_CHUNK * D) + channel;
+        DQ_UNROLL_BY_4
+        for (int i = 0; i < ENCODE_CHUNK; i += 4) {
+            float4 weight[4];
+            DQ_UNROLL
+            for (int k = 0; k < 4; k++) weight[k] = *reinterpret_cast<const float4*>(stage + (i + k) * D);
+            DQ_UNROLL
+            for (int r = 0; r < MINE; r++) {
+                if (ROWS % MINE != 0 && first + r >= ROWS) continue;
+                const float4 x = *reinterpret_cast<const float4*>(rows + (first + r) * D + chunk * ENCODE_CHUNK + i);
+                auto add = [&](float v, const float4& w) {
+                    acc[r].x = __fadd_rn(acc[r].x, __fmul_rn(v, w.x)), acc[r].y = __fadd_rn(acc[r].y, __fmul_rn(v, w.y));
+                    acc[r].z = __fadd_rn(acc[r].z, __fmul_rn(v, w.z)), acc[r].w = __fadd_rn(acc[r].w, __fmul_rn(v, w.w));
+                };
+                add(x.x, weight[0]), add(x.y, weight[1]), add(x.z, weight[2]), add(x.w, weight[3]);
+            }
+        }
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+    DQ_UNROLL
+    for (int r = 0; r < MINE; r++) {
+        if (works && (ROWS % MINE == 0 || first + r < ROWS)) *reinterpret_cast<float4*>(rows + (first + r) * D + channel) = acc[r];
+    }
+    __syncthreads();
+}
+
 // ---- The kernel's body for one side ----
 
 template <class S, int ROWS>
@@ -242,10 +294,11 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
     using Coder = RowCoder<S>;
     const int t = threadIdx.x, half = t >> 4, l = t & 15, lane = t & 31;
     const uint32_t mask = half_mask(lane), head = blockIdx.y, first = (blockIdx.x * ENCODE_HALVES + half) * ROWS;
-    float* x = reinterpret_cast<float*>(shared) + half * 2 * ROWS * D;
-    float* latents = x + ROWS * D;
+    float* all_latents = reinterpret_cast<float*>(shared) + ENCODE_HALVES * ROWS * D;
+    float* x = reinterpret_cast<float*>(shared) + half * ROWS * D;
+    float* latents = all_latents + half * ROWS * D;
     uint8_t* codes = shared + ENCODE_HALVES * 2 * ROWS * D * 4 + half * D;
-    if (first >= p.n) return;
+    float* stages = reinterpret_cast<float*>(shared + ENCODE_HALVES * (2 * ROWS * D * 4 + D));
 
     const DqHeadSets& sets = f.heads[head];
     const uint32_t newest = header_set(sets.newest);
@@ -278,32 +331,17 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
             }
         }
         DQ_UNROLL
-        for (int k = 0; k < PER; k++) x[r * D + l + 16 * k] = v[k];
+        for (int k = 0; k < PER; k++) {
+            x[r * D + l + 16 * k] = v[k];
+            if (sets.encode_dense) latents[r * D + l + 16 * k] = __fsub_rn(v[k], mean[k]);
+        }
     }
     __syncwarp(mask);
 
     // Phase 2: latents under the newest set.
-    if (sets.encode_dense) {
-        float acc[ROWS][PER] = {};
-        const float* matrix = f.encode + uint64_t(head) * D * D;
-        for (int i = 0; i < D; i++) {
-            const float m = half_to_float(load_global(means + newest * D + i));
-            float centred[ROWS];
-            DQ_UNROLL
-            for (int r = 0; r < ROWS; r++) centred[r] = __fsub_rn(x[r * D + i], m);
-            DQ_UNROLL
-            for (int k = 0; k < PER; k++) {
-                const float weight = load_global(matrix + i * D + l + 16 * k);
-                DQ_UNROLL
-                for (int r = 0; r < ROWS; r++) acc[r][k] = __fadd_rn(acc[r][k], __fmul_rn(centred[r], weight));
-            }
-        }
-        DQ_UNROLL
-        for (int r = 0; r < ROWS; r++) {
-            DQ_UNROLL
-            for (int k = 0; k < PER; k++) latents[r * D + l + 16 * k] = acc[r][k];
-        }
-    }
+    const uint32_t block_first = blockIdx.x * ENCODE_HALVES * ROWS;
+    if (sets.encode_dense) dense_latents<D, ENCODE_HALVES * ROWS>(all_latents, f.encode + uint64_t(head) * D * D, stages, p.n - block_first);
+    if (first >= p.n) return;
 
     float kappa[S::tiers], expected[S::tiers], ones[S::tiers], distortion = 0.0f;
     for_each<S::tiers>([&](auto tier) {
@@ -381,7 +419,7 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
 template <class K, class V, int ROWS>
 constexpr uint32_t encode_shared_bytes() {
     constexpr int D = K::D > V::D ? K::D : V::D;
-    return ENCODE_HALVES * (2 * ROWS * D * 4 + D);
+    return ENCODE_HALVES * (2 * ROWS * D * 4 + D) + ENCODE_STAGES * ENCODE_CHUNK * D * 4;
 }
 
 template <class K, class V, int ROWS>

@@ -104,7 +104,7 @@ impl LayerKernels {
             fold: find(format!("dq_fold_{d}_{k}_{v}"))?,
             merge: find(format!("dq_merge_{d}_{k}_{v}"))?,
             attend: [n1, n2, prefill],
-            encode_shared: 16 * (2 * 2 * d * 4 + d),
+            encode_shared: 16 * (2 * 2 * d * 4 + d) + 3 * 16 * d * 4,
             k_groups: groups(&shape.k),
             v_transforms: if shape.v.gauge == Gauge::Attention { MAX_TRANSFORMS } else { 1 },
         })
