@@ -18,10 +18,6 @@
 namespace dq {
 
 constexpr int MOST_STAGES = 4, DECODE_STAGES = 2;
-#ifndef DQ_PADDED
-#define DQ_PADDED 1
-#endif
-constexpr bool PADDED = DQ_PADDED;
 
 template <class K, class V, int NT, int STAGES>
 __device__ __forceinline__ void attend_decode(const DqAttend& p) {
@@ -43,15 +39,13 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
 
     RowImage<K, V> image;
     image.lay_out(p.n_kv_heads, first_head, p.heads_per_block, head, nullptr);
-    // Slots that one bulk copy takes: as many as lie behind each other, or four where a gap then avoids bank conflicts.
-    uint32_t together = 1, gap = 0;
+    // Slots that one bulk copy takes: as many as lie behind each other.
+    uint32_t together = 1;
     if (HAS_BULK_COPY && image.runs == 1 && p.store.stride == image.chunks * 16) {
         together = p.block_table == nullptr ? tile_keys : tile_keys & (0 - tile_keys);
         if (p.block_table != nullptr && 1u << p.block_shift < together) together = 1u << p.block_shift;
-        if (PADDED && image.chunks % 4 == 2 && together >= 4) together = 4, gap = 16;
     }
-    const Pitch pitch{together > 1 ? image.chunks * 16 : padded_row(image.chunks), gap};
-    const uint32_t stage_bytes = pitch.at(tile_keys);
+    const uint32_t stride = together > 1 ? image.chunks * 16 : padded_row(image.chunks), stage_bytes = tile_keys * stride;
     uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + STAGES * stage_bytes);
     uint32_t* done = reinterpret_cast<uint32_t*>(barriers + MOST_STAGES);
     Run* runs = reinterpret_cast<Run*>(done + MOST_STAGES);
@@ -75,13 +69,13 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
         if (image.runs == 1) {
             for (uint32_t row = lane * together; row < rows; row += 32 * together) {
                 const uint32_t n = rows - row < together ? rows - row : together;
-                bulk_copy(stage + pitch.at(row), record_of(first_key + row), n * image.chunks * 16, barriers + index);
+                bulk_copy(stage + row * stride, record_of(first_key + row), n * image.chunks * 16, barriers + index);
             }
         } else {
             for (uint32_t i = lane; i < rows * image.runs; i += 32) {
                 const uint32_t row = i / image.runs;
                 const Run run = runs[i - row * image.runs];
-                bulk_copy(stage + pitch.at(row) + 16 * run.to, record_of(first_key + row) + 16 * run.source, 16 * run.chunks, barriers + index);
+                bulk_copy(stage + row * stride + 16 * run.to, record_of(first_key + row) + 16 * run.source, 16 * run.chunks, barriers + index);
             }
         }
     };
@@ -94,7 +88,7 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
             for (uint32_t r = 0; r < image.runs; r++) {
                 const Run run = runs[r];
                 for (uint32_t c = lane; c < run.chunks; c += 32) {
-                    cp_async_16(stage + pitch.at(row) + 16 * (run.to + c), from + 16 * (run.source + c));
+                    cp_async_16(stage + row * stride + 16 * (run.to + c), from + 16 * (run.source + c));
                 }
             }
         }
@@ -130,10 +124,10 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
         }
 
         // Phase 5: scores, softmax, weighted sums.
-        const uint8_t* rows = shared + index * stage_bytes + pitch.at(key_warp * KEYS_PER_WARP);
+        const uint8_t* rows = shared + index * stage_bytes + key_warp * KEYS_PER_WARP * stride;
         if (!idle) {
-            const Source source{rows, pitch, image, tables, lane};
-            state.take(source, rows, pitch, image.k_headers, image.v_headers, tile * tile_keys + key_warp * KEYS_PER_WARP, n_keys);
+            const Source source{rows, stride, image, tables, lane};
+            state.take(source, rows, stride, image.k_headers, image.v_headers, tile * tile_keys + key_warp * KEYS_PER_WARP, n_keys);
         }
 
         // Phase 6: the warp that is the last to be done with a stage fills it anew.

@@ -35,7 +35,7 @@ template <class K, class V>
 struct FromCodes {
     template <int BITS> static constexpr bool two_tables = Book<BITS>::two_tables;
     const uint8_t* rows;
-    const Pitch& pitch;
+    uint32_t stride;
     const RowImage<K, V>& image;
     const Tables& tables;
     int lane;
@@ -44,7 +44,7 @@ struct FromCodes {
     template <int T, int G>
     __device__ __forceinline__ void keys(uint32_t (&high)[2][4], uint32_t (&low)[2][4]) const {
         Levels first[4], second[4];
-        key_levels<K, T, G>(tables, first, second, rows, pitch, image.k_planes, lane);
+        key_levels<K, T, G>(tables, first, second, rows, stride, image.k_planes, lane);
         DQ_UNROLL
         for (int half = 0; half < 2; half++) {
             DQ_UNROLL
@@ -56,7 +56,7 @@ struct FromCodes {
     }
     template <int T, int G>
     __device__ __forceinline__ void values(ValueFragments& f) const {
-        value_levels<V, T, G>(tables, f, rows, pitch, image.v_planes, lane);
+        value_levels<V, T, G>(tables, f, rows, stride, image.v_planes, lane);
     }
 };
 
@@ -250,11 +250,11 @@ struct AttendWarp {
         }
     }
 
-    // Takes in 32 keys from `first_key`; their headers are in the rows from `rows` on.
-    __device__ __forceinline__ void take(const Source& source, const uint8_t* rows, const Pitch& pitch, uint32_t k_headers, uint32_t v_headers, uint32_t first_key, uint32_t n_keys) {
+    // Takes in 32 keys from `first_key`; their headers start at `rows`, a row every `stride` bytes.
+    __device__ __forceinline__ void take(const Source& source, const uint8_t* rows, uint32_t stride, uint32_t k_headers, uint32_t v_headers, uint32_t first_key, uint32_t n_keys) {
         // Headers of key `lane`, but for the set expected: usually that leaves the scale alone.
-        uint32_t k_header = shared_half(rows + pitch.at(lane) + k_headers) ^ k_set;
-        uint32_t v_header = shared_half(rows + pitch.at(lane) + v_headers) ^ v_set;
+        uint32_t k_header = shared_half(rows + lane * stride + k_headers) ^ k_set;
+        uint32_t v_header = shared_half(rows + lane * stride + v_headers) ^ v_set;
 
         // What the mask adds. Where it hides everything, nothing is looked at.
         const bool all_seen = p.mask == nullptr && first_key >= seen_from && first_key + KEYS_PER_WARP <= seen_to;

@@ -96,20 +96,13 @@ __device__ __forceinline__ uint32_t shared_word(const uint8_t* at) {
     return shared_half(at) | shared_half(at + 2) << 16;
 }
 
-// Where rows of a stage lie: `stride` bytes apart, and after each four of them a gap, so that eight rows whose stride is a
-// multiple of 32 bytes start in different banks.
-struct Pitch {
-    uint32_t stride, gap;
-    __device__ __forceinline__ uint32_t at(uint32_t row) const { return row * stride + (row >> 2) * gap; }
-};
-
 // ---- Keys ----
 
 // Item t = 4 group + q of a plane of BITS bits and N channels, for 32 keys: r[i] holds the bits of its eight channels of key
 // 8 i + g, shifted down so that they start at bit 0 of each nibble; higher bits of the nibbles are left as they come.
 // `rows` is the first key's row.
 template <bool ALIGNED, int N, int BITS, int GROUP>
-__device__ __forceinline__ void key_bits(uint32_t (&r)[4], const uint8_t* rows, const Pitch& pitch, uint32_t plane, int lane) {
+__device__ __forceinline__ void key_bits(uint32_t (&r)[4], const uint8_t* rows, uint32_t stride, uint32_t plane, int lane) {
     constexpr int BYTES = N * BITS / 8;
     int w = lane & 3;
     // Beyond the tier: any codes do, the folded query is zero there.
@@ -118,7 +111,7 @@ __device__ __forceinline__ void key_bits(uint32_t (&r)[4], const uint8_t* rows, 
     }
     if constexpr (ALIGNED && BYTES % 16 == 0 && N % 32 == 0) {
         // The same words of the plane serve several groups, at another shift.
-        ldmatrix(r, rows + pitch.at(lane) + plane + 16 * GROUP % BYTES);
+        ldmatrix(r, rows + lane * stride + plane + 16 * GROUP % BYTES);
         constexpr int SHIFT = BITS < 4 ? BITS * (16 * GROUP / BYTES) : 0;
         if constexpr (SHIFT > 0) {
             DQ_UNROLL
@@ -126,10 +119,10 @@ __device__ __forceinline__ void key_bits(uint32_t (&r)[4], const uint8_t* rows, 
         }
         return;
     }
-    const uint8_t* key = rows + pitch.at(lane >> 2) + plane;
+    const uint8_t* key = rows + (lane >> 2) * stride + plane;
     DQ_UNROLL
     for (int i = 0; i < 4; i++) {
-        const uint8_t* at = key + pitch.at(8 * i);
+        const uint8_t* at = key + 8 * i * stride;
         const int first = 16 * GROUP + 4 * w;
         if constexpr (BITS == 4 || BITS == 8) {
             r[i] = shared_word<ALIGNED>(at + first);
@@ -147,13 +140,13 @@ __device__ __forceinline__ void key_bits(uint32_t (&r)[4], const uint8_t* rows, 
 
 // Levels of word q of a group: the two quads of key 8 i + g.
 template <class S, int TIER, int GROUP>
-__device__ __forceinline__ void key_levels(const Tables& t, Levels (&first)[4], Levels (&second)[4], const uint8_t* rows, const Pitch& pitch, const uint32_t* planes, int lane) {
+__device__ __forceinline__ void key_levels(const Tables& t, Levels (&first)[4], Levels (&second)[4], const uint8_t* rows, uint32_t stride, const uint32_t* planes, int lane) {
     constexpr int N = S::channels(TIER), BITS = S::bits(TIER), P = S::plane_index(TIER, 0);
     uint32_t r[4];
     if constexpr (BITS == 8) {
         uint32_t there[4];
-        key_bits<S::aligned, N, 8, GROUP>(r, rows, pitch, planes[P], lane);
-        key_bits<S::aligned, N, 8, GROUP>(there, rows, pitch, planes[P] + N / 2, lane);
+        key_bits<S::aligned, N, 8, GROUP>(r, rows, stride, planes[P], lane);
+        key_bits<S::aligned, N, 8, GROUP>(there, rows, stride, planes[P] + N / 2, lane);
         DQ_UNROLL
         for (int i = 0; i < 4; i++) {
             const uint32_t a = r[i] ^ 0x80808080u, b = there[i] ^ 0x80808080u;
@@ -162,15 +155,15 @@ __device__ __forceinline__ void key_levels(const Tables& t, Levels (&first)[4], 
         }
     } else if constexpr (planes_of(BITS) == 2) {
         uint32_t low[4];
-        key_bits<S::aligned, N, plane_bits(BITS, 0), GROUP>(r, rows, pitch, planes[P], lane);
-        key_bits<S::aligned, N, plane_bits(BITS, 1), GROUP>(low, rows, pitch, planes[P + 1], lane);
+        key_bits<S::aligned, N, plane_bits(BITS, 0), GROUP>(r, rows, stride, planes[P], lane);
+        key_bits<S::aligned, N, plane_bits(BITS, 1), GROUP>(low, rows, stride, planes[P + 1], lane);
         DQ_UNROLL
         for (int i = 0; i < 4; i++) {
             if constexpr (BITS == 3) look_up_word<3>(t, join_3(r[i], low[i]), first[i], second[i]);
             else look_up_wide_word<BITS>(t, r[i], low[i], first[i], second[i]);
         }
     } else {
-        key_bits<S::aligned, N, BITS, GROUP>(r, rows, pitch, planes[P], lane);
+        key_bits<S::aligned, N, BITS, GROUP>(r, rows, stride, planes[P], lane);
         DQ_UNROLL
         for (int i = 0; i < 4; i++) {
             if constexpr (BITS == 2) r[i] &= 0x33333333u;
@@ -194,11 +187,11 @@ __host__ __device__ constexpr KPosition k_position(int n, int c) {
 // One b16 unit of a plane for 32 keys, transposed: r[i] holds keys 8 i + 2 q and 8 i + 2 q + 1 (low and high half) of
 // unit 8 GROUP + g, shifted down as in `key_bits`. `rows` is the first key's row.
 template <bool ALIGNED, int N, int BITS, int GROUP>
-__device__ __forceinline__ void value_bits(uint32_t (&r)[4], const uint8_t* rows, const Pitch& pitch, uint32_t plane, int lane) {
+__device__ __forceinline__ void value_bits(uint32_t (&r)[4], const uint8_t* rows, uint32_t stride, uint32_t plane, int lane) {
     constexpr int BYTES = N * BITS / 8;
     int g = lane >> 2, q = lane & 3;
     if constexpr (ALIGNED && BYTES % 16 == 0) {
-        ldmatrix_trans(r, rows + pitch.at(lane) + plane + 16 * GROUP % BYTES);
+        ldmatrix_trans(r, rows + lane * stride + plane + 16 * GROUP % BYTES);
         constexpr int SHIFT = BITS < 4 ? BITS * (16 * GROUP / BYTES) : 0;
         if constexpr (SHIFT > 0) {
             DQ_UNROLL
@@ -211,8 +204,8 @@ __device__ __forceinline__ void value_bits(uint32_t (&r)[4], const uint8_t* rows
         at %= BYTES;
         DQ_UNROLL
         for (int i = 0; i < 4; i++) {
-            const uint8_t* key = rows + pitch.at(8 * i + 2 * q) + plane + at;
-            r[i] = (shared_half(key) | shared_half(key + pitch.stride) << 16) >> shift;
+            const uint8_t* key = rows + (8 * i + 2 * q) * stride + plane + at;
+            r[i] = (shared_half(key) | shared_half(key + stride) << 16) >> shift;
         }
     }
 }
@@ -231,7 +224,7 @@ __device__ __forceinline__ void transpose_nibbles(uint32_t r0, uint32_t r1, uint
 }
 
 template <class S, int TIER, int GROUP>
-__device__ __forceinline__ void value_levels(const Tables& t, ValueFragments& f, const uint8_t* rows, const Pitch& pitch, const uint32_t* planes, int lane) {
+__device__ __forceinline__ void value_levels(const Tables& t, ValueFragments& f, const uint8_t* rows, uint32_t stride, const uint32_t* planes, int lane) {
     constexpr int N = S::channels(TIER), BITS = S::bits(TIER), P = S::plane_index(TIER, 0);
     static_assert(BITS != 5 && BITS != 6, "tiers are for keys");
     if constexpr (BITS == 8) {
@@ -239,7 +232,7 @@ __device__ __forceinline__ void value_levels(const Tables& t, ValueFragments& f,
         DQ_UNROLL
         for (int upper = 0; upper < 2; upper++) {
             uint32_t r[4];
-            value_bits<S::aligned, N / 2, 8, GROUP>(r, rows, pitch, planes[P] + upper * (N / 2), lane);
+            value_bits<S::aligned, N / 2, 8, GROUP>(r, rows, stride, planes[P] + upper * (N / 2), lane);
             DQ_UNROLL
             for (int i = 0; i < 2; i++) {
                 uint32_t a = r[2 * i] ^ 0x80808080u, b = r[2 * i + 1] ^ 0x80808080u;
@@ -251,12 +244,12 @@ __device__ __forceinline__ void value_levels(const Tables& t, ValueFragments& f,
         uint32_t r[4];
         if constexpr (BITS == 3) {
             uint32_t one[4];
-            value_bits<S::aligned, N, 2, GROUP>(r, rows, pitch, planes[P], lane);
-            value_bits<S::aligned, N, 1, GROUP>(one, rows, pitch, planes[P + 1], lane);
+            value_bits<S::aligned, N, 2, GROUP>(r, rows, stride, planes[P], lane);
+            value_bits<S::aligned, N, 1, GROUP>(one, rows, stride, planes[P + 1], lane);
             DQ_UNROLL
             for (int i = 0; i < 4; i++) r[i] = join_3(r[i], one[i]);
         } else {
-            value_bits<S::aligned, N, BITS, GROUP>(r, rows, pitch, planes[P], lane);
+            value_bits<S::aligned, N, BITS, GROUP>(r, rows, stride, planes[P], lane);
         }
         if constexpr (BITS == 2) {
             DQ_UNROLL
