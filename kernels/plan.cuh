@@ -30,8 +30,8 @@ template <int PLAN> struct PlanTiers {
         __host__ __device__ static constexpr int bits(int t) { return pick(2 * t + 1); }                              \
     }
 DQ_TIERED_PLAN(102, 2, 4, 4, 12, 2);
-DQ_TIERED_PLAN(103, 3, 4, 5, 4, 3, 8, 2);
-DQ_TIERED_PLAN(104, 3, 4, 6, 4, 4, 8, 3);
+DQ_TIERED_PLAN(103, 3, 4, 5, 8, 3, 4, 2);
+DQ_TIERED_PLAN(104, 3, 4, 6, 8, 4, 4, 3);
 #undef DQ_TIERED_PLAN
 
 __host__ __device__ constexpr int planes_of(int bits) { return bits == 3 || bits == 5 || bits == 6 ? 2 : 1; }

@@ -89,7 +89,7 @@ struct Layout {
 };
 inline std::vector<Tier> tiers_of(int d, int plan) {
     using Pairs = std::vector<std::pair<int, int>>;  // sixteenths, bits
-    const Pairs pairs = plan == 102 ? Pairs{{4, 4}, {12, 2}} : plan == 103 ? Pairs{{4, 5}, {4, 3}, {8, 2}} : plan == 104 ? Pairs{{4, 6}, {4, 4}, {8, 3}} : Pairs{{16, plan}};
+    const Pairs pairs = plan == 102 ? Pairs{{4, 4}, {12, 2}} : plan == 103 ? Pairs{{4, 5}, {8, 3}, {4, 2}} : plan == 104 ? Pairs{{4, 6}, {8, 4}, {4, 3}} : Pairs{{16, plan}};
     std::vector<Tier> tiers;
     int first = 0, share = 0;
     for (auto [sixteenths, bits] : pairs) {

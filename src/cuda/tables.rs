@@ -7,7 +7,7 @@
 //! One stretch of memory per layer, K then V of each part:
 //!
 //! ```text
-//! means f16 [head][16][d] | decode f16 [head][max_dense][d][d] | encode f32 [head][d][d] | rotation bits
+//! means f16 [head][16][d] | decode f16 [head][max_dense][d][d] | encode f32 [head][d][d] with its feedback | rotation bits
 //! head sets [head] | moments of K, V and queries [head]
 //! ```
 
@@ -31,6 +31,8 @@ struct SideLayout {
     means: usize,
     decode: usize,
     encode: usize,
+    /// Floats of a head's matrix and feedback.
+    encode_len: usize,
     rotation: usize,
     heads: usize,
 }
@@ -68,13 +70,15 @@ impl TableLayout {
         let mut side = |s: &SideShape| {
             let d = s.head_dim;
             // Fits of one's own, and some that come with imported rows.
+            let encode_len = d * d + s.plan.feedback_len();
             let max_dense = if s.gauge == Gauge::Attention { (max_fits + 3).min(MAX_TRANSFORMS - 1) } else { 0 };
             SideLayout {
                 d,
                 max_dense,
                 means: take(n_kv * MAX_SETS * d * 2),
                 decode: take(n_kv * max_dense * d * d * 2),
-                encode: take(if max_dense > 0 { n_kv * d * d * 4 } else { 0 }),
+                encode: take(if max_dense > 0 { n_kv * encode_len * 4 } else { 0 }),
+                encode_len,
                 rotation: take(d * d.div_ceil(32) * 4),
                 heads: 0,
             }
@@ -183,7 +187,7 @@ impl TableLayout {
         unit.sets.sinks().for_each(|id| table.sinks |= 1 << id);
         if let Some(matrix) = encode.matrix.as_deref().filter(|_| s.max_dense > 0) {
             table.encode_dense = 1;
-            put_floats(&mut bytes[s.encode + head * d * d * 4..], matrix);
+            put_floats(&mut bytes[s.encode + head * s.encode_len * 4..], matrix);
         }
         put_struct(&mut bytes[s.heads + head * size_of::<HeadSets>()..], &table);
     }

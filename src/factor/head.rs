@@ -272,7 +272,7 @@ impl HeadFactors {
         let (fit, encode) = match shape.gauge {
             Gauge::Rotation => return fixed,
             Gauge::Centred => (2 * d, 0),
-            Gauge::Attention => (2 * d + 2 * d * d, 4 * d * d),
+            Gauge::Attention => (2 * d + 2 * d * d, 4 * (d * d + shape.plan.feedback_len())),
         };
         fixed + MAX_SINKS * 2 * d + max_fits * fit + encode
     }
