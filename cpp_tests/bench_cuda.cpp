@@ -193,7 +193,7 @@ void bench(Events& e, const char* name, uint32_t k_plan, uint32_t v_plan, double
         cuda::Buffer<uint16_t> q(std::vector<uint16_t>(n * N_Q * D, 0x2C00)), out(n * N_Q * D);
         cuda::Buffer<int32_t> lengths(std::vector<int32_t>{int32_t(keys)});
         auto args = sized<dq_attend_args>();
-        args.n_q = n, args.n_kv = keys, args.lengths = lengths.get(), args.causal = 1, args.store = t.store;
+        args.n_q = n, args.n_kv = keys, args.sequences.kv_lengths = lengths.get(), args.store = t.store;
         args.q = tensor(q.get(), N_Q, DQ_F16), args.out = tensor(out.get(), N_Q, DQ_F16);
         const double us = e.median(5, [&](int) { fine(dq_attend(codec, 0, &args, scratch.get(), bytes, e.stream), "prefill"); });
         const double flops = 4.0 * D * N_Q * (double(n) * keys - double(n) * (n - 1) / 2);

@@ -275,7 +275,8 @@ typedef struct dq_limits {
     // Most keys per stream in an attend.
     uint32_t max_kv;
     // Most queries of all streams of an attend together; 0 is `max_streams * max_queries`. A batch of one long prompt
-    // and many single tokens needs far less than that.
+    // and many single tokens needs far less than that. On CUDA a workspace is for `max_streams * max_queries`, whatever
+    // this says.
     uint32_t max_total_queries;
     // Most rows of a dense tail in an attend.
     uint32_t max_tail;
@@ -298,13 +299,16 @@ typedef struct dq_mask {
 // A batch of sequences of uneven length, for paged engines: prompts, chunks of prompts and single tokens in one call.
 //
 // Every stream of the call is a sequence with queries, keys and who sees what of its own. A sequence's keys are its
-// coded ones and behind them its tail; its last query is at the position of its last key. The arrays are where the
-// records are (host memory on the CPU) and are only read.
+// coded ones and behind them its tail; its last query is at the position of its last key.
+//
+// Arrays lie where the records are and are only read: in host memory on the CPU, in device memory on CUDA, where the
+// kernels read them, so that a graph may be replayed with other numbers in them. What goes by value holds for all
+// replays. On the CPU arrays are checked before anything is done; on CUDA they must be right.
 typedef struct dq_sequences {
     // `[n_streams + 1]`, from 0, never falling: sequence `s` has the queries `[q_starts[s], q_starts[s + 1])` of q and
-    // out, at most `n_q`. Null: this form is not used, and all fields here must be 0.
+    // out, at most `n_q`. Null: `n_q` queries each.
     const int32_t *q_starts;
-    // `[n_streams]`: coded keys of each sequence, 0 to `n_kv`.
+    // `[n_streams]`: coded keys of each sequence, 0 to `n_kv`. Null: this form is not used, and all fields here must be 0.
     const int32_t *kv_lengths;
     // `[n_streams][blocks]`: key `j` of sequence `s` is in slot `b * block_slots + j % block_slots`, where `b` is
     // `block_table[s][j / block_slots]`. Sequences may share blocks. Blocks that no query sees are not looked at and may
@@ -313,9 +317,9 @@ typedef struct dq_sequences {
     // Bytes from one sequence's blocks to the next's: a multiple of 4 that holds the blocks of every sequence; 0: all
     // sequences share one row.
     uint64_t table_stride;
-    // Slots of a block, at least 1; any number. 0 without a table.
+    // Slots of a block, at least 1; any number, on CUDA a power of two. 0 without a table.
     uint32_t block_slots;
-    // Tokens in q and out: `q_starts[n_streams]` or more. Those beyond are not read, nor written.
+    // With `q_starts`: tokens in q and out, `q_starts[n_streams]` or more. Those beyond are not read, nor written.
     uint32_t n_tokens;
     // `DQ_VISIBLE_CAUSAL` (also 0) or `DQ_VISIBLE_ALL`.
     uint32_t visible;
@@ -342,8 +346,8 @@ typedef struct dq_tail {
 
 // Attention over coded slots: `out = softmax(softcap(scale * q k^T) + mask) v` for every query head.
 //
-// Keys are named in one of two ways: as stretches of slots with an additive mask, or, with `sequences`, as blocks of
-// slots with lengths and a causal or sliding window.
+// Keys are named in one of two ways, the same on every backend: as stretches of slots with an additive mask, or, with
+// `sequences`, as blocks of slots with lengths and a causal or sliding window.
 typedef struct dq_attend_args {
     // `sizeof(dq_attend_args)`.
     uint32_t struct_size;
@@ -360,7 +364,7 @@ typedef struct dq_attend_args {
     uint64_t stream_slots;
     // The records. Slots that are hidden from every query are never read.
     struct dq_store store;
-    // Queries after RoPE, `[n_streams * n_q][n_q_heads][head_dim_k]`; with `sequences`: `[sequences.n_tokens]` of them.
+    // Queries after RoPE, `[n_streams * n_q][n_q_heads][head_dim_k]`; with `q_starts`: `[sequences.n_tokens]` of them.
     struct dq_tensor q;
     // Result, `[tokens of q][n_q_heads][head_dim_v]`. A query that sees no key yields zeros.
     struct dq_tensor out;
@@ -372,26 +376,10 @@ typedef struct dq_attend_args {
     float scale;
     // Scores become `softcap * tanh(score / softcap)` before the mask; 0: none.
     float softcap;
-    // Uneven sequences over blocks of slots, on the CPU; all zero: none.
+    // Uneven sequences over blocks of slots; all zero: none.
     struct dq_sequences sequences;
-    // Rows that are not coded, on the CPU; all zero: none.
+    // Rows that are not coded, on the CPU only; all zero: none.
     struct dq_tail tail;
-    // On CUDA, here and below; null or 0 on the CPU. Keys of each stream, `[n_streams]`, at most `n_kv` each, read on the
-    // device: a graph may be replayed with other lengths. Null: `n_kv`.
-    const int32_t *lengths;
-    // Where keys live when their slots do not follow each other, `[n_streams][table_stride]`: key `t` of stream `s` is in
-    // slot `block_table[s * table_stride + t / block_slots] * block_slots + t % block_slots`. Null: `first_slot` says.
-    const int32_t *block_table;
-    // Entries from one stream's blocks to the next's.
-    uint64_t table_stride;
-    // Slots of a block, a power of two.
-    uint32_t block_slots;
-    // 1: the last query sits at the last key, and no query sees a key behind its own. Needs `lengths`.
-    uint32_t causal;
-    // Each query sees so many keys that end with its own; 0: all. Needs `lengths`.
-    uint32_t window;
-    // Must be 0.
-    uint32_t reserved;
 } dq_attend_args;
 
 // Receives log lines, UTF-8, zero-terminated, without a newline. `level`: 1 error, 2 warning, 3 information. May be
@@ -583,9 +571,9 @@ dq_status dq_workspace_size(const struct dq_codec *codec,
 // All of `out` is written. A slot that is hidden from every query is not looked at; a visible slot must hold a record
 // of this codec. A query that sees no key yields zeros. NaN in q or in the mask reaches that query's output and no
 // other; NaN in a row of the tail reaches the queries that see it.
-// Errors: `DQ_ERROR_INVALID_ARGUMENT`, `DQ_ERROR_WORKSPACE`, and `DQ_ERROR_UNSUPPORTED` for `sequences` and `tail`
-// outside the CPU; out and workspace are untouched then. Threads: may overlap everything but a call that writes these
-// slots.
+// Errors: `DQ_ERROR_INVALID_ARGUMENT`, `DQ_ERROR_WORKSPACE`, and on CUDA `DQ_ERROR_UNSUPPORTED` for a `tail` and for
+// blocks of slots that are no power of two; out and workspace are untouched then. Threads: may overlap everything but a
+// call that writes these slots.
 dq_status dq_attend(const struct dq_codec *codec,
                     uint32_t layer,
                     const struct dq_attend_args *args,

@@ -51,11 +51,12 @@ typedef struct DqStore {
 typedef struct DqAttend {
     DqStore store;
     DqFactors k, v;
-    DqRows q, out;                /* token index: stream * n_q + query */
+    DqRows q, out;                /* token index: q_starts[stream] + query, or stream * n_q + query */
     const void* mask;             /* additive [n_streams][n_q][n_kv], or null */
     uint64_t mask_query_stride, mask_stream_stride;
     const float* sink_logits;     /* [n_q_heads] or null */
     const int32_t* block_table;   /* null: slots are first_slot + stream * stream_slots + key */
+    const int32_t* q_starts;      /* [n_streams + 1]: the first token of each stream, at most n_q apart; null: n_q each */
     const int32_t* lengths;       /* keys of each stream, or null: n_kv */
     uint64_t first_slot, stream_slots, table_stride;
     uint32_t mask_type;
@@ -131,7 +132,7 @@ typedef struct DqEncode {
 /* src/cuda/params.rs asserts the same numbers. */
 #ifdef __cplusplus
 static_assert(sizeof(DqHeadSets) == 40 && sizeof(DqFactors) == 48 && sizeof(DqRows) == 32 && sizeof(DqStore) == 24, "");
-static_assert(sizeof(DqAttend) == 360 && sizeof(DqDequantize) == 200 && sizeof(DqEncode) == 208, "");
+static_assert(sizeof(DqAttend) == 368 && sizeof(DqDequantize) == 200 && sizeof(DqEncode) == 208, "");
 static_assert(sizeof(DqMoments) == 48 && sizeof(DqObserve) == 232, "");
 #endif
 

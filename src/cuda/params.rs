@@ -80,6 +80,7 @@ pub struct Attend {
     pub mask_stream_stride: u64,
     pub sink_logits: Address,
     pub block_table: Address,
+    pub q_starts: Address,
     pub lengths: Address,
     pub first_slot: u64,
     pub stream_slots: u64,
@@ -181,6 +182,6 @@ pub struct Observe {
 const _: () = {
     assert!(size_of::<HeadSets>() == 40 && size_of::<Factors>() == 48);
     assert!(size_of::<DeviceRows>() == 32 && size_of::<DeviceStore>() == 24);
-    assert!(size_of::<Attend>() == 360 && size_of::<Dequantize>() == 200 && size_of::<Encode>() == 208);
+    assert!(size_of::<Attend>() == 368 && size_of::<Dequantize>() == 200 && size_of::<Encode>() == 208);
     assert!(size_of::<Moments>() == 48 && size_of::<Observe>() == 232);
 };
