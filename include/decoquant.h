@@ -29,13 +29,13 @@
  * CUstream or cudaStream_t of its primary context, null the legacy default stream. Calls return before their work is
  * done, and leave the caller's current context as it was. What lies on the device is not checked: a slot beyond the store
  * is skipped. dq_append, dq_attend and dq_dequantize allocate nothing, wait for nothing and may be captured into graphs,
- * whose replays see the fits made since. dq_compress and dq_refit wait for the stream when a fit is due, which is made on
+ * whose replays see the fits made since. dq_compress and dq_refit keep the calling thread, not the stream, until a fit that is due has been made on
  * the host. dq_sets_export, dq_sets_import and dq_codec_save wait for the device. dq_remap_rows works on host memory, for
  * records on their way to the device.
  *
  * Threads. A handle may be used from any thread. Calls that take a const handle may run at the same time as any other
  * call on it, dq_codec_destroy and dq_context_destroy excepted. Calls that take a non-const dq_codec and name the same
- * layer must not overlap each other, the shards of one phase excepted.
+ * layer must not overlap each other, the shards of one phase excepted, and dq_refit beside dq_compress or dq_append.
  */
 
 
@@ -88,6 +88,10 @@
 
 // Every query sees every key of its sequence.
 #define DQ_VISIBLE_ALL 2
+
+// `dq_compress` makes no fits. The caller makes them with `dq_refit`, between steps or on a thread of its own while the
+// layers go on working, so that no prompt waits for one.
+#define DQ_CODEC_DEFER_FITS 1
 
 // The key half of a layer.
 #define DQ_SIDE_K 0
@@ -158,7 +162,7 @@ typedef struct dq_codec_desc {
     // Most fits that a head and side may hold, 1 to 7; 0 is 4. Fits come due at 16, 64, 512 and 4,096 rows, then at
     // every eightfold; at the bound refitting stops and the statistics are dropped.
     uint32_t max_fits;
-    // Must be 0.
+    // 0, or `DQ_CODEC_DEFER_FITS`.
     uint32_t flags;
     // Identity of the model whose rows are coded (weights, RoPE and adapter settings). Stored in factor files, which
     // are refused when theirs differs. All zero is an identity like any other.
@@ -500,8 +504,8 @@ dq_status dq_codec_info(const struct dq_codec *codec, uint32_t layer, struct dq_
 //
 // Returns `DQ_ROWS_REPLACED` when a row held NaN, infinity or values beyond f16. Such rows stay out of the statistics;
 // all other rows are coded as if they were not there.
-// On CUDA the number of such rows is added to `tokens->replaced_rows` instead, and the call cannot be captured while a
-// fit is due.
+// On CUDA the number of such rows is added to `tokens->replaced_rows` instead. Where a fit is due, the calling thread
+// waits until it is made, and the call cannot be captured; with `DQ_CODEC_DEFER_FITS` neither.
 // Errors: `DQ_ERROR_INVALID_ARGUMENT`, `DQ_ERROR_WORKSPACE`, `DQ_ERROR_OUT_OF_MEMORY`, `DQ_ERROR_CAPTURE`, `DQ_ERROR_CUDA`.
 dq_status dq_compress(struct dq_codec *codec,
                       uint32_t layer,
@@ -519,10 +523,17 @@ dq_status dq_append(struct dq_codec *codec,
                     uint64_t workspace_bytes,
                     void *stream);
 
-// Between steps: fits the layers `[first_layer, first_layer + n_layers)` where a fit is due, so that a chat which only
-// ever appends is fitted, too. Cheap when none is due. New sets serve the rows that are coded from then on; records
-// stay as they are. `stream`: null on the CPU. On CUDA it sees the rows of work that has been done when it is called.
-// Errors: `DQ_ERROR_CAPTURE` when a fit is due in a capture, `DQ_ERROR_CUDA`.
+// Between steps, or on a thread of its own: fits the layers `[first_layer, first_layer + n_layers)` where a fit is due,
+// so that a chat which only ever appends is fitted, too. Cheap when none is due. New sets serve the rows that are coded
+// from then on; records stay as they are.
+//
+// `stream`: null on the CPU. On CUDA the one that the layers' other calls go to. The fit sees the rows of the work that
+// is on it, and comes into force in its order, between one call and the next: the stream copies, and does not wait for
+// the fit; the calling thread does. A fit counts as due by the rows of work that has been done.
+//
+// Errors: `DQ_ERROR_CAPTURE` when a fit is due in a capture, `DQ_ERROR_CUDA`. Threads: may overlap `dq_compress`,
+// `dq_append` and the const calls on the same layers, but no other call; which rows the new sets serve first then
+// depends on who was faster. On CUDA no stream may be under capture in global mode meanwhile.
 dq_status dq_refit(struct dq_codec *codec, uint32_t first_layer, uint32_t n_layers, void *stream);
 
 // Phase 1 of compress: adds the tokens to the statistics. For engines that run an operation on threads of their own

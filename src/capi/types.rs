@@ -69,6 +69,10 @@ pub const DQ_VISIBLE_CAUSAL: u32 = 1;
 /// Every query sees every key of its sequence.
 pub const DQ_VISIBLE_ALL: u32 = 2;
 
+/// `dq_compress` makes no fits. The caller makes them with `dq_refit`, between steps or on a thread of its own while the
+/// layers go on working, so that no prompt waits for one.
+pub const DQ_CODEC_DEFER_FITS: u32 = 1;
+
 /// The key half of a layer.
 pub const DQ_SIDE_K: u32 = 0;
 /// The value half of a layer.
@@ -144,7 +148,7 @@ pub struct dq_codec_desc {
     /// Most fits that a head and side may hold, 1 to 7; 0 is 4. Fits come due at 16, 64, 512 and 4,096 rows, then at
     /// every eightfold; at the bound refitting stops and the statistics are dropped.
     pub max_fits: u32,
-    /// Must be 0.
+    /// 0, or `DQ_CODEC_DEFER_FITS`.
     pub flags: u32,
     /// Identity of the model whose rows are coded (weights, RoPE and adapter settings). Stored in factor files, which
     /// are refused when theirs differs. All zero is an identity like any other.
