@@ -3,12 +3,14 @@
 #include <decoquant.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <functional>
 #include <memory>
 #include <random>
 #include <string>
+#include <thread>
 
 #include "cuda_memory.hpp"
 
@@ -48,14 +50,14 @@ dq_context* open(uint32_t backend) {
     expect_status(dq_context_create(&desc, &context), DQ_OK, "context");
     return context;
 }
-dq_codec* make(const dq_context* context, const Shape& s, uint32_t n_layers = 1) {
+dq_codec* make(const dq_context* context, const Shape& s, uint32_t n_layers = 1, uint32_t flags = 0) {
     std::vector<dq_layer_desc> layers(n_layers, sized<dq_layer_desc>());
     for (auto& l : layers) {
         l.n_q_heads = s.n_q, l.n_kv_heads = s.n_kv, l.head_dim_k = l.head_dim_v = s.d;
         l.k_plan = s.k_plan, l.v_plan = s.v_plan;
     }
     auto desc = sized<dq_codec_desc>();
-    desc.n_layers = n_layers, desc.layers = layers.data();
+    desc.n_layers = n_layers, desc.layers = layers.data(), desc.flags = flags;
     dq_codec* codec = nullptr;
     expect_status(dq_codec_create(context, &desc, &codec), DQ_OK, "codec");
     return codec;
@@ -99,9 +101,9 @@ class Side {
     cuda::Handle stream = nullptr;
     bool on_device;
 
-    Side(uint32_t backend, const Shape& s, uint64_t slots) : shape(s), n_slots(slots), on_device(backend == DQ_BACKEND_CUDA) {
+    Side(uint32_t backend, const Shape& s, uint64_t slots, uint32_t flags = 0) : shape(s), n_slots(slots), on_device(backend == DQ_BACKEND_CUDA) {
         context = open(backend);
-        codec = make(context, s);
+        codec = make(context, s, 1, flags);
         auto layout = sized<dq_layout>();
         expect_status(dq_codec_layout(codec, 0, 0, &layout), DQ_OK, "layout");
         slot_bytes = layout.slot_bytes;
@@ -463,6 +465,69 @@ void graph_case(const Shape& s, std::mt19937_64& rng) {
     driver.stream_destroy(gpu.stream);
 }
 
+// Fits by dq_refit alone, on the stream of the other calls: first in turn with them, which gives the CPU's bytes, then on
+// a thread of its own while rows are coded, records that the fits of any moment may have coded.
+void deferred_case(const Shape& s, std::mt19937_64& rng) {
+    Side cpu(DQ_BACKEND_CPU, s, 800, DQ_CODEC_DEFER_FITS), gpu(DQ_BACKEND_CUDA, s, 800, DQ_CODEC_DEFER_FITS);
+    cuda::need(cuda::driver().stream_create(&gpu.stream, 1), "stream");
+    const Rows first = rows(s, 70, 0, rng), second = rows(s, 43, 0, rng), third = rows(s, 60, 5, rng);
+    for (Side* side : {&cpu, &gpu}) {
+        side->take(first, 0, false);
+        auto info = sized<dq_layer_info>();
+        dq_codec_info(side->codec, 0, &info);
+        expect(info.k_sets <= 2 && info.rows_seen == 69, "a deferred fit is left alone");
+        side->take(second, 70, true);
+        expect_status(dq_refit(side->codec, 0, 1, side->stream), DQ_OK, "a deferred fit");
+        side->take(third, 120, false);
+    }
+    expect_status(dq_refit(cpu.codec, 0, 1, nullptr), DQ_OK, "nothing is due");
+    auto stretch = [&](Side& side) {
+        auto all = side.records();
+        return std::vector<uint8_t>(all.begin() + 120 * ptrdiff_t(side.slot_bytes), all.begin() + 180 * ptrdiff_t(side.slot_bytes));
+    };
+    expect_at_most(differing(stretch(gpu), stretch(cpu)), record_limit, "records of a deferred fit");
+
+    std::atomic<bool> done{false};
+    std::atomic<int> wrong{0};
+    std::thread fits([&] {
+        do {
+            if (dq_refit(gpu.codec, 0, 1, gpu.stream) != DQ_OK) wrong++;
+        } while (!done);
+    });
+    for (uint32_t i = 0; i < 10; i++) gpu.take(rows(s, 60, 200 + 60 * i, rng), 200 + 60 * i, i % 2);
+    done = true;
+    fits.join();
+    expect_status(dq_refit(gpu.codec, 0, 1, gpu.stream), DQ_OK, "the last of them");
+    expect(wrong == 0, "refit beside other calls");
+    std::vector<uint8_t> file;
+    expect_status(dq_sets_export(gpu.codec, 0, [](void* user, const void* data, uint64_t n) {
+        auto* f = static_cast<std::vector<uint8_t>*>(user);
+        f->insert(f->end(), static_cast<const uint8_t*>(data), static_cast<const uint8_t*>(data) + n);
+        return 0;
+    }, &file), DQ_OK, "export");
+    auto info = sized<dq_layer_info>();
+    dq_codec_info(gpu.codec, 0, &info);
+    expect(info.k_sets >= 4 && info.rows_seen == 69 + 42 + 60 + 600, "sets " + std::to_string(info.k_sets) + " and rows " + std::to_string(info.rows_seen) + " of fits on a thread");
+    // Every record names a set that the host knows by now, and gives the row back.
+    const auto records = gpu.records();
+    Side fresh(DQ_BACKEND_CPU, s, 800);
+    std::vector<uint8_t> map(2 * s.n_kv * DQ_MAX_SETS);
+    auto user = std::make_pair(&file, size_t(0));
+    expect_status(dq_sets_import(fresh.codec, 0, [](void* u, void* data, uint64_t n) {
+        auto* p = static_cast<std::pair<std::vector<uint8_t>*, size_t>*>(u);
+        if (p->second + n > p->first->size()) return 1;
+        std::memcpy(data, p->first->data() + p->second, n);
+        p->second += n;
+        return 0;
+    }, &user, map.data(), map.size()), DQ_OK, "import");
+    std::vector<uint8_t> moved = records;
+    std::vector<int64_t> slots;
+    for (int64_t i = 200; i < 800; i++) slots.push_back(i);
+    dq_store store{moved.data(), fresh.n_slots, fresh.slot_bytes};
+    expect_status(dq_remap_rows(fresh.codec, 0, &store, slots.data(), slots.size(), map.data(), map.size()), DQ_OK, "every set is known");
+    cuda::driver().stream_destroy(gpu.stream);
+}
+
 void refused_case(const Shape& s) {
     dq_context* context = open(DQ_BACKEND_CUDA);
     dq_codec* codec = make(context, s);
@@ -603,6 +668,7 @@ int main(int argc, char** argv) {
         model_case({4, 1, 128, 104, 4}, rng);
     }
     graph_case({4, 2, 64, 104, 4}, rng);
+    deferred_case({4, 2, 64, 104, 4}, rng);
     std::printf("cuda%s: %d passed, %d failed\n", stand_in ? " on the stand-in driver" : "", passed, failed);
     return failed != 0;
 }
