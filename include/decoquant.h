@@ -29,8 +29,8 @@
  * CUstream or cudaStream_t of its primary context, null the legacy default stream. Calls return before their work is
  * done, and leave the caller's current context as it was. What lies on the device is not checked: a slot beyond the store
  * is skipped. dq_append, dq_attend and dq_dequantize allocate nothing, wait for nothing and may be captured into graphs,
- * whose replays see the fits made since. dq_compress and dq_refit keep the calling thread, not the stream, until a fit that is due has been made on
- * the host. dq_sets_export, dq_sets_import and dq_codec_save wait for the device. dq_remap_rows works on host memory, for
+ * whose replays see the fits made since. Fits are made on the host: where one is due, dq_compress and dq_refit keep their
+ * thread for it, not the stream, and DQ_CODEC_DEFER_FITS leaves all of them to dq_refit. dq_sets_export, dq_sets_import and dq_codec_save wait for the device. dq_remap_rows works on host memory, for
  * records on their way to the device.
  *
  * Threads. A handle may be used from any thread. Calls that take a const handle may run at the same time as any other
