@@ -247,7 +247,8 @@ pub struct dq_tokens {
     /// Position of each token in its sequence, `[n_tokens]`. Rows at position 0 are attention sinks: they get a set of
     /// their own and stay out of the statistics. Null: no token is at position 0.
     pub positions: *const i32,
-    /// Slot of each token, `[n_tokens]`; -1 skips the token's row. Two tokens of a call must not name the same slot.
+    /// Slot of each token, `[n_tokens]`; -1 skips the token's record, not its part in the statistics. Two tokens of a call
+    /// must not name the same slot.
     pub slots: *const i64,
     /// Where the records go.
     pub store: dq_store,
