@@ -125,7 +125,7 @@ struct AttendWarp {
     static constexpr int BLOCKS = 2 * V::groups;
 
     const DqAttend& p;
-    const uint32_t stream, head, row_tile, v_transform;
+    const uint32_t stream, head, row_tile, v_transform, n_q;
     const int lane, g, q;
     float* sums;  // shared, [set][4 NT], this warp's own: weights of earlier runs of keys, for the means of value sets
     const DqHeadSets& k_sets;
@@ -137,8 +137,8 @@ struct AttendWarp {
     float m[NT], sum[NT], acc[BLOCKS][2][NT], magic[NT];
     bool sums_used;
 
-    __device__ __forceinline__ AttendWarp(const DqAttend& p, uint32_t stream, uint32_t head, uint32_t row_tile, uint32_t v_transform, uint32_t n_keys, int lane, float* sums)
-        : p(p), stream(stream), head(head), row_tile(row_tile), v_transform(v_transform), lane(lane), g(lane >> 2), q(lane & 3),
+    __device__ __forceinline__ AttendWarp(const DqAttend& p, uint32_t stream, uint32_t head, uint32_t row_tile, uint32_t v_transform, uint32_t n_q, uint32_t n_keys, int lane, float* sums)
+        : p(p), stream(stream), head(head), row_tile(row_tile), v_transform(v_transform), n_q(n_q), lane(lane), g(lane >> 2), q(lane & 3),
           sums(sums), k_sets(p.k.heads[head]), v_sets(p.v.heads[head]), seen_from(0), seen_to(n_keys), sums_used(false) {
         for (int i = lane; i < DQ_MAX_SETS * 4 * NT; i += 32) sums[i] = 0.0f;
         DQ_UNROLL
@@ -148,7 +148,7 @@ struct AttendWarp {
             for (int b = 0; b < BLOCKS; b++) acc[b][0][n] = acc[b][1][n] = 0.0f;
         }
         if (p.lengths != nullptr) {
-            if (p.causal) seen_to = n_keys >= p.n_q ? n_keys - p.n_q + 1 : 0;
+            if (p.causal) seen_to = n_keys >= n_q ? n_keys - n_q + 1 : 0;
             if (p.window > 0 && n_keys > uint32_t(p.window)) seen_from = n_keys - p.window;
         }
         __syncwarp();
@@ -250,8 +250,9 @@ struct AttendWarp {
         }
     }
 
-    // Takes in 32 keys from `first_key`; their headers start at `rows`, a row every `stride` bytes.
-    __device__ __forceinline__ void take(const Source& source, const uint8_t* rows, uint32_t stride, uint32_t k_headers, uint32_t v_headers, uint32_t first_key, uint32_t n_keys) {
+    // Takes in 32 keys from `first_key`; their headers start at `rows`, a row every `stride` bytes. `there` are the keys
+    // whose rows are.
+    __device__ __forceinline__ void take(const Source& source, const uint8_t* rows, uint32_t stride, uint32_t k_headers, uint32_t v_headers, uint32_t first_key, uint32_t n_keys, Keys there) {
         // Headers of key `lane`, but for the set expected: usually that leaves the scale alone.
         uint32_t k_header = shared_half(rows + lane * stride + k_headers) ^ k_set;
         uint32_t v_header = shared_half(rows + lane * stride + v_headers) ^ v_set;
@@ -266,13 +267,13 @@ struct AttendWarp {
                 const uint32_t token = (row_tile * 4 * NT + 4 * n + q) / p.group;
                 DQ_UNROLL
                 for (int i = 0; i < 4; i++) {
-                    added[n][i] = mask_of(p, stream, token < p.n_q ? token : p.n_q - 1, first_key + g + 8 * i, n_keys);
+                    added[n][i] = mask_of(p, stream, token < n_q ? token : n_q - 1, n_q, first_key + g + 8 * i, n_keys);
                     visible |= added[n][i] > NEVER;
                 }
             }
             if (!__any_sync(ALL_LANES, visible)) return;
-            // Behind the last key there may be anything.
-            if (first_key + lane >= n_keys) k_header = v_header = 0;
+            // Elsewhere there may be anything.
+            if (first_key + lane < there.first || first_key + lane >= there.end) k_header = v_header = 0;
         }
         const bool usual = __all_sync(ALL_LANES, ((k_header | v_header) & 15) == 0);
 
@@ -424,7 +425,7 @@ struct AttendWarp {
         DQ_UNROLL
         for (int n = 0; n < NT; n++) {
             const uint32_t row = row_tile * 4 * NT + 4 * n + q;
-            if (row >= n_rows) continue;
+            if (row >= n_q * p.group) continue;
             const uint64_t at = ((uint64_t(stream) * p.n_kv_heads + head) * n_rows + row) * attend_parts(p) + part;
             for (int e = g; e < DQ_MAX_SETS; e += 8) {
                 const bool mine = p.v_transforms == 1 || transform_of(v_sets, e) == v_transform;

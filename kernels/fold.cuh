@@ -25,6 +25,17 @@ constexpr float FOLD_RANGE = 32512.0f;
 
 constexpr int FOLD_THREADS = 512;
 
+// Queries of a stream: the token of its first one, and how many. Workspace has room for n_q in every stream.
+struct Queries {
+    uint64_t first;
+    uint32_t count;
+};
+__device__ __forceinline__ Queries queries_of(const DqAttend& p, uint32_t stream) {
+    if (p.q_starts == nullptr) return {uint64_t(stream) * p.n_q, p.n_q};
+    const int32_t first = p.q_starts[stream];
+    return {uint64_t(first), uint32_t(p.q_starts[stream + 1] - first)};
+}
+
 template <class K>
 __device__ __forceinline__ uint64_t folded_tile(const DqAttend& p, uint32_t stream, uint32_t head, uint32_t transform, uint32_t tile, uint32_t n_tiles) {
     return (((uint64_t(stream) * p.n_kv_heads + head) * DQ_MAX_TRANSFORMS + transform) * n_tiles + tile) * (K::groups * 256);
@@ -47,7 +58,6 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     const uint32_t tile = blockIdx.y, n_tiles = gridDim.y;
     const uint32_t streams = (p.n_streams + gridDim.z - 1) / gridDim.z, first_stream = blockIdx.z * streams;
     const uint32_t end_stream = first_stream + streams < p.n_streams ? first_stream + streams : p.n_streams;
-    const uint32_t n_rows = p.n_q * p.group;
     const int t = threadIdx.x, warp = t >> 5, lane = t & 31;
     const DqHeadSets& sets = p.k.heads[head];
     start_next_kernel();
@@ -77,10 +87,11 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
 
     for (uint32_t stream = first_stream; stream < end_stream; stream++) {
         // Queries to shared memory; rows that do not exist are zero.
+        const Queries queries = queries_of(p, stream);
         for (int i = t; i < ROWS * D; i += THREADS) {
             uint32_t row = tile * ROWS + i / D;
-            query[i / D][i % D] = row < n_rows
-                ? load_row(p.q, uint64_t(stream) * p.n_q + row / p.group, head * p.group + row % p.group, i % D) * fold_factor(p)
+            query[i / D][i % D] = row < queries.count * p.group
+                ? load_row(p.q, queries.first + row / p.group, head * p.group + row % p.group, i % D) * fold_factor(p)
                 : 0.0f;
         }
         __syncthreads();
