@@ -37,7 +37,7 @@ __device__ __forceinline__ float fold_factor(const DqAttend& p) {
 
 template <class K>
 __device__ __forceinline__ void fold_queries(const DqAttend& p) {
-    constexpr int D = K::D, ROWS = 4, PIECES = (D + 127) / 128, BATCH = 8;
+    constexpr int D = K::D, ROWS = 4, PIECES = (D + 127) / 128, BATCH = 16;
     constexpr bool BUTTERFLIES = (D & (D - 1)) == 0;
     // Of a warp: first its stream's queries [channel][row], where a stream has several warps then its share of q', and in
     // the end, of the stream's first warp, the fragments.
@@ -47,6 +47,7 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     const uint32_t tile = blockIdx.y, n_tiles = gridDim.y, n_rows = p.n_q * p.group;
     const int t = threadIdx.x, warp = t >> 5, lane = t & 31;
     const DqHeadSets& sets = p.k.heads[head];
+    const float factor = fold_factor(p);
     start_next_kernel();
 
     // Streams of the block, a power of two; warps of a stream.
@@ -55,16 +56,43 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     const int sharers = FOLD_WARPS / streams, unit = warp / sharers, share = warp % sharers;
     const uint32_t first_stream = blockIdx.z * streams, stream = first_stream + unit;
 
-    // Nothing to do for a linear part that no set names.
-    if (!names_transform(sets, transform)) return;
+    // The first loads of the matrix start before anything else is known: memory is far away. f16 of channel c, four latents.
+    const int run = D / sharers, first = share * run;
+    const uint16_t* matrix = p.k.decode + (uint64_t(head) * p.k.max_dense + transform - 1) * D * D;
+    const bool exists = transform <= p.k.max_dense;
+    auto load_weights = [&](uint2 (&weights)[BATCH], int from, int j) {
+        DQ_UNROLL
+        for (int i = 0; i < BATCH; i++) {
+            weights[i] = {};
+            if (!exists || j >= D || from + i >= first + run) continue;
+            if (transform != 0) weights[i] = load_global(reinterpret_cast<const uint2*>(matrix + (from + i) * D + j));
+            else if (!BUTTERFLIES) {
+                // Ones of f16 with the signs of the rotation.
+                auto one = [&](int k) { return 0x3C00u | rotation_sign<D>(p.k.rotation, j + k, from + i) << 15; };
+                weights[i] = {one(0) | one(1) << 16, one(2) | one(3) << 16};
+            }
+        }
+    };
+    uint2 weights[BATCH];
+    load_weights(weights, first, 4 * lane);
 
     // Queries to shared memory; rows that do not exist are zero.
-    for (int i = t; i < int(streams) * ROWS * D; i += FOLD_THREADS) {
-        const uint32_t of = first_stream + i / (ROWS * D), row = tile * ROWS + i / D % ROWS;
-        scratch[i / (ROWS * D)][i % D * ROWS + i / D % ROWS] = row < n_rows && of < p.n_streams
-            ? load_row(p.q, uint64_t(of) * p.n_q + row / p.group, head * p.group + row % p.group, i % D) * fold_factor(p)
-            : 0.0f;
-    }
+    auto load_queries = [&](auto load) {
+        DQ_UNROLL_BY_16
+        for (int i = t; i < int(streams) * ROWS * D; i += FOLD_THREADS) {
+            const uint32_t of = first_stream + i / (ROWS * D), row = tile * ROWS + i / D % ROWS;
+            const bool there = row < n_rows && of < p.n_streams;
+            const uint64_t token = uint64_t(of) * p.n_q + (p.n_q == 1 ? 0 : row / p.group), q_head = head * p.group + (p.n_q == 1 ? row : row % p.group);
+            const float q = there ? load(token * p.q.token_stride + q_head * p.q.head_stride, i % D) : 0.0f;
+            scratch[i / (ROWS * D)][i % D * ROWS + i / D % ROWS] = q * factor;
+        }
+    };
+    if (p.q.type == DQ_TYPE_F32) load_queries([&](uint64_t at, int c) { return at_bytes<float>(p.q.data, at + 4 * c); });
+    else if (p.q.type == DQ_TYPE_F16) load_queries([&](uint64_t at, int c) { return half_to_float(at_bytes<uint16_t>(p.q.data, at + 2 * c)); });
+    else load_queries([&](uint64_t at, int c) { return bf16_to_float(at_bytes<uint16_t>(p.q.data, at + 2 * c)); });
+
+    // Nothing to do for a linear part that no set names.
+    if (!names_transform(sets, transform)) return;
     __syncthreads();
     const float4* query = reinterpret_cast<const float4*>(scratch[unit]);
 
@@ -106,33 +134,22 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
             __syncwarp();
         }
     } else {
-        const int run = D / sharers, first = share * run;
-        const uint16_t* matrix = p.k.decode + (uint64_t(head) * p.k.max_dense + transform - 1) * D * D;
         DQ_UNROLL
         for (int piece = 0; piece < PIECES; piece++) {
             const int j = 128 * piece + 4 * lane;
-            if (j >= D) continue;
+            if (piece > 0) load_weights(weights, first, j);
             DQ_UNROLL_BY_1
             for (int from = first; from < first + run; from += BATCH) {
-                uint2 weights[BATCH];
+                uint2 next[BATCH];
+                load_weights(next, from + BATCH, j);
                 DQ_UNROLL
                 for (int i = 0; i < BATCH; i++) {
-                    if (D % (BATCH * FOLD_WARPS) != 0 && from + i >= first + run) weights[i] = {};
-                    else if (transform != 0) weights[i] = load_global(reinterpret_cast<const uint2*>(matrix + (from + i) * D + j));
-                    else {
-                        // Ones of f16 with the signs of the rotation.
-                        auto one = [&](int k) { return 0x3C00u | rotation_sign<D>(p.k.rotation, j + k, from + i) << 15; };
-                        weights[i] = {one(0) | one(1) << 16, one(2) | one(3) << 16};
-                    }
-                }
-                DQ_UNROLL
-                for (int i = 0; i < BATCH; i++) {
-                    const int c = D % (BATCH * FOLD_WARPS) != 0 && from + i >= D ? 0 : from + i;
-                    const float4 q = query[c];
+                    const float4 q = query[from + i < D ? from + i : 0];
                     const float w[4] = {half_to_float(uint16_t(weights[i].x)), half_to_float(uint16_t(weights[i].x >> 16)),
                                         half_to_float(uint16_t(weights[i].y)), half_to_float(uint16_t(weights[i].y >> 16))};
                     auto add = [&](float4& s, float v) { s.x += v * w[0], s.y += v * w[1], s.z += v * w[2], s.w += v * w[3]; };
                     add(sum[piece][0], q.x), add(sum[piece][1], q.y), add(sum[piece][2], q.z), add(sum[piece][3], q.w);
+                    weights[i] = next[i];
                 }
             }
         }

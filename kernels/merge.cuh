@@ -30,6 +30,7 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
     constexpr uint32_t MOST_RUNS_OF_LATENTS = 4;
     const uint32_t runs = blockDim.x >= MOST_RUNS_OF_LATENTS * D && D % (8 * MOST_RUNS_OF_LATENTS) == 0 ? MOST_RUNS_OF_LATENTS : 1;
 
+    const uint32_t present = p.v.heads[head].present;
     wait_for_previous_kernel();
 
     // Phase 1: the maximum over all parts, and the sink's logit.
@@ -150,7 +151,8 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
     }
     __syncthreads();
     float total = any && p.sink_logits != nullptr ? exp2_fast(sink - m) : 0.0f;
-    for (int e = 0; e < DQ_MAX_SETS; e++) {
+    for (uint32_t left = present; left != 0; left &= left - 1) {
+        const uint32_t e = __ffs(left) - 1;
         const float l = weights[e];
         if (l == 0.0f) continue;
         total += l;

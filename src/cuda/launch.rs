@@ -320,6 +320,10 @@ pub fn plan_attend(
         attend_shared: v.shared,
         merge: (kernels.merge, (heads * rows, 1, 1)),
         // Few parts and many rows: small blocks, of which many run at once.
-        merge_threads: if parts_per_transform > 16 { 512 } else { 128 },
+        merge_threads: match parts_per_transform {
+            0..=8 if kernels.v_transforms == 1 => 32,
+            0..=16 => 128,
+            _ => 512,
+        },
     })
 }
