@@ -11,9 +11,9 @@
 //   folded_scales  [stream][kv head][transform][4 * n tiles]
 //   constants      [stream][kv head][set][4 * n tiles]
 //
-// Grid: (kv head * DQ_MAX_TRANSFORMS, n tile, run of streams), FOLD_THREADS threads. A thread makes two latent channels from
-// a run of the row's channels: its part of the matrix comes with all loads in flight and stays in registers for all streams
-// of the block. Runs are added in shared memory.
+// Grid: (kv head * DQ_MAX_TRANSFORMS, n tile, run of streams), FOLD_THREADS threads. A block has up to eight streams, one to
+// a warp, or fewer whose channels are dealt to several warps; a lane makes four latent channels next to each other (eight
+// at head_dim 256).
 #pragma once
 #include "rows.cuh"
 
@@ -23,7 +23,7 @@ constexpr float LOG2_E = 1.4426950408889634f;
 // Largest magnitude of a folded query channel: 127 * 256 + 127 would do, this leaves the low byte its full range.
 constexpr float FOLD_RANGE = 32512.0f;
 
-constexpr int FOLD_THREADS = 512;
+constexpr int FOLD_THREADS = 256, FOLD_WARPS = FOLD_THREADS / 32;
 
 // Queries of a stream: the token of its first one, and how many. Workspace has room for n_q in every stream.
 struct Queries {
@@ -48,136 +48,197 @@ __device__ __forceinline__ float fold_factor(const DqAttend& p) {
 
 template <class K>
 __device__ __forceinline__ void fold_queries(const DqAttend& p) {
-    constexpr int D = K::D, ROWS = 4, THREADS = FOLD_THREADS, PAIRS = D / 2, RUNS = THREADS / PAIRS, RUN = (D + RUNS - 1) / RUNS;
-    __shared__ float query[ROWS][D];
-    __shared__ float2 parts[RUNS][ROWS][PAIRS];
-    __shared__ float folded[ROWS][D];
-    __shared__ float row_largest[ROWS];
-    __shared__ __align__(16) uint8_t fragments[K::groups * 256];
+    constexpr int D = K::D, ROWS = 4, PIECES = (D + 127) / 128, BATCH = 16;
+    constexpr bool BUTTERFLIES = (D & (D - 1)) == 0;
+    // Of a warp: first its stream's queries [channel][row], where a stream has several warps then its share of q', and in
+    // the end, of the stream's first warp, the fragments.
+    __shared__ __align__(16) float scratch[FOLD_WARPS][D * ROWS];
+    static_assert(K::groups * 256 <= D * ROWS * 4, "");
     const uint32_t head = blockIdx.x / DQ_MAX_TRANSFORMS, transform = blockIdx.x % DQ_MAX_TRANSFORMS;
     const uint32_t tile = blockIdx.y, n_tiles = gridDim.y;
-    const uint32_t streams = (p.n_streams + gridDim.z - 1) / gridDim.z, first_stream = blockIdx.z * streams;
-    const uint32_t end_stream = first_stream + streams < p.n_streams ? first_stream + streams : p.n_streams;
     const int t = threadIdx.x, warp = t >> 5, lane = t & 31;
     const DqHeadSets& sets = p.k.heads[head];
+    const float factor = fold_factor(p);
     start_next_kernel();
+
+    // Streams of the block, a power of two; warps of a stream.
+    uint32_t streams = 1;
+    while (streams * gridDim.z < p.n_streams) streams *= 2;
+    const int sharers = FOLD_WARPS / streams, unit = warp / sharers, share = warp % sharers;
+    const uint32_t first_stream = blockIdx.z * streams, stream = first_stream + unit;
+
+    // The first loads of the matrix start before anything else is known: memory is far away. f16 of channel c, four latents.
+    const int run = D / sharers, first = share * run;
+    const uint16_t* matrix = p.k.decode + (uint64_t(head) * p.k.max_dense + transform - 1) * D * D;
+    const bool exists = transform <= p.k.max_dense;
+    auto load_weights = [&](uint2 (&weights)[BATCH], int from, int j) {
+        DQ_UNROLL
+        for (int i = 0; i < BATCH; i++) {
+            weights[i] = {};
+            if (!exists || j >= D || from + i >= first + run) continue;
+            if (transform != 0) weights[i] = load_global(reinterpret_cast<const uint2*>(matrix + (from + i) * D + j));
+            else if (!BUTTERFLIES) {
+                // Ones of f16 with the signs of the rotation.
+                auto one = [&](int k) { return 0x3C00u | rotation_sign<D>(p.k.rotation, j + k, from + i) << 15; };
+                weights[i] = {one(0) | one(1) << 16, one(2) | one(3) << 16};
+            }
+        }
+    };
+    uint2 weights[BATCH];
+    load_weights(weights, first, 4 * lane);
+
+    // Queries to shared memory; rows that do not exist are zero.
+    auto load_queries = [&](auto load) {
+        DQ_UNROLL_BY_16
+        for (int i = t; i < int(streams) * ROWS * D; i += FOLD_THREADS) {
+            const uint32_t of = first_stream + i / (ROWS * D), row = tile * ROWS + i / D % ROWS;
+            const Queries queries = of < p.n_streams ? queries_of(p, of) : Queries{};
+            const bool there = row < queries.count * p.group;
+            const uint64_t token = queries.first + (p.n_q == 1 ? 0 : row / p.group), q_head = head * p.group + (p.n_q == 1 ? row : row % p.group);
+            const float q = there ? load(token * p.q.token_stride + q_head * p.q.head_stride, i % D) : 0.0f;
+            scratch[i / (ROWS * D)][i % D * ROWS + i / D % ROWS] = q * factor;
+        }
+    };
+    if (p.q.type == DQ_TYPE_F32) load_queries([&](uint64_t at, int c) { return at_bytes<float>(p.q.data, at + 4 * c); });
+    else if (p.q.type == DQ_TYPE_F16) load_queries([&](uint64_t at, int c) { return half_to_float(at_bytes<uint16_t>(p.q.data, at + 2 * c)); });
+    else load_queries([&](uint64_t at, int c) { return bf16_to_float(at_bytes<uint16_t>(p.q.data, at + 2 * c)); });
 
     // Nothing to do for a linear part that no set names.
     if (!names_transform(sets, transform)) return;
+    __syncthreads();
+    const float4* query = reinterpret_cast<const float4*>(scratch[unit]);
 
-    // This thread's part of the matrix: two f16 for each channel of its run.
-    const int pair = t % PAIRS, run = t / PAIRS, first = run * RUN;
-    uint32_t weights[RUN];
-    {
-        const uint16_t* column = p.k.decode + (uint64_t(head) * p.k.max_dense + transform - 1) * D * D + 2 * pair;
+    // The constants q . mean of the sets that share this linear part; absent sets count to the rotation.
+    for (int e = share; e < DQ_MAX_SETS && stream < p.n_streams; e += sharers) {
+        const bool present = sets.present >> e & 1;
+        if (present ? sets.transform[e] != transform : transform != 0) continue;
+        float sum[ROWS] = {};
+        const uint16_t* mean = p.k.means + (uint64_t(head) * DQ_MAX_SETS + e) * D;
+        for (int c = lane; c < D && present; c += 32) {
+            const float m = half_to_float(load_global(mean + c));
+            const float4 q = query[c];
+            sum[0] += q.x * m, sum[1] += q.y * m, sum[2] += q.z * m, sum[3] += q.w * m;
+        }
         DQ_UNROLL
-        for (int i = 0; i < RUN; i++) {
-            const int c = first + i;
-            weights[i] = 0;
-            if (run >= RUNS || c >= D) continue;
-            if (transform != 0) {
-                weights[i] = load_global(reinterpret_cast<const uint32_t*>(column + c * D));
-            } else {
-                // Ones of f16 with the signs of the rotation.
-                weights[i] = 0x3C003C00u | rotation_sign<D>(p.k.rotation, 2 * pair, c) << 15 | rotation_sign<D>(p.k.rotation, 2 * pair + 1, c) << 31;
+        for (int r = 0; r < ROWS; r++) sum[r] = warp_sum(sum[r]);
+        float* out = p.constants + (((uint64_t(stream) * p.n_kv_heads + head) * DQ_MAX_SETS + e) * n_tiles + tile) * ROWS;
+        if (lane == 0) out[0] = sum[0], out[1] = sum[1], out[2] = sum[2], out[3] = sum[3];
+    }
+
+    // q' of this warp's share of the channels: [piece][row], channels 4 lane ... of each 128.
+    float4 sum[PIECES][ROWS] = {};
+    if (BUTTERFLIES && transform == 0) {
+        if constexpr (BUTTERFLIES) {
+            float v[ROWS][D / 32];
+            DQ_UNROLL
+            for (int k = 0; k < D / 32; k++) {
+                const float4 q = query[lane + 32 * k];
+                const uint32_t minus = rotation_sign<D>(p.k.rotation, 0, lane + 32 * k);
+                v[0][k] = with_sign(q.x, minus), v[1][k] = with_sign(q.y, minus), v[2][k] = with_sign(q.z, minus), v[3][k] = with_sign(q.w, minus);
             }
+            __syncthreads();
+            DQ_UNROLL
+            for (int r = 0; r < ROWS; r++) {
+                butterflies<D>(v[r], lane);
+                DQ_UNROLL
+                for (int k = 0; k < D / 32; k++) scratch[warp][r * D + lane + 32 * k] = v[r][k];
+            }
+            __syncwarp();
+        }
+    } else {
+        DQ_UNROLL
+        for (int piece = 0; piece < PIECES; piece++) {
+            const int j = 128 * piece + 4 * lane;
+            if (piece > 0) load_weights(weights, first, j);
+            DQ_UNROLL_BY_1
+            for (int from = first; from < first + run; from += BATCH) {
+                uint2 next[BATCH];
+                load_weights(next, from + BATCH, j);
+                DQ_UNROLL
+                for (int i = 0; i < BATCH; i++) {
+                    const float4 q = query[from + i < D ? from + i : 0];
+                    const float w[4] = {half_to_float(uint16_t(weights[i].x)), half_to_float(uint16_t(weights[i].x >> 16)),
+                                        half_to_float(uint16_t(weights[i].y)), half_to_float(uint16_t(weights[i].y >> 16))};
+                    auto add = [&](float4& s, float v) { s.x += v * w[0], s.y += v * w[1], s.z += v * w[2], s.w += v * w[3]; };
+                    add(sum[piece][0], q.x), add(sum[piece][1], q.y), add(sum[piece][2], q.z), add(sum[piece][3], q.w);
+                    weights[i] = next[i];
+                }
+            }
+        }
+        // Nobody needs the queries any more.
+        __syncthreads();
+        DQ_UNROLL
+        for (int piece = 0; piece < PIECES; piece++) {
+            const int j = 128 * piece + 4 * lane;
+            if (j >= D) continue;
+            DQ_UNROLL
+            for (int r = 0; r < ROWS; r++) *reinterpret_cast<float4*>(&scratch[warp][r * D + j]) = sum[piece][r];
+        }
+        __syncwarp();
+    }
+    __syncthreads();
+    if (share != 0 || stream >= p.n_streams) return;
+
+    // The stream's first warp adds the shares. q' in levels: these count in units of their tier's book.
+    const int parts = BUTTERFLIES && transform == 0 ? 1 : sharers;
+    float largest[ROWS] = {};
+    DQ_UNROLL
+    for (int piece = 0; piece < PIECES; piece++) {
+        const int j = 128 * piece + 4 * lane;
+        if (j >= D) continue;
+        float unit_of = 1.0f;
+        for_each<K::tiers>([&](auto tier) {
+            constexpr int T = decltype(tier)::value;
+            if (j >= K::first(T) && j < K::first(T) + K::channels(T)) unit_of = Book<K::bits(T)>::unit;
+        });
+        if (transform == 0) unit_of *= rsqrtf(float(D));
+        DQ_UNROLL
+        for (int r = 0; r < ROWS; r++) {
+            float4 s = {};
+            for (int w = 0; w < parts; w++) {
+                const float4 v = *reinterpret_cast<const float4*>(&scratch[warp + w][r * D + j]);
+                s.x += v.x, s.y += v.y, s.z += v.z, s.w += v.w;
+            }
+            s.x *= unit_of, s.y *= unit_of, s.z *= unit_of, s.w *= unit_of;
+            largest[r] = fmaxf(largest[r], fmaxf(fmaxf(fabsf(s.x), fabsf(s.y)), fmaxf(fabsf(s.z), fabsf(s.w))));
+            sum[piece][r] = s;
         }
     }
-    for (int i = t; i < K::groups * 64; i += THREADS) reinterpret_cast<uint32_t*>(fragments)[i] = 0;
+    __syncwarp();
+    uint8_t* fragments = reinterpret_cast<uint8_t*>(scratch[warp]);
+    for (int i = lane; i < K::groups * 64; i += 32) reinterpret_cast<uint32_t*>(fragments)[i] = 0;
+    __syncwarp();
 
-    for (uint32_t stream = first_stream; stream < end_stream; stream++) {
-        // Queries to shared memory; rows that do not exist are zero.
-        const Queries queries = queries_of(p, stream);
-        for (int i = t; i < ROWS * D; i += THREADS) {
-            uint32_t row = tile * ROWS + i / D;
-            query[i / D][i % D] = row < queries.count * p.group
-                ? load_row(p.q, queries.first + row / p.group, head * p.group + row % p.group, i % D) * fold_factor(p)
-                : 0.0f;
+    // The step of each row, from its largest magnitude; bytes to their place in the fragments.
+    DQ_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+        largest[r] = warp_max(largest[r]);
+        if (lane == 0) {
+            uint64_t at = ((uint64_t(stream) * p.n_kv_heads + head) * DQ_MAX_TRANSFORMS + transform) * n_tiles + tile;
+            p.folded_scales[at * ROWS + r] = largest[r] / FOLD_RANGE;
         }
-        __syncthreads();
-
-        // This thread's run of channels.
-        if (run < RUNS) {
-            float2 sum[ROWS] = {};
-            DQ_UNROLL
-            for (int i = 0; i < RUN; i++) {
-                const int c = first + i < D ? first + i : 0;
-                const float2 weight = {half_to_float(uint16_t(weights[i])), half_to_float(uint16_t(weights[i] >> 16))};
+        const float inverse = largest[r] > 0.0f ? FOLD_RANGE / largest[r] : 0.0f;
+        DQ_UNROLL
+        for (int piece = 0; piece < PIECES; piece++) {
+            const float four[4] = {sum[piece][r].x, sum[piece][r].y, sum[piece][r].z, sum[piece][r].w};
+            for_each<K::tiers>([&](auto tier) {
+                constexpr int T = decltype(tier)::value;
+                const int j = 128 * piece + 4 * lane;
+                if (j < K::first(T) || j >= K::first(T) + K::channels(T)) return;
                 DQ_UNROLL
-                for (int r = 0; r < ROWS; r++) sum[r].x += query[r][c] * weight.x, sum[r].y += query[r][c] * weight.y;
-            }
-            DQ_UNROLL
-            for (int r = 0; r < ROWS; r++) parts[run][r][pair] = sum[r];
-        }
-        __syncthreads();
-
-        // q' in levels: these count in units of their tier's book.
-        for (int i = t; i < ROWS * D; i += THREADS) {
-            const int r = i / D, j = i % D;
-            float sum = 0.0f;
-            DQ_UNROLL
-            for (int run = 0; run < RUNS; run++) sum += reinterpret_cast<const float*>(parts[run][r])[j];
-            if (transform == 0) sum *= rsqrtf(float(D));
-            for_each<K::tiers>([&](auto tier) {
-                constexpr int T = decltype(tier)::value;
-                if (j >= K::first(T) && j < K::first(T) + K::channels(T)) sum *= Book<K::bits(T)>::unit;
-            });
-            folded[r][j] = sum;
-        }
-        __syncthreads();
-
-        // The step of each row, from its largest magnitude.
-        if (warp < ROWS) {
-            float largest = 0.0f;
-            for (int j = lane; j < D; j += 32) largest = fmaxf(largest, fabsf(folded[warp][j]));
-            largest = warp_max(largest);
-            if (lane == 0) {
-                row_largest[warp] = largest;
-                uint64_t at = ((uint64_t(stream) * p.n_kv_heads + head) * DQ_MAX_TRANSFORMS + transform) * n_tiles + tile;
-                p.folded_scales[at * ROWS + warp] = largest / FOLD_RANGE;
-            }
-        }
-        __syncthreads();
-
-        // Bytes to their place in the fragments.
-        for (int i = t; i < ROWS * D; i += THREADS) {
-            const int r = i / D, j = i % D;
-            const float largest = row_largest[r], inverse = largest > 0.0f ? FOLD_RANGE / largest : 0.0f;
-            const int whole = __float2int_rn(folded[r][j] * inverse), high = (whole + 128) >> 8, low = whole - 256 * high;
-            for_each<K::tiers>([&](auto tier) {
-                constexpr int T = decltype(tier)::value;
-                if (j >= K::first(T) && j < K::first(T) + K::channels(T)) {
-                    const KPosition k = k_position(K::channels(T), j - K::first(T));
+                for (int i = 0; i < 4; i++) {
+                    const int whole = __float2int_rn(four[i] * inverse), high = (whole + 128) >> 8, low = whole - 256 * high;
+                    const KPosition k = k_position(K::channels(T), j + i - K::first(T));
                     uint8_t* at = fragments + (K::groups_before(T) + k.group) * 256 + k.q * 8 + k.reg * 4 + k.byte;
                     at[(2 * r) * 32] = uint8_t(high);
                     at[(2 * r + 1) * 32] = uint8_t(low);
                 }
             });
         }
-        __syncthreads();
-        uint8_t* out = p.folded + folded_tile<K>(p, stream, head, transform, tile, n_tiles);
-        for (int i = t; i < K::groups * 64; i += THREADS) {
-            reinterpret_cast<uint32_t*>(out)[i] = reinterpret_cast<const uint32_t*>(fragments)[i];
-        }
-
-        // The constants q . mean of the sets that share this linear part, a warp each.
-        for (int e = warp; e < DQ_MAX_SETS; e += THREADS / 32) {
-            const bool here = (sets.present >> e & 1) ? sets.transform[e] == transform : transform == 0;
-            if (!here) continue;
-            const uint16_t* mean = p.k.means + (uint64_t(head) * DQ_MAX_SETS + e) * D;
-            DQ_UNROLL
-            for (int r = 0; r < ROWS; r++) {
-                float sum = 0.0f;
-                for (int c = lane; c < D; c += 32) sum += query[r][c] * half_to_float(load_global(mean + c));
-                sum = warp_sum(sum);
-                if (lane == 0) {
-                    p.constants[(((uint64_t(stream) * p.n_kv_heads + head) * DQ_MAX_SETS + e) * n_tiles + tile) * ROWS + r] = sum;
-                }
-            }
-        }
-        // Nobody writes new queries before all have used the old ones.
-        __syncthreads();
     }
+    __syncwarp();
+    uint8_t* out = p.folded + folded_tile<K>(p, stream, head, transform, tile, n_tiles);
+    for (int i = lane; i < K::groups * 64; i += 32) reinterpret_cast<uint32_t*>(out)[i] = reinterpret_cast<const uint32_t*>(fragments)[i];
 }
 
 }  // namespace dq

@@ -12,34 +12,6 @@ namespace dq {
 // Weights of parts that wait in shared memory.
 constexpr uint32_t MERGE_PARTS = 512;
 
-// Hadamard's matrix times y, in place, by one warp; D a power of two, 32 at least.
-template <int D>
-__device__ __forceinline__ void butterflies(float* y, int lane) {
-    constexpr int PER = D / 32 > 0 ? D / 32 : 1;
-    float v[PER];
-    DQ_UNROLL
-    for (int k = 0; k < PER; k++) v[k] = y[lane + 32 * k];
-    DQ_UNROLL
-    for (int d = 1; d < 32; d *= 2) {
-        DQ_UNROLL
-        for (int k = 0; k < PER; k++) {
-            const float other = __shfl_xor_sync(ALL_LANES, v[k], d);
-            v[k] = lane & d ? other - v[k] : v[k] + other;
-        }
-    }
-    DQ_UNROLL
-    for (int d = 1; d < PER; d *= 2) {
-        DQ_UNROLL
-        for (int k = 0; k < PER; k++) {
-            if (k & d) continue;
-            const float a = v[k], b = v[k + d];
-            v[k] = a + b, v[k + d] = a - b;
-        }
-    }
-    DQ_UNROLL
-    for (int k = 0; k < PER; k++) y[lane + 32 * k] = v[k];
-}
-
 template <class V>
 __device__ __forceinline__ void attend_merge(const DqAttend& p) {
     constexpr int D = V::D, WARPS = 16, PER = (D + 127) / 128, AT_ONCE = D <= 128 ? 6 : 4;
@@ -60,6 +32,7 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
     constexpr uint32_t MOST_RUNS_OF_LATENTS = 4;
     const uint32_t runs = blockDim.x >= MOST_RUNS_OF_LATENTS * D && D % (8 * MOST_RUNS_OF_LATENTS) == 0 ? MOST_RUNS_OF_LATENTS : 1;
 
+    const uint32_t present = p.v.heads[head].present;
     wait_for_previous_kernel();
 
     // Phase 1: the maximum over all parts, and the sink's logit.
@@ -135,12 +108,23 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
         __syncthreads();
         constexpr bool BUTTERFLIES = (D & (D - 1)) == 0;
         if (BUTTERFLIES && transform == 0) {
-            if (warp == 0) butterflies<D>(latents, lane);
+            if constexpr (BUTTERFLIES) {
+                if (warp == 0) {
+                    float v[D / 32];
+                    DQ_UNROLL
+                    for (int k = 0; k < D / 32; k++) v[k] = latents[lane + 32 * k];
+                    butterflies<D>(v, lane);
+                    DQ_UNROLL
+                    for (int k = 0; k < D / 32; k++) {
+                        const int c = lane + 32 * k;
+                        latents[c] = with_sign(v[k], rotation_sign<D>(p.v.rotation, 0, c)) * rsqrtf(float(D));
+                    }
+                }
+            }
             __syncthreads();
             for (uint32_t i = 0, c = t; c < D; c += blockDim.x, i++) {
-                const float part = with_sign(latents[c], rotation_sign<D>(p.v.rotation, 0, c)) * rsqrtf(float(D));
                 DQ_UNROLL
-                for (int k = 0; k < 4 * PER; k++) if (k == int(i)) x[k] += part;
+                for (int k = 0; k < 4 * PER; k++) if (k == int(i)) x[k] += latents[c];
             }
         } else if (runs > 1) {
             if (t < runs * D) x[0] += unfold_channel<D>(p.v, head, transform, latents, t % D, t / D * (D / runs), D / runs);
@@ -169,7 +153,8 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
     }
     __syncthreads();
     float total = any && p.sink_logits != nullptr ? exp2_fast(sink - m) : 0.0f;
-    for (int e = 0; e < DQ_MAX_SETS; e++) {
+    for (uint32_t left = present; left != 0; left &= left - 1) {
+        const uint32_t e = __ffs(left) - 1;
         const float l = weights[e];
         if (l == 0.0f) continue;
         total += l;

@@ -163,7 +163,7 @@ void run(const Case& c, std::mt19937_64& rng) {
                    dq::prefill_shared_bytes<K, V, NT>(p, PREFILL), p);
     } else rt::launch(attend_kernel<K, V, NT>, dim3(p.n_splits, c.n_kv / p.heads_per_block * p.row_tiles, c.n_streams * p.v_transforms),
                32 * p.heads_per_block * p.key_warps, dq::attend_shared_bytes<K, V, NT, dq::DECODE_STAGES>(p), p);
-    rt::launch(merge_kernel<V>, dim3(rows), parts > 4 ? 512 : 64, 0, p);
+    rt::launch(merge_kernel<V>, dim3(rows), parts > 4 ? 512 : parts > 2 ? 64 : 32, 0, p);
     rt::sync();
     auto out = d_out.take();
 

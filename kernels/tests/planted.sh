@@ -41,7 +41,7 @@ plant "stage overwritten while in use" attend_prefill.cuh 's/(tile \& 1) \* stag
 plant "read past the last slot" attend.cuh 's/key < keys.end ? key : keys.end - 1/key/' attend_emu "-fsanitize=address"
 plant "blocks that the window has left are read" attend.cuh 's/key = key < keys.first ? keys.first : /key = /'
 plant "the same, bulk copies" attend.cuh 's/keys.first - first_key : 0/0 : 0/' attend_emu $BULK
-plant "queries of the sequence before" fold.cuh 's/load_row(p.q, queries.first + row/load_row(p.q, uint64_t(stream) * p.n_q + row/'
+plant "queries of the sequence before" fold.cuh 's/token = queries.first/token = uint64_t(of) * p.n_q/'
 plant "encode: other lanes' codes too early" encode.cuh '/bad_row |= header.saturated;/{n;n;d}' encode_emu
 plant "encode: ties the other way" encode.cuh 's/if (magnitude > edge)/if (magnitude >= edge * 1.0001f)/' encode_emu
 exit $missed

@@ -12,10 +12,10 @@ const KEYS_PER_WARP: usize = 32;
 const STAGES: usize = 2;
 /// A barrier and a counter for each of four stages.
 const BARRIER_BYTES: usize = 48;
-/// Streams that share a block of the fold kernel, at most; and how many (stream, KV head) make it worth it.
-const FOLD_STREAMS: usize = 4;
-const FOLD_HEADS: usize = 128;
-pub const FOLD_THREADS: usize = 512;
+/// Streams that share a block of the fold kernel, at most; and how many (stream, KV head) make it worth it. Powers of two.
+const FOLD_STREAMS: usize = 8;
+const FOLD_HEADS: usize = 64;
+pub const FOLD_THREADS: usize = 256;
 const MOST_WARPS: usize = 8;
 const TILE_KEYS: usize = 64;
 const MOST_RUNS: usize = 16;
@@ -314,12 +314,16 @@ pub fn plan_attend(
         shape.n_kv_heads / v.heads_per_block * row_tiles
     };
     Ok(AttendPlan {
-        fold: (kernels.fold, (shape.n_kv_heads * MAX_TRANSFORMS, n_tiles, streams.div_ceil((heads / FOLD_HEADS).clamp(1, FOLD_STREAMS)))),
+        fold: (kernels.fold, (shape.n_kv_heads * MAX_TRANSFORMS, n_tiles, streams.div_ceil((heads / FOLD_HEADS).next_power_of_two().clamp(1, FOLD_STREAMS)))),
         attend: (v.kernel, (splits, y, streams * kernels.v_transforms)),
         attend_threads: 32 * v.warps(rows),
         attend_shared: v.shared,
         merge: (kernels.merge, (heads * rows, 1, 1)),
         // Few parts and many rows: small blocks, of which many run at once.
-        merge_threads: if parts_per_transform > 16 { 512 } else { 128 },
+        merge_threads: match parts_per_transform {
+            0..=8 if kernels.v_transforms == 1 => 32,
+            0..=16 => 128,
+            _ => 512,
+        },
     })
 }

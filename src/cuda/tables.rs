@@ -339,7 +339,7 @@ impl TableLayout {
             }
             if let Some(matrix) = encode.as_ref().filter(|_| fit.id != params::NO_PLACE) {
                 fit.encode_dense = 1;
-                copies.push((s.encode + head * d * d * 4, matrix.iter().flat_map(|x| x.to_le_bytes()).collect()));
+                copies.push((s.encode + head * s.encode_len * 4, matrix.iter().flat_map(|x| x.to_le_bytes()).collect()));
             }
             put_struct(&mut fits[index * size_of::<params::Fit>()..], &fit);
             put_halves(&mut means[index * 2 * MEAN..], &set.mean);
