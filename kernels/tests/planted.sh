@@ -43,5 +43,7 @@ plant "blocks that the window has left are read" attend.cuh 's/key = key < keys.
 plant "the same, bulk copies" attend.cuh 's/keys.first - first_key : 0/0 : 0/' attend_emu $BULK
 plant "queries of the sequence before" fold.cuh 's/token = queries.first/token = uint64_t(of) * p.n_q/'
 plant "encode: other lanes' codes too early" encode.cuh '/bad_row |= header.saturated;/{n;n;d}' encode_emu
+plant "encode: an error that the next latent does not hear of" encode.cuh 's/for (int k = i + 1; k < 4; k++) four/for (int k = i + 2; k < 4; k++) four/' encode_emu
+plant "encode: errors carried to the block before" encode.cuh 's/load(weight\[0\], triangles.template four<T>(4 \* (block + b) + c/load(weight[0], triangles.template four<T>(4 * (block + b - 1) + c/' encode_emu
 plant "encode: ties the other way" encode.cuh 's/if (magnitude > edge)/if (magnitude >= edge * 1.0001f)/' encode_emu
 exit $missed

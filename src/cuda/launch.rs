@@ -35,6 +35,8 @@ pub struct LayerKernels {
     /// Decode with one and two tiles of four rows, prefill.
     attend: [Variant; 3],
     pub encode_shared: usize,
+    /// Rows of a block of the encode kernel.
+    pub encode_rows: usize,
     k_groups: usize,
     v_transforms: usize,
 }
@@ -98,13 +100,15 @@ impl LayerKernels {
         let n1 = Self::decode(device, shape, attend(format!("dq_attend_{d}_{k}_{v}_n1"))?, 1)?;
         let n2 = Self::decode(device, shape, attend(format!("dq_attend_{d}_{k}_{v}_n2"))?, 2)?;
         let prefill = Self::prefill(device, shape, attend(format!("dq_prefill_{d}_{k}_{v}"))?)?;
+        let encode_rows = if d <= 192 { 2 } else { 1 };
         Ok(Self {
             encode: find(format!("dq_encode_{d}_{k}_{v}"))?,
             dequantize: find(format!("dq_dequantize_{d}_{k}_{v}"))?,
             fold: find(format!("dq_fold_{d}_{k}_{v}"))?,
             merge: find(format!("dq_merge_{d}_{k}_{v}"))?,
             attend: [n1, n2, prefill],
-            encode_shared: 16 * (2 * 2 * d * 4 + d) + 3 * 16 * d * 4,
+            encode_shared: (16 * (2 * 4 * encode_rows + 4) + 200) * d,
+            encode_rows: 16 * encode_rows,
             k_groups: groups(&shape.k),
             v_transforms: if shape.v.gauge == Gauge::Attention { MAX_TRANSFORMS } else { 1 },
         })

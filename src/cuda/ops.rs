@@ -21,7 +21,6 @@ use crate::shape::{LayerShape, Side};
 use crate::view::MaskType;
 
 /// Rows that share a block of the encode kernel, and of the dequantize kernel.
-const ENCODE_ROWS: usize = 32;
 const DEQUANTIZE_ROWS: usize = 8;
 const OBSERVE_THREADS: usize = 256;
 
@@ -361,7 +360,7 @@ impl DeviceCodec {
             n: tokens.n_tokens,
             n_kv_heads: shape.n_kv_heads as u32,
         };
-        let grid = ((tokens.n_tokens as usize).div_ceil(ENCODE_ROWS), shape.n_kv_heads, 2);
+        let grid = ((tokens.n_tokens as usize).div_ceil(l.kernels.encode_rows), shape.n_kv_heads, 2);
         // SAFETY: as in attend.
         unsafe { self.device.launch(l.kernels.encode, grid, 256, l.kernels.encode_shared, false, stream, &p) }
     }
