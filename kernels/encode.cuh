@@ -13,8 +13,12 @@ constexpr int ENCODE_HALVES = 16;
 constexpr float SWITCH = 0.5f;
 constexpr float HUGE_ROW = 1e15f;
 constexpr int MAX_SINKS = 4;
-constexpr int N_MULTIPLES = 5;
-__host__ __device__ constexpr float scale_multiple(int i) { return i == 0 ? 0.8f : i == 1 ? 0.9f : i == 2 ? 1.0f : i == 3 ? 1.1f : 1.25f; }
+constexpr int N_MULTIPLES = 8;
+__host__ __device__ constexpr float scale_multiple(int i) {
+    return i == 0 ? 0.76f : i == 1 ? 0.83f : i == 2 ? 0.9f : i == 3 ? 0.97f : i == 4 ? 1.04f : i == 5 ? 1.11f : i == 6 ? 1.18f : 1.26f;
+}
+constexpr int N_FEEDBACK_MULTIPLES = 4;
+__host__ __device__ constexpr float feedback_multiple(int i) { return i == 0 ? 0.94f : i == 1 ? 1.0f : i == 2 ? 1.06f : 1.12f; }
 
 // The mask of the sixteen lanes that work on one row: the two halves of a warp go their own ways.
 __device__ __forceinline__ uint32_t half_mask(int lane) { return lane < 16 ? 0x0000FFFFu : 0xFFFF0000u; }
@@ -211,6 +215,56 @@ template <class S> struct RowCoder {
         }
     }
 
+    // Codes latents anew, one after the other, each against what the errors before it leave to be said. `triangles`: the
+    // feedback behind the encode matrix. All lanes follow each rounding; a lane keeps the targets of its channels.
+    __device__ static Header feed_back(const float (&y)[PER], Header open, uint32_t set, const float (&kappa)[S::tiers], const float* triangles, uint8_t* codes, int l, int lane, uint32_t mask) {
+        Header best = open;
+        float best_cost = 0.0f;
+        bool found = false;
+        DQ_UNROLL_BY_1
+        for (int i = 0; i < N_FEEDBACK_MULTIPLES; i++) {
+            const Header h = pack_header(__fmul_rn(header_scale(open.bits), feedback_multiple(i)), set);
+            if (h.saturated) continue;
+            const float scale = header_scale(h.bits), inverse = scale > 0.0f ? __fdiv_rn(1.0f, scale) : 0.0f;
+            float target[PER], cost = 0.0f;
+            uint8_t mine[PER];
+            DQ_UNROLL
+            for (int k = 0; k < PER; k++) target[k] = y[k];
+            for_each<S::tiers>([&](auto tier) {
+                constexpr int T = decltype(tier)::value, FIRST = S::first(T) / 16, END = FIRST + S::channels(T) / 16, HALF = 1 << (S::bits(T) - 1);
+                const float* triangle = triangles + S::feedback_before(T);
+                float lost = 0.0f;
+                DQ_UNROLL
+                for (int k = FIRST; k < END; k++) {
+                    DQ_UNROLL_BY_1
+                    for (int owner = 0; owner < 16; owner++) {
+                        const int j = 16 * (k - FIRST) + owner, from = (lane & 16) | owner;
+                        const float wanted = __shfl_sync(mask, target[k], from), latent = __shfl_sync(mask, y[k], from);
+                        const float value = __fmul_rn(scale, nearest_level<S::bits(T)>(wanted, inverse));
+                        const float left = __fsub_rn(value, wanted), error = __fsub_rn(value, latent);
+                        lost = __fadd_rn(lost, __fmul_rn(load_global(triangle + j * (j + 1) / 2 + j), __fmul_rn(left, left)));
+                        if (l == owner) {
+                            const int m = nearest<S::bits(T)>(fabsf(__fmul_rn(wanted, inverse)));
+                            mine[k] = uint8_t(__float_as_uint(wanted) >> 31 ? HALF - 1 - m : HALF + m);
+                        }
+                        DQ_UNROLL
+                        for (int later = k; later < END; later++) {
+                            const int row = 16 * (later - FIRST) + l;
+                            if (row > j) target[later] = __fsub_rn(target[later], __fmul_rn(load_global(triangle + row * (row + 1) / 2 + j), error));
+                        }
+                    }
+                }
+                cost = __fadd_rn(cost, __fmul_rn(kappa[T], lost));
+            });
+            if (!found || cost < best_cost) {
+                found = true, best = h, best_cost = cost;
+                DQ_UNROLL
+                for (int k = 0; k < PER; k++) codes[l + 16 * k] = mine[k];
+            }
+        }
+        return best;
+    }
+
     // Codes into the planes of a record.
     __device__ static void write(const uint8_t* codes, uint8_t* record, uint32_t side, uint32_t n_kv, uint32_t head, int l) {
         for_each<S::tiers>([&](auto tier) {
@@ -285,7 +339,7 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
     // Phase 2: latents under the newest set.
     if (sets.encode_dense) {
         float acc[ROWS][PER] = {};
-        const float* matrix = f.encode + uint64_t(head) * D * D;
+        const float* matrix = f.encode + uint64_t(head) * S::encode_floats;
         for (int i = 0; i < D; i++) {
             const float m = half_to_float(load_global(means + newest * D + i));
             float centred[ROWS];
@@ -345,6 +399,12 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
             if (!use_other) {
                 header = Coder::code(y, newest, kappa, codes, l, mask);
                 use_other = header.saturated;
+                if constexpr (S::tiers > 1) {
+                    if (!use_other && sets.encode_dense) {
+                        const float* triangles = f.encode + uint64_t(head) * S::encode_floats + D * D;
+                        header = Coder::feed_back(y, header, newest, kappa, triangles, codes, l, lane, mask);
+                    }
+                }
             }
         }
 

@@ -89,7 +89,7 @@ struct PlainEncoder {
         float rms = std::sqrt(sum(d, [&](int c) { return y[c] * y[c]; }) / float(d)), reach = 0, best = 0;
         if (rms > 0) {
             bool first = true;
-            for (float multiple : {0.8f, 0.9f, 1.0f, 1.1f, 1.25f}) {
+            for (float multiple : {0.76f, 0.83f, 0.9f, 0.97f, 1.04f, 1.11f, 1.18f, 1.26f}) {
                 float r = 1.0f / (rms * multiple);
                 std::vector<float> level(d);
                 for (int c = 0; c < d; c++) {
@@ -112,6 +112,39 @@ struct PlainEncoder {
         return out;
     }
 
+    // Codes latents one after the other, with feedback.
+    void feed_back(const std::vector<float>& y, int set, const Weights& kappa, const float* triangles, Coded& coded) const {
+        const float open = float(ref::header_scale(coded.header));
+        float best = INFINITY;
+        for (float multiple : {0.94f, 1.0f, 1.06f, 1.12f}) {
+            auto [packed, saturated] = pack(open * multiple, set);
+            if (saturated) continue;
+            const float scale = float(ref::header_scale(packed)), inverse = scale > 0 ? 1 / scale : 0;
+            std::vector<uint8_t> codes(f.d);
+            float cost = 0;
+            const float* row = triangles;
+            for (size_t t = 0; t < layout.tiers.size(); t++) {
+                const int first = layout.tiers[t].first, bits = layout.tiers[t].bits, half = 1 << (bits - 1);
+                const ref::Book book = ref::book(bits);
+                std::vector<float> errors;
+                float lost = 0;
+                for (int j = 0; j < layout.tiers[t].channels; row += ++j) {
+                    float target = y[first + j];
+                    for (int a = 0; a < j; a++) target -= row[a] * errors[a];
+                    int m = 0;
+                    for (int i = half; i < 2 * half - 1; i++) m += std::fabs(target * inverse) > ref::edge(bits, book, i);
+                    const float value = scale * (std::copysign(float(book.table[half + m]), target) * float(book.unit));
+                    const float left = value - target;
+                    errors.push_back(value - y[first + j]);
+                    lost += row[j] * (left * left);
+                    codes[first + j] = uint8_t(std::signbit(target) ? half - 1 - m : half + m);
+                }
+                cost += kappa[t] * lost;
+            }
+            if (cost < best) best = cost, coded.codes = codes, coded.header = packed;
+        }
+    }
+
     // Writes a row; true when it was replaced or cut.
     bool row(std::vector<float> x, uint32_t head, uint8_t* record) const {
         const int d = f.d;
@@ -132,8 +165,9 @@ struct PlainEncoder {
         }
         if (largest > 1e15f) for (float& v : x) v *= 1e15f / largest;
         std::vector<float> y(d, 0.0f);
+        const float* matrix = &f.encode[head * (f.encode.size() / f.n_kv)];
         if (sets.encode_dense) {
-            for (int i = 0; i < d; i++) for (int j = 0; j < d; j++) y[j] += (x[i] - mean(sets.newest, i)) * f.encode[(size_t(head) * d + i) * d + j];
+            for (int i = 0; i < d; i++) for (int j = 0; j < d; j++) y[j] += (x[i] - mean(sets.newest, i)) * matrix[size_t(i) * d + j];
         } else {
             for (int i = 0; i < d; i++) y[i] = x[i] - mean(sets.newest, i);
             y = rotate(y);
@@ -153,7 +187,9 @@ struct PlainEncoder {
             if (v < distance) distance = v, other = e;
         }
         if (!(distance * (distortion / float(d)) < 0.5f * cost)) {
-            if (!put(code(y, sets.newest, kappa))) return false;
+            Coded coded = code(y, sets.newest, kappa);
+            if (!coded.saturated && layout.tiers.size() > 1 && sets.encode_dense) feed_back(y, sets.newest, kappa, matrix + size_t(d) * d, coded);
+            if (!put(coded)) return false;
         }
         for (int c = 0; c < d; c++) y[c] = other ? x[c] - mean(other, c) : x[c];
         return put(code(rotate(y), other, ones));
@@ -169,7 +205,7 @@ void encode_case(uint32_t n_kv, uint32_t n, ref::SetKinds k_sets, ref::SetKinds 
     using V = dq::Side<DV, VP, true>;
     std::normal_distribution<double> normal;
     auto l = ref::layout(n_kv, DK, KP, DV, VP);
-    auto kf = ref::random_factors(DK, n_kv, k_sets, rng), vf = ref::random_factors(DV, n_kv, v_sets, rng);
+    auto kf = ref::random_factors(DK, n_kv, k_sets, rng, K::encode_floats - DK * DK), vf = ref::random_factors(DV, n_kv, v_sets, rng, V::encode_floats - DV * DV);
     for (auto& s : kf.heads) s.kappa[0] = 0.7f, s.kappa[1] = 1.1f, s.kappa[2] = 1.6f;
     const uint64_t stride = l.slot_bytes + 32;
     const uint32_t n_slots = n + 7, size = type == DQ_TYPE_F32 ? 4 : 2;

@@ -192,7 +192,7 @@ struct Factors {
     uint32_t n_kv, max_dense;
     std::vector<DqHeadSets> heads;
     std::vector<uint16_t> means, decode;
-    std::vector<float> encode;
+    std::vector<float> encode;                     // [n_kv]: matrix [d][d], feedback
     std::vector<uint32_t> rotation_bits;
 
     // x - mean = matrix(e) y
@@ -227,13 +227,18 @@ struct Factors {
 struct SetKinds { int rotations, dense; };
 
 // Set 0, `rotations - 1` sets over the rotation with a mean (the first of them a sink), then `dense` fits.
-inline Factors random_factors(int d, uint32_t n_kv, SetKinds kinds, std::mt19937_64& rng) {
+// `feedback`: floats of it behind each encode matrix.
+inline Factors random_factors(int d, uint32_t n_kv, SetKinds kinds, std::mt19937_64& rng, size_t feedback = 0) {
     Factors f{d, n_kv, std::max<uint32_t>(kinds.dense, 1), {}, {}, {}, {}, {}};
     std::normal_distribution<double> normal;
     f.heads.resize(n_kv);
     f.means.assign(size_t(n_kv) * DQ_MAX_SETS * d, 0);
     f.decode.assign(size_t(n_kv) * f.max_dense * d * d, 0);
-    f.encode.assign(size_t(n_kv) * d * d, 0);
+    const size_t encode_floats = size_t(d) * d + feedback;
+    f.encode.assign(n_kv * encode_floats, 0);
+    for (uint32_t h = 0; h < n_kv; h++) {
+        for (size_t i = size_t(d) * d; i < encode_floats; i++) f.encode[h * encode_floats + i] = 0.01f * float(1 + rng() % 9);
+    }
     int words = (d + 31) / 32;
     f.rotation_bits.assign(d * words, 0);
     auto r = rotation(d);
@@ -259,7 +264,7 @@ inline Factors random_factors(int d, uint32_t n_kv, SetKinds kinds, std::mt19937
                 for (int j = 0; j < d; j++) {
                     double v = g[c] * r[j][c] / std::sqrt(double(d));
                     f.decode[((size_t(h) * f.max_dense + dense) * d + c) * d + j] = to_half(v);
-                    if (e == n - 1) f.encode[(size_t(h) * d + c) * d + j] = float(r[j][c] / std::sqrt(double(d)) / g[c]);
+                    if (e == n - 1) f.encode[h * encode_floats + size_t(c) * d + j] = float(r[j][c] / std::sqrt(double(d)) / g[c]);
                 }
             }
         }
