@@ -146,19 +146,12 @@ __device__ __forceinline__ float nearest_level(float y, float reach) {
 // Lower triangles, one to a tier, packed by rows behind a head's encode matrix. In shared memory, where they find room,
 // rows are widened to whole runs of four.
 template <class S> struct Triangles {
-    __host__ __device__ static constexpr int packed_before(int t) {
-        int n = 0;
-        for (int i = 0; i < t && S::tiers > 1; i++) n += S::channels(i) * (S::channels(i) + 1) / 2;
-        return n;
-    }
     __host__ __device__ static constexpr int row_at(int j) { return 4 * (j / 4 + 1) * (2 * (j / 4) + j % 4); }
     __host__ __device__ static constexpr int widened_before(int t) {
         int n = 0;
         for (int i = 0; i < t && S::tiers > 1; i++) n += row_at(S::channels(i));
         return n;
     }
-    // Floats of a head: its matrix and the triangles.
-    static constexpr int encode_len = S::D * S::D + packed_before(S::tiers);
     static constexpr bool fit_in = widened_before(S::tiers) * 4 <= ENCODE_SPARE * S::D;
 
     const float* packed;
@@ -169,7 +162,7 @@ template <class S> struct Triangles {
         for_each<S::tiers>([&](auto tier) {
             constexpr int T = decltype(tier)::value;
             for (int j = t / 32; j < S::channels(T); j += ENCODE_THREADS / 32) {
-                const float* from = packed + packed_before(T) + j * (j + 1) / 2;
+                const float* from = packed + S::feedback_before(T) + j * (j + 1) / 2;
                 for (int k = t % 32; k <= j; k += 32) widened[widened_before(T) + row_at(j) + k] = load_global(from + k);
             }
         });
@@ -179,7 +172,7 @@ template <class S> struct Triangles {
         if constexpr (fit_in) {
             return *reinterpret_cast<const float4*>(widened + widened_before(T) + row_at(j) + k);
         } else {
-            const float* at = packed + packed_before(T) + j * (j + 1) / 2 + k;
+            const float* at = packed + S::feedback_before(T) + j * (j + 1) / 2 + k;
             return {load_global(at), load_global(at + 1), load_global(at + 2), load_global(at + 3)};
         }
     }
@@ -483,7 +476,7 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
 
     // Phase 2: latents under the newest set, and what the feedback reads.
     const uint32_t block_first = blockIdx.x * ENCODE_HALVES * ROWS;
-    const float* matrix = f.encode + uint64_t(head) * Triangles<S>::encode_len;
+    const float* matrix = f.encode + uint64_t(head) * S::encode_floats;
     const Triangles<S> triangles{matrix + D * D, stages};
     if (sets.encode_dense) {
         dense_latents<D, ENCODE_HALVES * ROWS>(all_latents, matrix, stages, p.n - block_first);

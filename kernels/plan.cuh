@@ -68,6 +68,13 @@ template <int DIM, int PLAN, bool ALIGNED> struct Side {
         return bytes;
     }
     static constexpr int row_bytes = bytes_before(Tiers::count, 0);
+    // Floats of the feedback behind a head's encode matrix, those of the tiers before this one: packed triangles.
+    __host__ __device__ static constexpr int feedback_before(int t) {
+        int n = 0;
+        for (int i = 0; i < t; i++) n += channels(i) * (channels(i) + 1) / 2;
+        return n;
+    }
+    static constexpr int encode_floats = DIM * DIM + (tiers > 1 ? feedback_before(Tiers::count) : 0);
     __host__ __device__ static constexpr int planes() {
         int n = 0;
         for (int t = 0; t < tiers; t++) n += planes_of(bits(t));

@@ -86,8 +86,8 @@ impl TableLayout {
         };
         let mut side = |s: &SideShape| {
             let d = s.head_dim;
-            // Fits of one's own, and some that come with imported rows.
             let encode_len = d * d + s.plan.feedback_len();
+            // Fits of one's own, and some that come with imported rows.
             let max_dense = if s.gauge == Gauge::Attention { (max_fits + 3).min(MAX_TRANSFORMS - 1) } else { 0 };
             SideLayout {
                 d,

@@ -398,6 +398,28 @@ pub(crate) mod tests {
         assert!(costs[0] > costs[1] && costs[1] > costs[2], "{costs:?}");
     }
 
+    /// R^T W R is the tier's block of decode^T S decode, up to the rounding of decode and one factor for the whole.
+    #[test]
+    fn feedback_factors_the_metric_of_the_scores() {
+        let d = 64;
+        let tiers = Plan::new(104, d).unwrap().tiers;
+        let (_, f) = fit_rows(&rows(2048, d, 20.0, 1), None, d, &tiers);
+        let mut triangle = &f.encode[d * d..];
+        for (tier, kappa) in tiers.iter().zip(f.kappa) {
+            let (this, rest) = triangle.split_at(tier.channels * (tier.channels + 1) / 2);
+            triangle = rest;
+            let at = |j: usize, k: usize| f64::from(this[j * (j + 1) / 2 + k]);
+            let r = |j: usize, k: usize| if k < j { at(j, k) } else { f64::from(u8::from(k == j)) };
+            let decode = |i: usize, j: usize| f.decode[i * d + tier.first + j].to_f64();
+            for (a, b) in [(0, 0), (3, 3), (15, 15), (2, 9), (14, 15)] {
+                let got: f64 = (0..tier.channels).map(|j| f64::from(kappa) * at(j, j) * r(j, a) * r(j, b)).sum();
+                let want: f64 = (0..d).map(|i| decode(i, a) * decode(i, b)).sum();
+                assert!((got - want).abs() < 1e-3 * f64::from(kappa), "{tier:?}, [{a}][{b}]: {got} for {want}");
+            }
+        }
+        assert!(triangle.is_empty());
+    }
+
     #[test]
     fn degenerate_moments_give_finite_factors_or_none() {
         for d in [64, 80, 256] {
