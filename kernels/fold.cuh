@@ -73,26 +73,35 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     uint2 weights[BATCH];
     load_weights(weights, first, 4 * lane);
 
-    // Queries to shared memory, a thread has a row of a stream and every so many channels; rows that do not exist are zero.
-    {
-        const uint32_t pairs = streams * ROWS, of = first_stream + t % pairs / ROWS, row = tile * ROWS + t % ROWS;
-        const bool there = row < n_rows && of < p.n_streams;
-        const uint8_t* from = static_cast<const uint8_t*>(p.q.data);
-        if (there) from += (uint64_t(of) * p.n_q + row / p.group) * p.q.token_stride + (head * p.group + row % p.group) * p.q.head_stride;
-        float* to = reinterpret_cast<float*>(scratch[t % pairs / ROWS]) + t % ROWS;
-        const float factor = there ? fold_factor(p) : 0.0f;
-        const int step = FOLD_THREADS / pairs;
-        auto load = [&](auto value) {
-            DQ_UNROLL_BY_8
-            for (int c = t / pairs; c < D; c += step) to[c * ROWS] = (there ? value(c) : 0.0f) * factor;
-        };
-        const bool bf16 = p.q.type == DQ_TYPE_BF16;
-        if (p.q.type == DQ_TYPE_F32) load([&](int c) { return at_bytes<float>(from, 4 * c); });
-        else load([&](int c) { const uint16_t v = at_bytes<uint16_t>(from, 2 * c); return bf16 ? bf16_to_float(v) : half_to_float(v); });
-    }
-
     // Nothing to do for a linear part that no set names.
     if (!names_transform(sets, transform)) return;
+
+    // Queries to shared memory; rows that do not exist are zero.
+    uint64_t* row_at = reinterpret_cast<uint64_t*>(fragments[0]);
+    if (t < ROWS) {
+        const uint32_t row = tile * ROWS + t;
+        row_at[t] = row < n_rows ? row / p.group * p.q.token_stride + (head * p.group + row % p.group) * p.q.head_stride : ~uint64_t(0);
+    }
+    __syncthreads();
+    {
+        constexpr int AT_ONCE = FOLD_THREADS / D;
+        const int c = t % D, rows = t < AT_ONCE * D ? streams * ROWS : 0;
+        const float factor = fold_factor(p);
+        const bool wide = p.q.type == DQ_TYPE_F32, bf16 = p.q.type == DQ_TYPE_BF16;
+        DQ_UNROLL_BY_8
+        for (int i = t / D; i < rows; i += AT_ONCE) {
+            const uint32_t of = first_stream + i / ROWS;
+            const uint64_t at = row_at[i % ROWS];
+            uint32_t bits = 0;
+            if (of < p.n_streams && at != ~uint64_t(0)) {
+                const uint8_t* from = static_cast<const uint8_t*>(p.q.data) + uint64_t(of) * p.n_q * p.q.token_stride + at;
+                if (wide) bits = at_bytes<uint32_t>(from, 4 * c);
+                else bits = at_bytes<uint16_t>(from, 2 * c);
+            }
+            const float q = wide ? __uint_as_float(bits) : bf16 ? bf16_to_float(uint16_t(bits)) : half_to_float(uint16_t(bits));
+            reinterpret_cast<float*>(scratch[i / ROWS])[c * ROWS + i % ROWS] = q * factor;
+        }
+    }
     __syncthreads();
     const float4* query = scratch[unit];
 
