@@ -13,7 +13,7 @@
 //
 // Grid: (kv head * DQ_MAX_TRANSFORMS, n tile, run of streams), FOLD_THREADS threads. A block has up to eight streams, one to
 // a warp, or fewer whose channels are dealt to several warps; a lane makes four latent channels next to each other (eight
-// at head_dim 256).
+// at head_dim 256). Loops stay rolled where they can: with a kernel this short, fetching the code is part of its time.
 #pragma once
 #include "rows.cuh"
 
@@ -50,15 +50,13 @@ template <class K>
 __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     constexpr int D = K::D, ROWS = 4, PIECES = (D + 127) / 128, BATCH = 16;
     constexpr bool BUTTERFLIES = (D & (D - 1)) == 0;
-    // Of a warp: first its stream's queries [channel][row], where a stream has several warps then its share of q', and in
-    // the end, of the stream's first warp, the fragments.
-    __shared__ __align__(16) float scratch[FOLD_WARPS][D * ROWS];
-    static_assert(K::groups * 256 <= D * ROWS * 4, "");
+    // First the queries of each stream, then each warp's share of q': [channel][row].
+    __shared__ float4 scratch[FOLD_WARPS][D];
+    __shared__ __align__(16) uint8_t fragments[FOLD_WARPS][K::groups * 256];
     const uint32_t head = blockIdx.x / DQ_MAX_TRANSFORMS, transform = blockIdx.x % DQ_MAX_TRANSFORMS;
     const uint32_t tile = blockIdx.y, n_tiles = gridDim.y;
     const int t = threadIdx.x, warp = t >> 5, lane = t & 31;
     const DqHeadSets& sets = p.k.heads[head];
-    const float factor = fold_factor(p);
     start_next_kernel();
 
     // Streams of the block, a power of two; warps of a stream.
@@ -70,14 +68,13 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     // The first loads of the matrix start before anything else is known: memory is far away. f16 of channel c, four latents.
     const int run = D / sharers, first = share * run;
     const uint16_t* matrix = p.k.decode + (uint64_t(head) * p.k.max_dense + transform - 1) * D * D;
-    const bool exists = transform <= p.k.max_dense;
     auto load_weights = [&](uint2 (&weights)[BATCH], int from, int j) {
         DQ_UNROLL
         for (int i = 0; i < BATCH; i++) {
             weights[i] = {};
-            if (!exists || j >= D || from + i >= first + run) continue;
+            if (transform > p.k.max_dense || j >= D || from + i >= first + run) continue;
             if (transform != 0) weights[i] = load_global(reinterpret_cast<const uint2*>(matrix + (from + i) * D + j));
-            else if (!BUTTERFLIES) {
+            else if constexpr (!BUTTERFLIES) {
                 // Ones of f16 with the signs of the rotation.
                 auto one = [&](int k) { return 0x3C00u | rotation_sign<D>(p.k.rotation, j + k, from + i) << 15; };
                 weights[i] = {one(0) | one(1) << 16, one(2) | one(3) << 16};
@@ -87,28 +84,40 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     uint2 weights[BATCH];
     load_weights(weights, first, 4 * lane);
 
-    // Queries to shared memory; rows that do not exist are zero.
-    auto load_queries = [&](auto load) {
-        DQ_UNROLL_BY_16
-        for (int i = t; i < int(streams) * ROWS * D; i += FOLD_THREADS) {
-            const uint32_t of = first_stream + i / (ROWS * D), row = tile * ROWS + i / D % ROWS;
-            const Queries queries = of < p.n_streams ? queries_of(p, of) : Queries{};
-            const bool there = row < queries.count * p.group;
-            const uint64_t token = queries.first + (p.n_q == 1 ? 0 : row / p.group), q_head = head * p.group + (p.n_q == 1 ? row : row % p.group);
-            const float q = there ? load(token * p.q.token_stride + q_head * p.q.head_stride, i % D) : 0.0f;
-            scratch[i / (ROWS * D)][i % D * ROWS + i / D % ROWS] = q * factor;
-        }
-    };
-    if (p.q.type == DQ_TYPE_F32) load_queries([&](uint64_t at, int c) { return at_bytes<float>(p.q.data, at + 4 * c); });
-    else if (p.q.type == DQ_TYPE_F16) load_queries([&](uint64_t at, int c) { return half_to_float(at_bytes<uint16_t>(p.q.data, at + 2 * c)); });
-    else load_queries([&](uint64_t at, int c) { return bf16_to_float(at_bytes<uint16_t>(p.q.data, at + 2 * c)); });
-
     // Nothing to do for a linear part that no set names.
     if (!names_transform(sets, transform)) return;
+
+    // Queries to shared memory; rows that do not exist are zero.
+    uint64_t* row_at = reinterpret_cast<uint64_t*>(fragments[0]);
+    if (t < ROWS) {
+        const uint32_t row = tile * ROWS + t;
+        row_at[t] = row / p.group * p.q.token_stride + (head * p.group + row % p.group) * p.q.head_stride;
+    }
     __syncthreads();
-    const float4* query = reinterpret_cast<const float4*>(scratch[unit]);
+    {
+        constexpr int AT_ONCE = FOLD_THREADS / D;
+        const int c = t % D, rows = t < AT_ONCE * D ? streams * ROWS : 0;
+        const float factor = fold_factor(p);
+        const bool wide = p.q.type == DQ_TYPE_F32, bf16 = p.q.type == DQ_TYPE_BF16;
+        DQ_UNROLL_BY_8
+        for (int i = t / D; i < rows; i += AT_ONCE) {
+            const uint32_t of = first_stream + i / ROWS;
+            const Queries queries = of < p.n_streams ? queries_of(p, of) : Queries{};
+            uint32_t bits = 0;
+            if (tile * ROWS + i % ROWS < queries.count * p.group) {
+                const uint8_t* from = static_cast<const uint8_t*>(p.q.data) + queries.first * p.q.token_stride + row_at[i % ROWS];
+                if (wide) bits = at_bytes<uint32_t>(from, 4 * c);
+                else bits = at_bytes<uint16_t>(from, 2 * c);
+            }
+            const float q = wide ? __uint_as_float(bits) : bf16 ? bf16_to_float(uint16_t(bits)) : half_to_float(uint16_t(bits));
+            reinterpret_cast<float*>(scratch[i / ROWS])[c * ROWS + i % ROWS] = q * factor;
+        }
+    }
+    __syncthreads();
+    const float4* query = scratch[unit];
 
     // The constants q . mean of the sets that share this linear part; absent sets count to the rotation.
+    DQ_UNROLL_BY_1
     for (int e = share; e < DQ_MAX_SETS && stream < p.n_streams; e += sharers) {
         const bool present = sets.present >> e & 1;
         if (present ? sets.transform[e] != transform : transform != 0) continue;
@@ -125,27 +134,11 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
         if (lane == 0) out[0] = sum[0], out[1] = sum[1], out[2] = sum[2], out[3] = sum[3];
     }
 
-    // q' of this warp's share of the channels: [piece][row], channels 4 lane ... of each 128.
-    float4 sum[PIECES][ROWS] = {};
-    if (BUTTERFLIES && transform == 0) {
-        if constexpr (BUTTERFLIES) {
-            float v[ROWS][D / 32];
-            DQ_UNROLL
-            for (int k = 0; k < D / 32; k++) {
-                const float4 q = query[lane + 32 * k];
-                const uint32_t minus = rotation_sign<D>(p.k.rotation, 0, lane + 32 * k);
-                v[0][k] = with_sign(q.x, minus), v[1][k] = with_sign(q.y, minus), v[2][k] = with_sign(q.z, minus), v[3][k] = with_sign(q.w, minus);
-            }
-            __syncthreads();
-            DQ_UNROLL
-            for (int r = 0; r < ROWS; r++) {
-                butterflies<D>(v[r], lane);
-                DQ_UNROLL
-                for (int k = 0; k < D / 32; k++) scratch[warp][r * D + lane + 32 * k] = v[r][k];
-            }
-            __syncwarp();
-        }
-    } else {
+    // q' of this warp's share of the channels.
+    int parts = sharers;
+    if constexpr (BUTTERFLIES) if (transform == 0) parts = 0;
+    if (parts != 0) {
+        float sum[PIECES][4][ROWS] = {};
         DQ_UNROLL
         for (int piece = 0; piece < PIECES; piece++) {
             const int j = 128 * piece + 4 * lane;
@@ -157,10 +150,13 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
                 DQ_UNROLL
                 for (int i = 0; i < BATCH; i++) {
                     const float4 q = query[from + i < D ? from + i : 0];
-                    const float w[4] = {half_to_float(uint16_t(weights[i].x)), half_to_float(uint16_t(weights[i].x >> 16)),
-                                        half_to_float(uint16_t(weights[i].y)), half_to_float(uint16_t(weights[i].y >> 16))};
-                    auto add = [&](float4& s, float v) { s.x += v * w[0], s.y += v * w[1], s.z += v * w[2], s.w += v * w[3]; };
-                    add(sum[piece][0], q.x), add(sum[piece][1], q.y), add(sum[piece][2], q.z), add(sum[piece][3], q.w);
+                    const uint32_t halves[2] = {weights[i].x, weights[i].y};
+                    DQ_UNROLL
+                    for (int k = 0; k < 4; k++) {
+                        const float w = half_to_float(uint16_t(halves[k / 2] >> (k % 2 * 16)));
+                        float (&s)[ROWS] = sum[piece][k];
+                        s[0] += q.x * w, s[1] += q.y * w, s[2] += q.z * w, s[3] += q.w * w;
+                    }
                     weights[i] = next[i];
                 }
             }
@@ -169,76 +165,90 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
         __syncthreads();
         DQ_UNROLL
         for (int piece = 0; piece < PIECES; piece++) {
-            const int j = 128 * piece + 4 * lane;
-            if (j >= D) continue;
             DQ_UNROLL
-            for (int r = 0; r < ROWS; r++) *reinterpret_cast<float4*>(&scratch[warp][r * D + j]) = sum[piece][r];
+            for (int k = 0; k < 4; k++) {
+                const int j = 128 * piece + 4 * lane + k;
+                const float (&s)[ROWS] = sum[piece][k];
+                if (j < D) scratch[warp][j] = {s[0], s[1], s[2], s[3]};
+            }
         }
-        __syncwarp();
     }
     __syncthreads();
     if (share != 0 || stream >= p.n_streams) return;
 
-    // The stream's first warp adds the shares. q' in levels: these count in units of their tier's book.
-    const int parts = BUTTERFLIES && transform == 0 ? 1 : sharers;
+    // The stream's first warp adds the shares, or turns the queries by itself.
+    float4* mine = parts == 0 ? scratch[unit] : scratch[warp];
+    if constexpr (BUTTERFLIES) {
+        DQ_UNROLL_BY_1
+        for (int r = 0; r < (parts == 0 ? ROWS : 0); r++) {
+            float* row = reinterpret_cast<float*>(mine) + r;
+            float v[D / 32];
+            DQ_UNROLL
+            for (int k = 0; k < D / 32; k++) v[k] = with_sign(row[(lane + 32 * k) * ROWS], rotation_sign<D>(p.k.rotation, 0, lane + 32 * k));
+            butterflies<D>(v, lane);
+            DQ_UNROLL
+            for (int k = 0; k < D / 32; k++) row[(lane + 32 * k) * ROWS] = v[k];
+        }
+    }
+    // q' in levels: these count in units of their tier's book.
     float largest[ROWS] = {};
-    DQ_UNROLL
-    for (int piece = 0; piece < PIECES; piece++) {
-        const int j = 128 * piece + 4 * lane;
-        if (j >= D) continue;
-        float unit_of = 1.0f;
+    DQ_UNROLL_BY_1
+    for (int j = lane; j < D; j += 32) {
+        float4 s = mine[j];
+        for (int w = 1; w < parts; w++) {
+            const float4 v = scratch[warp + w][j];
+            s.x += v.x, s.y += v.y, s.z += v.z, s.w += v.w;
+        }
+        float worth = transform == 0 ? rsqrtf(float(D)) : 1.0f;
         for_each<K::tiers>([&](auto tier) {
             constexpr int T = decltype(tier)::value;
-            if (j >= K::first(T) && j < K::first(T) + K::channels(T)) unit_of = Book<K::bits(T)>::unit;
+            if (j >= K::first(T) && j < K::first(T) + K::channels(T)) worth *= Book<K::bits(T)>::unit;
         });
-        if (transform == 0) unit_of *= rsqrtf(float(D));
-        DQ_UNROLL
-        for (int r = 0; r < ROWS; r++) {
-            float4 s = {};
-            for (int w = 0; w < parts; w++) {
-                const float4 v = *reinterpret_cast<const float4*>(&scratch[warp + w][r * D + j]);
-                s.x += v.x, s.y += v.y, s.z += v.z, s.w += v.w;
-            }
-            s.x *= unit_of, s.y *= unit_of, s.z *= unit_of, s.w *= unit_of;
-            largest[r] = fmaxf(largest[r], fmaxf(fmaxf(fabsf(s.x), fabsf(s.y)), fmaxf(fabsf(s.z), fabsf(s.w))));
-            sum[piece][r] = s;
-        }
+        s.x *= worth, s.y *= worth, s.z *= worth, s.w *= worth;
+        mine[j] = s;
+        largest[0] = fmaxf(largest[0], fabsf(s.x)), largest[1] = fmaxf(largest[1], fabsf(s.y));
+        largest[2] = fmaxf(largest[2], fabsf(s.z)), largest[3] = fmaxf(largest[3], fabsf(s.w));
     }
-    __syncwarp();
-    uint8_t* fragments = reinterpret_cast<uint8_t*>(scratch[warp]);
-    for (int i = lane; i < K::groups * 64; i += 32) reinterpret_cast<uint32_t*>(fragments)[i] = 0;
-    __syncwarp();
 
-    // The step of each row, from its largest magnitude; bytes to their place in the fragments.
+    // The step of each row, from its largest magnitude.
+    float inverse[ROWS];
     DQ_UNROLL
     for (int r = 0; r < ROWS; r++) {
-        largest[r] = warp_max(largest[r]);
+        const float most = warp_max(largest[r]);
         if (lane == 0) {
             uint64_t at = ((uint64_t(stream) * p.n_kv_heads + head) * DQ_MAX_TRANSFORMS + transform) * n_tiles + tile;
-            p.folded_scales[at * ROWS + r] = largest[r] / FOLD_RANGE;
+            p.folded_scales[at * ROWS + r] = most / FOLD_RANGE;
         }
-        const float inverse = largest[r] > 0.0f ? FOLD_RANGE / largest[r] : 0.0f;
+        inverse[r] = most > 0.0f ? FOLD_RANGE / most : 0.0f;
+    }
+
+    // Bytes to their place in the fragments.
+    uint32_t* words = reinterpret_cast<uint32_t*>(fragments[warp]);
+    DQ_UNROLL_BY_1
+    for (int i = lane; i < K::groups * 64; i += 32) words[i] = 0;
+    __syncwarp();
+    DQ_UNROLL_BY_1
+    for (int j = lane; j < D; j += 32) {
+        int first_channel = 0, channels = 0, groups = 0;
+        for_each<K::tiers>([&](auto tier) {
+            constexpr int T = decltype(tier)::value;
+            if (j >= K::first(T)) first_channel = K::first(T), channels = K::channels(T), groups = K::groups_before(T);
+        });
+        const KPosition k = k_position(channels, j - first_channel);
+        uint8_t* at = fragments[warp] + (groups + k.group) * 256 + k.q * 8 + k.reg * 4 + k.byte;
+        const float4 v = mine[j];
+        const float row[ROWS] = {v.x, v.y, v.z, v.w};
         DQ_UNROLL
-        for (int piece = 0; piece < PIECES; piece++) {
-            const float four[4] = {sum[piece][r].x, sum[piece][r].y, sum[piece][r].z, sum[piece][r].w};
-            for_each<K::tiers>([&](auto tier) {
-                constexpr int T = decltype(tier)::value;
-                const int j = 128 * piece + 4 * lane;
-                if (j < K::first(T) || j >= K::first(T) + K::channels(T)) return;
-                DQ_UNROLL
-                for (int i = 0; i < 4; i++) {
-                    const int whole = __float2int_rn(four[i] * inverse), high = (whole + 128) >> 8, low = whole - 256 * high;
-                    const KPosition k = k_position(K::channels(T), j + i - K::first(T));
-                    uint8_t* at = fragments + (K::groups_before(T) + k.group) * 256 + k.q * 8 + k.reg * 4 + k.byte;
-                    at[(2 * r) * 32] = uint8_t(high);
-                    at[(2 * r + 1) * 32] = uint8_t(low);
-                }
-            });
+        for (int r = 0; r < ROWS; r++) {
+            const int whole = __float2int_rn(row[r] * inverse[r]), high = (whole + 128) >> 8, low = whole - 256 * high;
+            at[(2 * r) * 32] = uint8_t(high);
+            at[(2 * r + 1) * 32] = uint8_t(low);
         }
     }
     __syncwarp();
-    uint8_t* out = p.folded + folded_tile<K>(p, stream, head, transform, tile, n_tiles);
-    for (int i = lane; i < K::groups * 64; i += 32) reinterpret_cast<uint32_t*>(out)[i] = reinterpret_cast<const uint32_t*>(fragments)[i];
+    uint32_t* out = reinterpret_cast<uint32_t*>(p.folded + folded_tile<K>(p, stream, head, transform, tile, n_tiles));
+    DQ_UNROLL_BY_1
+    for (int i = lane; i < K::groups * 64; i += 32) out[i] = words[i];
 }
 
 }  // namespace dq

@@ -14,7 +14,7 @@ constexpr uint32_t MERGE_PARTS = 512;
 
 template <class V>
 __device__ __forceinline__ void attend_merge(const DqAttend& p) {
-    constexpr int D = V::D, WARPS = 16, PER = (D + 127) / 128, AT_ONCE = D <= 128 ? 6 : 4;
+    constexpr int D = V::D, WARPS = 16, PER = (D + 127) / 128, AT_ONCE = 4;
     __shared__ __align__(16) float gathered[WARPS][D];
     __shared__ __align__(16) float latents[D];
     __shared__ float weights[MERGE_PARTS];

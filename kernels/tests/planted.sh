@@ -25,7 +25,7 @@ plant() {
 
 BULK=-DDQ_EMU_BULK
 plant "missing barrier after a tile's copies" attend.cuh '/cp_async_wait<STAGES - 2>/{n;d}'
-plant "a stage filled anew while in use" attend.cuh 's/ALL_LANES, others, 0) == warps - 1/ALL_LANES, others, 0) == 0/' attend_emu $BULK
+plant "a stage filled anew before all are done with it" attend.cuh 's/== warps - 1) bulk_tile/== 0) bulk_tile/' attend_emu $BULK
 plant "wait one group short" attend.cuh 's/cp_async_wait<STAGES - 2>/cp_async_wait<STAGES - 1>/'
 plant "wait for the wrong phase" attend.cuh 's/index = 0, phase ^= 1/index = 0/' attend_emu $BULK
 plant "fewer bytes announced than copied" attend.cuh 's|barrier_expect(barriers + index, (end - skip)|barrier_expect(barriers + index, (end - skip - 1)|' attend_emu $BULK
@@ -41,8 +41,9 @@ plant "stage overwritten while in use" attend_prefill.cuh 's/(tile \& 1) \* stag
 plant "read past the last slot" attend.cuh 's/key < keys.end ? key : keys.end - 1/key/' attend_emu "-fsanitize=address"
 plant "blocks that the window has left are read" attend.cuh 's/key = key < keys.first ? keys.first : /key = /'
 plant "the same, bulk copies" attend.cuh 's/keys.first - first_key : 0/0 : 0/' attend_emu $BULK
-plant "queries of the sequence before" fold.cuh 's/token = queries.first/token = uint64_t(of) * p.n_q/'
+plant "queries of the sequence before" fold.cuh 's/queries.first \* p.q.token_stride/uint64_t(of) * p.n_q * p.q.token_stride/'
 plant "encode: other lanes' codes too early" encode.cuh '/bad_row |= header.saturated;/{n;n;d}' encode_emu
+plant "encode: the matrix before it is there" encode.cuh '/Also: the rows are there/{n;d}' encode_emu
 plant "encode: an error that the next latent does not hear of" encode.cuh 's/for (int k = i + 1; k < 4; k++) four/for (int k = i + 2; k < 4; k++) four/' encode_emu
 plant "encode: errors carried to the block before" encode.cuh 's/load(weight\[0\], triangles.template four<T>(4 \* (block + b) + c/load(weight[0], triangles.template four<T>(4 * (block + b - 1) + c/' encode_emu
 plant "encode: ties the other way" encode.cuh 's/if (magnitude > edge)/if (magnitude >= edge * 1.0001f)/' encode_emu

@@ -13,8 +13,8 @@ const STAGES: usize = 2;
 /// A barrier and a counter for each of four stages.
 const BARRIER_BYTES: usize = 48;
 /// Streams that share a block of the fold kernel, at most; and how many (stream, KV head) make it worth it. Powers of two.
-const FOLD_STREAMS: usize = 8;
-const FOLD_HEADS: usize = 64;
+const FOLD_STREAMS: usize = 4;
+const FOLD_HEADS: usize = 128;
 pub const FOLD_THREADS: usize = 256;
 const MOST_WARPS: usize = 8;
 const TILE_KEYS: usize = 64;
