@@ -290,6 +290,16 @@ mod tests {
     }
 
     #[test]
+    fn kernels_have_the_same_tiers() {
+        let kernels = include_str!("../kernels/plan.cuh");
+        for plan in PLANS.iter().filter(|p| p.tiers.len() > 1) {
+            let pairs: Vec<_> = plan.tiers.iter().map(|(sixteenths, bits)| format!("{sixteenths}, {bits}")).collect();
+            let line = format!("DQ_TIERED_PLAN({}, {}, {});", plan.id, pairs.len(), pairs.join(", "));
+            assert!(kernels.contains(&line), "plan.cuh lacks {line}");
+        }
+    }
+
+    #[test]
     fn planes_never_overlap_and_fill_the_sections() {
         for n_kv in [1, 3, 8] {
             for d in HEAD_DIMS {
