@@ -107,7 +107,7 @@ impl DeviceCodec {
     pub fn compress(&self, codec: &Codec, layer: usize, tokens: &Tokens, stream: Stream) -> Result<()> {
         let _current = self.device.enter(stream)?;
         let mut state = self.state(layer);
-        let due = state.next_fit.is_some_and(|at| self.rows_bound(layer, &state) + u64::from(tokens.n_tokens) >= at);
+        let due = self.rows_left(layer, &state).is_some_and(|rows| u64::from(tokens.n_tokens) >= rows);
         if due && self.device.is_capturing(stream)? {
             return Err(Error::new(
                 ErrorKind::Capture,
@@ -136,7 +136,7 @@ impl DeviceCodec {
         let _current = self.device.enter(stream)?;
         for layer in layers {
             let mut state = self.state(layer);
-            if state.next_fit.is_none_or(|at| self.rows_bound(layer, &state) < at) {
+            if self.rows_left(layer, &state) != Some(0) {
                 continue;
             }
             if self.device.is_capturing(stream)? {
@@ -220,6 +220,11 @@ impl DeviceCodec {
         (first..end).map_while(|i| self.rows_seen.try_get(i)).max().map_or(0, u64::from)
     }
 
+    /// Rows until the next fit comes due in any head, at least; `None` when none will.
+    pub fn rows_to_fit(&self, layer: usize) -> Option<u64> {
+        self.rows_left(layer, &self.state(layer))
+    }
+
     /// Brings what the device has made to the host, before it hands sets out or takes some in. Waits for the device.
     pub fn pull(&self, codec: &Codec, layers: Range<usize>) -> Result<()> {
         let _current = self.device.enter(NO_STREAM)?;
@@ -257,9 +262,10 @@ impl DeviceCodec {
         self.layers[layer].tables.factors(self.base(layer), side)
     }
 
-    /// What the host counted, or what the device has told since: replays of graphs are told only by the device.
-    fn rows_bound(&self, layer: usize, state: &State) -> u64 {
-        state.most_rows.max(self.rows_seen(layer))
+    fn rows_left(&self, layer: usize, state: &State) -> Option<u64> {
+        // What the host counted, or what the device has told since: replays of graphs are told only by the device.
+        let seen = state.most_rows.max(self.rows_seen(layer));
+        state.next_fit.map(|at| at.saturating_sub(seen))
     }
 
     fn observe(&self, codec: &Codec, layer: usize, state: &mut State, tokens: &Tokens, stream: Stream) -> Result<()> {
