@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs every test: Rust, C++ (plain, then under ASan and UBSan), the CUDA backend (its kernels compiled by nvcc, driven
-# through the library on a stand-in driver, and on a device where there is one), and the patched llama.cpp on a real
-# small model.
-#   integration/test.sh            everything but tsan and fuzz, which build the library anew
+# Runs every test: Rust, C++ (plain, under ASan and UBSan, the concurrent contracts under TSan), a short fuzzing of the C
+# ABI, the CUDA backend (its kernels compiled by nvcc, driven through the library on a stand-in driver, and on a device
+# where there is one), and the patched llama.cpp on a real small model.
+#   integration/test.sh            everything
 #   integration/test.sh rust cpp sanitizers tsan fuzz cuda llama    only the named parts
 # Logs go to build/test-logs; the runners' own summary lines are repeated at the end.
 set -euo pipefail
@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 export PATH="$PATH:$HOME/.cargo/bin"
 
 parts=("$@")
-((${#parts[@]})) || parts=(rust cpp sanitizers cuda llama)
+((${#parts[@]})) || parts=(rust cpp sanitizers tsan fuzz cuda llama)
 logs=build/test-logs
 mkdir -p "$logs"
 bash integration/install-deps.sh

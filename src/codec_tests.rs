@@ -12,7 +12,7 @@ fn desc_of(n_layers: usize, k_plan: u32, d_v: usize) -> CodecDesc {
     let k = SideDesc { head_dim: D, plan: k_plan, gauge: Gauge::Attention };
     let v = SideDesc { head_dim: d_v, plan: 4, gauge: Gauge::Centred };
     let layers = vec![LayerShape::new(2 * KV, KV, k, v).unwrap(); n_layers];
-    CodecDesc { layers, max_fits: 0, fingerprint: [7; 32] }
+    CodecDesc { layers, max_fits: 0, fingerprint: [7; 32], defers_fits: false }
 }
 
 fn desc() -> CodecDesc {

@@ -154,14 +154,22 @@ pub unsafe extern "C" fn dq_codec_info(codec: *const dq_codec, layer: u32, out: 
 unsafe fn model(desc: *const dq_codec_desc) -> Result<CodecDesc> {
     // SAFETY: the caller's word.
     let desc = unsafe { convert::read_struct("desc", desc) }?;
-    if desc.flags != 0 {
-        return Err(Error::invalid(format!("desc->flags is {:#x}; it must be 0", desc.flags)));
+    if desc.flags & !DQ_CODEC_DEFER_FITS != 0 {
+        return Err(Error::invalid(format!(
+            "desc->flags is {:#x}; it must be 0 or DQ_CODEC_DEFER_FITS ({DQ_CODEC_DEFER_FITS})",
+            desc.flags
+        )));
     }
     // SAFETY: the caller's word.
     let given = unsafe { convert::layers(&desc, MAX_LAYERS as u32) }?;
     let shape = |(i, layer)| shape(layer).map_err(|e| Error::new(e.kind, format!("desc->layers[{i}].{e}")));
     let layers = given.iter().enumerate().map(shape).collect::<Result<_>>()?;
-    Ok(CodecDesc { layers, max_fits: desc.max_fits as usize, fingerprint: desc.fingerprint })
+    Ok(CodecDesc {
+        layers,
+        max_fits: desc.max_fits as usize,
+        fingerprint: desc.fingerprint,
+        defers_fits: desc.flags & DQ_CODEC_DEFER_FITS != 0,
+    })
 }
 
 fn shape(layer: &dq_layer_desc) -> Result<LayerShape> {

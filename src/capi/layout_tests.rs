@@ -29,8 +29,7 @@ fn layouts_are_those_of_c() {
         dq_store { data n_slots slot_stride }
         dq_tokens { n_tokens q k v positions slots store replaced_rows }
         dq_mask { data dtype reserved query_stride stream_stride }
-        dq_attend_args { n_streams n_q n_kv first_slot stream_slots store q out mask sink_logits scale softcap sequences tail
-            lengths block_table table_stride block_slots causal window reserved }
+        dq_attend_args { n_streams n_q n_kv first_slot stream_slots store q out mask sink_logits scale softcap sequences tail }
         dq_sequences { q_starts kv_lengths block_table table_stride block_slots n_tokens visible window }
         dq_tail { k v starts lengths n_rows reserved }
         dq_limits { max_tokens max_streams max_queries max_kv max_total_queries max_tail }
