@@ -155,7 +155,11 @@ run_gpu() {
 
 for part in "${parts[@]}"; do
     say "$part"
-    "run_$part"
+    if [[ $part == gpu ]]; then
+        run_gpu
+    else
+        CUDA_VISIBLE_DEVICES='' "run_$part" # on the CPU, also with a build that has CUDA
+    fi
 done
 
 echo
