@@ -257,7 +257,8 @@ typedef struct dq_tokens {
     // Position of each token in its sequence, `[n_tokens]`. Rows at position 0 are attention sinks: they get a set of
     // their own and stay out of the statistics. Null: no token is at position 0.
     const int32_t *positions;
-    // Slot of each token, `[n_tokens]`; -1 skips the token's row. Two tokens of a call must not name the same slot.
+    // Slot of each token, `[n_tokens]`; -1 skips the token's record, not its part in the statistics. Two tokens of a call
+    // must not name the same slot.
     const int64_t *slots;
     // Where the records go.
     struct dq_store store;
