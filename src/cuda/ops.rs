@@ -296,20 +296,17 @@ impl DeviceCodec {
         if state.next_fit.is_none() && !(state.takes_sinks && tokens.positions != 0) {
             return Ok(());
         }
-        let (shape, n) = (&codec.layers[layer].shape, tokens.n_tokens as usize);
-        let step = (OBSERVE_ROWS / shape.group()).max(1);
-        for first in (0..n).step_by(step) {
-            let part = |rows: &Rows| {
-                let mut rows = DeviceRows::from(rows);
-                rows.data += first as u64 * rows.token_stride;
-                rows
-            };
+        let shape = &codec.layers[layer].shape;
+        // Queries are a group of rows to a token.
+        let per_token = if tokens.q.is_some() { shape.group() } else { 1 };
+        for first in (0..tokens.n_tokens as usize * per_token).step_by(OBSERVE_ROWS) {
             let p = params::Observe {
-                k_rows: part(&tokens.k),
-                v_rows: part(&tokens.v),
-                q_rows: tokens.q.as_ref().map_or(DeviceRows::default(), part),
-                positions: if tokens.positions == 0 { 0 } else { tokens.positions + 4 * first as u64 },
-                n: (n - first).min(step) as u32,
+                k_rows: (&tokens.k).into(),
+                v_rows: (&tokens.v).into(),
+                q_rows: tokens.q.as_ref().map_or(DeviceRows::default(), DeviceRows::from),
+                positions: tokens.positions,
+                n: tokens.n_tokens,
+                first: first as u32,
                 ..self.statistics(codec, layer)
             };
             self.launch_observe(shape, &p, stream)?;

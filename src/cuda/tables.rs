@@ -45,6 +45,13 @@ struct SideLayout {
     heads: usize,
 }
 
+impl SideLayout {
+    /// Of a head's encode matrix.
+    fn encode_at(&self, head: usize) -> usize {
+        self.encode + head * self.d * self.d * 4
+    }
+}
+
 /// Offset and stride of a kind of units; `None`: nothing of this kind is ever learned.
 #[derive(Debug, Clone, Copy)]
 struct UnitsLayout {
@@ -203,7 +210,7 @@ impl TableLayout {
         unit.sets.sinks().for_each(|id| table.sinks |= 1 << id);
         if let Some(matrix) = encode.matrix.as_deref().filter(|_| s.max_dense > 0) {
             table.encode_dense = 1;
-            put_floats(&mut bytes[s.encode + head * d * d * 4..], matrix);
+            put_floats(&mut bytes[s.encode_at(head)..], matrix);
         }
         put_struct(&mut bytes[s.heads + head * size_of::<HeadSets>()..], &table);
     }
@@ -335,7 +342,7 @@ impl TableLayout {
             }
             if let Some(matrix) = encode.as_ref().filter(|_| fit.id != params::NO_PLACE) {
                 fit.encode_dense = 1;
-                copies.push((s.encode + head * d * d * 4, matrix.iter().flat_map(|x| x.to_le_bytes()).collect()));
+                copies.push((s.encode_at(head), matrix.iter().flat_map(|x| x.to_le_bytes()).collect()));
             }
             put_struct(&mut fits[index * size_of::<params::Fit>()..], &fit);
             put_halves(&mut means[index * 2 * MEAN..], &set.mean);
