@@ -9,11 +9,11 @@
 use half::f16;
 use std::mem::MaybeUninit;
 
-use super::expand;
+use super::engine::Engine;
 use super::fold::{self, Folded, fold, unfold};
 use super::keys::{Keys, Sight};
 use super::lanes::{MAX_LANES, SideLanes};
-use super::product::{Left, Outputs, Right, Scores, product};
+use super::product::{Left, Outputs, Right, Scores};
 use super::row;
 use super::{LOW_STRIDE, MAX_ROWS, MAX_TILE, ROW_FLOATS};
 use crate::cpu::simd::{LANES, Simd};
@@ -122,7 +122,7 @@ enum Visible {
     Some(u64),
 }
 
-struct State<'a, 'b, S: Simd> {
+struct State<'a, 'b, S: Engine> {
     s: S,
     item: &'a Item<'b>,
     x: *mut Scratch,
@@ -143,7 +143,7 @@ struct State<'a, 'b, S: Simd> {
 /// `item` describes readable records for all keys that its mask shows, a mask that covers its rows and keys, and room
 /// for the result; `scratch.q` holds the rows' queries.
 #[inline(always)]
-pub unsafe fn run<S: Simd>(s: S, item: &Item<'_>, scratch: &mut MaybeUninit<Scratch>) {
+pub unsafe fn run<S: Engine>(s: S, item: &Item<'_>, scratch: &mut MaybeUninit<Scratch>) {
     let x = scratch.as_mut_ptr();
     let log2 = std::f32::consts::LOG2_E;
     let factor = if item.softcap > 0.0 { item.scale / item.softcap } else { item.scale * log2 };
@@ -156,8 +156,8 @@ pub unsafe fn run<S: Simd>(s: S, item: &Item<'_>, scratch: &mut MaybeUninit<Scra
         }
         (&raw mut (*x).k_order).write([0; MAX_LANES]);
         (&raw mut (*x).v_order).write([0; MAX_LANES]);
-        item.k.key_order(&mut (*x).k_order);
-        item.v.value_order(&mut (*x).v_order);
+        s.key_order(item.k, &mut (*x).k_order);
+        s.value_order(item.v, &mut (*x).v_order);
         let mut state = State {
             s,
             item,
@@ -177,7 +177,7 @@ pub unsafe fn run<S: Simd>(s: S, item: &Item<'_>, scratch: &mut MaybeUninit<Scra
     }
 }
 
-impl<S: Simd> State<'_, '_, S> {
+impl<S: Engine> State<'_, '_, S> {
     #[inline(always)]
     unsafe fn tile(&mut self, first: usize, n: usize) {
         let (s, item, x) = (self.s, self.item, self.x);
@@ -219,12 +219,12 @@ impl<S: Simd> State<'_, '_, S> {
             let levels = (&raw mut (*x).levels).cast::<i32>();
             let low = (&raw mut (*x).low).cast::<u8>();
             let ahead = item.tile * stride;
-            expand::keys(s, item.k, &rows, padded, item.tile, levels, low, ahead);
+            s.keys(item.k, &rows, padded, item.tile, levels, low, ahead);
             self.scores(k_sets, padded);
             let grown = self.softmax(mask, v_sets, padded);
 
             // Outputs.
-            expand::values(s, item.v, &rows, padded, levels, low, ahead);
+            s.values(item.v, &rows, padded, levels, low, ahead);
             self.outputs(v_sets, padded, grown);
         }
     }
@@ -317,10 +317,10 @@ impl<S: Simd> State<'_, '_, S> {
                 let step = (&raw const (*x).folded_step[slot]).cast::<f32>();
                 if t == 0 {
                     let constant = constant.as_ptr();
-                    product(s, left, right, Scores { out: scores, stride: item.tile, scale, start, step, constant });
+                    s.product(left, right, Scores { out: scores, stride: item.tile, scale, start, step, constant });
                 } else {
                     let more = MoreScores { out: scores, stride: item.tile, scale, start, step };
-                    product(s, left, right, more);
+                    s.product(left, right, more);
                 }
             }
             if !one_set {
@@ -400,7 +400,7 @@ impl<S: Simd> State<'_, '_, S> {
                 for r in 0..item.rows {
                     let p = (&raw const (*x).scores).cast::<f32>().add(r * item.tile);
                     let w = (&raw mut (*x).weights).cast::<i16>().add(r * item.tile);
-                    ((*x).weights_step[r], (*x).weights_sum[r]) = row::weights(s, p, scale, n, w);
+                    ((*x).weights_step[r], (*x).weights_sum[r]) = s.weights(p, scale, n, w);
                 }
                 for tier in item.v.tiers() {
                     let left = Left {
@@ -422,7 +422,7 @@ impl<S: Simd> State<'_, '_, S> {
                         step: (&raw const (*x).weights_step).cast(),
                         keep: (&raw const (*x).keep).cast(),
                     };
-                    product(s, left, right, out);
+                    s.product(left, right, out);
                 }
             }
         }
@@ -453,7 +453,7 @@ impl<S: Simd> State<'_, '_, S> {
         // SAFETY: the queries were loaded by the caller; a slot has room for MAX_ROWS rows of ROW_FLOATS in all.
         unsafe {
             let out = Folded {
-                pairs: (&raw mut (*x).folded[slot]).cast(),
+                words: (&raw mut (*x).folded[slot]).cast(),
                 start: (&raw mut (*x).folded_start[slot]).cast(),
                 step: (&raw mut (*x).folded_step[slot]).cast(),
             };

@@ -1,6 +1,6 @@
 //! One row of scores: mask, softmax, weights. All of it in units of log2.
 
-use super::fold::ROUND;
+use super::fold::{LARGEST, ROUND};
 use crate::cpu::simd::{LANES, Simd};
 
 /// `2^x` for `x <= 0`, relative error 4e-6; 0 below -126 and for minus infinity; NaN for NaN, so that a
@@ -112,7 +112,7 @@ pub unsafe fn weights<S: Simd>(s: S, p: *const f32, scale: *const f32, n: usize,
     }
     let largest = max_lanes(s, largest);
     // Weights this small add nothing, and their inverse may overflow.
-    let (inverse, step) = if largest > 1e-30 { (32767.0 / largest, largest / 32767.0) } else { (0.0, 0.0) };
+    let (inverse, step) = if largest > 1e-30 { (LARGEST / largest, largest / LARGEST) } else { (0.0, 0.0) };
     let (inverse, round, back) = (s.splat(inverse), s.splat(ROUND), s.splat_i(-(ROUND.to_bits() as i32)));
     let mut sum = s.splat_i(0);
     for at in (0..n).step_by(LANES) {
