@@ -3,10 +3,11 @@
 //! By default in pairs of 16 bits ([`expand`], [`product`]). An instruction set that multiplies bytes overrides all of it.
 //! Both ways sum the same integers exactly, so that the results have the same bits.
 
+use super::fold::MAX_DIM;
 use super::lanes::SideLanes;
 use super::product::{self, Finish, Left, Right};
-use super::{MAX_TILE, expand, row};
-use super::fold::MAX_DIM;
+use super::row::{self, Softmax, Weights};
+use super::{MAX_TILE, expand};
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::simd::avx2::Avx2;
 use crate::cpu::simd::{Simd, portable::Portable};
@@ -75,14 +76,28 @@ pub trait Engine: Simd {
         unsafe { expand::values(self, lanes, rows, n, out, low, ahead) }
     }
 
-    /// See [`row::weights`].
+    /// Online softmax of the first `rows` rows of a block.
     ///
     /// # Safety
-    /// As there; `n` is a multiple of 16.
+    /// Scores and masks hold `n` floats a row, a multiple of 16.
     #[inline(always)]
-    unsafe fn weights(self, p: *const f32, scale: *const f32, n: usize, out: *mut i16) -> (f32, i32) {
-        // SAFETY: the caller's promise.
-        unsafe { row::weights(self, p, scale, n, out) }
+    unsafe fn softmax(self, block: &mut Softmax, rows: usize) {
+        for r in 0..rows {
+            // SAFETY: the caller's promise.
+            unsafe { row::softmax(self, block, r) };
+        }
+    }
+
+    /// Weights of all rows.
+    ///
+    /// # Safety
+    /// The pieces hold what their fields say; `n` is a multiple of 16.
+    #[inline(always)]
+    unsafe fn weights(self, w: Weights) {
+        for r in 0..w.rows {
+            // SAFETY: the caller's promise.
+            unsafe { row::weights(self, w, r) };
+        }
     }
 
     /// See [`product::product`].

@@ -8,12 +8,12 @@
 use std::arch::x86_64::*;
 
 use super::engine::Engine;
-use super::fold::{LARGEST, MAX_DIM, ROUND};
+use super::fold::{MAX_DIM, ROUND};
 use super::lanes::{SideLanes, TierLanes};
 use super::product::{Finish, Left, Right};
-use super::row::max_lanes;
+use super::row::{EXP2, Softmax, Weights, steps};
 use super::{LOW_STRIDE, MAX_TILE};
-use crate::cpu::simd::{LANES, Simd, avx512::Avx512};
+use crate::cpu::simd::{LANES, avx512::Avx512};
 
 type Rows = [*const u8; MAX_TILE];
 
@@ -95,10 +95,32 @@ impl Engine for Avx512 {
         }
     }
 
-    /// All upper bytes, then all lower ones.
     #[inline(always)]
-    unsafe fn weights(self, p: *const f32, scale: *const f32, n: usize, out: *mut i16) -> (f32, i32) {
-        unsafe { weights(self, p, scale, n, out.cast()) }
+    unsafe fn softmax(self, block: &mut Softmax, rows: usize) {
+        unsafe {
+            match rows {
+                1 => softmax::<1>(block),
+                2 => softmax::<2>(block),
+                3 => softmax::<3>(block),
+                _ => softmax::<4>(block),
+            }
+        }
+    }
+
+    /// All upper bytes of a row, then all lower ones.
+    #[inline(always)]
+    unsafe fn weights(self, w: Weights) {
+        let mut row = 0;
+        while row < w.rows {
+            unsafe {
+                row += match w.rows - row {
+                    1 => weights::<1>(w, row),
+                    2 => weights::<2>(w, row),
+                    3 => weights::<3>(w, row),
+                    _ => weights::<4>(w, row),
+                };
+            }
+        }
     }
 
     #[inline(always)]
@@ -405,30 +427,33 @@ unsafe fn chunk_of_values<const BITS: u8, const TAIL: bool>(
     }
 }
 
-/// See [`super::row::weights`]: the same integers, upper bytes at `out`, lower ones behind.
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
-unsafe fn weights(s: Avx512, p: *const f32, scale: *const f32, n: usize, out: *mut i8) -> (f32, i32) {
-    // SAFETY: `p` and `scale` hold `n` floats, a multiple of 16, and `out` `2 n` bytes.
+/// [`super::row::exp2`] of 16 numbers.
+#[inline(always)]
+unsafe fn exp2(x: __m512) -> __m512 {
+    // SAFETY: the caller's CPU has AVX-512 F.
     unsafe {
-        let mut largest = _mm512_setzero_ps();
-        let product = |at: usize| _mm512_mul_ps(_mm512_loadu_ps(p.add(at)), _mm512_loadu_ps(scale.add(at)));
-        for at in (0..n).step_by(16) {
-            largest = _mm512_max_ps(product(at), largest);
+        let round = _mm512_set1_ps(ROUND);
+        let shifted = _mm512_add_ps(x, round);
+        let f = _mm512_sub_ps(x, _mm512_sub_ps(shifted, round));
+        let mut p = _mm512_set1_ps(EXP2[0]);
+        for c in &EXP2[1..] {
+            p = _mm512_add_ps(_mm512_mul_ps(p, f), _mm512_set1_ps(*c));
         }
-        let halves = (_mm512_castps512_ps256(largest), upper_floats(largest));
-        let largest = max_lanes(s, s.max(halves.1, halves.0));
-        let (inverse, step) = if largest > 1e-30 { (LARGEST / largest, largest / LARGEST) } else { (0.0, 0.0) };
-        let (inverse, round) = (_mm512_set1_ps(inverse), _mm512_set1_ps(ROUND));
-        let mut sum = _mm512_setzero_si512();
-        for at in (0..n).step_by(16) {
-            let w = _mm512_castps_si512(_mm512_add_ps(_mm512_mul_ps(product(at), inverse), round));
-            let w = _mm512_sub_epi32(w, _mm512_castps_si512(round));
-            sum = _mm512_add_epi32(sum, w);
-            let upper = _mm512_srai_epi32::<8>(_mm512_add_epi32(w, _mm512_set1_epi32(128)));
-            _mm_storeu_si128(out.add(at).cast(), _mm512_cvtepi32_epi8(upper));
-            _mm_storeu_si128(out.add(n + at).cast(), _mm512_cvtepi32_epi8(w));
-        }
-        (step, _mm512_reduce_add_epi32(sum))
+        let whole = _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted));
+        let p = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), whole));
+        _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLE_UQ>(x, _mm512_set1_ps(-126.0)), p)
+    }
+}
+
+/// The larger of each two, the second where either is NaN, down to one.
+#[inline(always)]
+unsafe fn largest_of(x: __m512) -> f32 {
+    // SAFETY: the caller's CPU has AVX-512 F and VL. No lane is NaN here, so that the order does not matter.
+    unsafe {
+        let x = _mm256_max_ps(_mm512_castps512_ps256(x), upper_floats(x));
+        let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+        let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+        _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))
     }
 }
 
@@ -436,6 +461,92 @@ unsafe fn weights(s: Avx512, p: *const f32, scale: *const f32, n: usize, out: *m
 unsafe fn upper_floats(x: __m512) -> __m256 {
     // SAFETY: the caller's CPU has AVX-512 F.
     unsafe { _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(x))) }
+}
+
+/// [`super::row::softmax`] of `R` rows. Sums have eight lanes as there, in the same order.
+#[target_feature(enable = "avx2,avx512f,avx512vl")]
+unsafe fn softmax<const R: usize>(block: &mut Softmax) {
+    // SAFETY: scores and masks hold `n` floats a row, a multiple of 16.
+    unsafe {
+        let rows: [*mut f32; R] = std::array::from_fn(|r| block.scores.add(r * block.stride));
+        let mut most: [__m512; R] = std::array::from_fn(|r| _mm512_set1_ps(block.before[r]));
+        for at in (0..block.n).step_by(16) {
+            for r in 0..R {
+                let mut x = _mm512_loadu_ps(rows[r].add(at));
+                if let Some(mask) = block.mask[r] {
+                    x = _mm512_add_ps(x, _mm512_loadu_ps(mask.add(at)));
+                    _mm512_storeu_ps(rows[r].add(at), x);
+                }
+                most[r] = _mm512_max_ps(x, most[r]);
+            }
+        }
+        let mut growth = [0.0; 16];
+        for r in 0..R {
+            block.largest[r] = largest_of(most[r]);
+            growth[r] = block.before[r] - block.largest[r];
+        }
+        let mut keep = [0.0; 16];
+        _mm512_storeu_ps(keep.as_mut_ptr(), exp2(_mm512_loadu_ps(growth.as_ptr())));
+        let mut sums = [_mm256_setzero_ps(); R];
+        for at in (0..block.n).step_by(16) {
+            for r in 0..R {
+                let x = _mm512_sub_ps(_mm512_loadu_ps(rows[r].add(at)), _mm512_set1_ps(block.largest[r]));
+                let p = exp2(x);
+                _mm512_storeu_ps(rows[r].add(at), p);
+                sums[r] = _mm256_add_ps(_mm256_add_ps(sums[r], _mm512_castps512_ps256(p)), upper_floats(p));
+            }
+        }
+        for r in 0..R {
+            if block.largest[r] > block.before[r] {
+                block.keep[r] = keep[r];
+            }
+            // ((0 + 4) + (2 + 6)) + ((1 + 5) + (3 + 7))
+            let x = _mm_add_ps(_mm256_castps256_ps128(sums[r]), _mm256_extractf128_ps::<1>(sums[r]));
+            let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+            block.sum[r] = _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+        }
+    }
+}
+
+/// [`super::row::weights`] of `R` rows: the same integers, upper bytes first, lower ones behind.
+#[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl")]
+unsafe fn weights<const R: usize>(w: Weights, row: usize) -> usize {
+    // SAFETY: `p` and `scale` hold `n` floats a row, a multiple of 16, and `out` `2 n` bytes.
+    unsafe {
+        let p: [*const f32; R] = std::array::from_fn(|r| w.p.add((row + r) * w.stride));
+        let weight = |r: usize, at: usize, scale: __m512| _mm512_mul_ps(_mm512_loadu_ps(p[r].add(at)), scale);
+        let mut most = [_mm512_setzero_ps(); R];
+        for at in (0..w.n).step_by(16) {
+            let scale = _mm512_loadu_ps(w.scale.add(at));
+            for r in 0..R {
+                most[r] = _mm512_max_ps(weight(r, at, scale), most[r]);
+            }
+        }
+        let mut inverse = [_mm512_setzero_ps(); R];
+        for r in 0..R {
+            let (step, inverse_step) = steps(largest_of(most[r]));
+            w.step.add(row + r).write(step);
+            inverse[r] = _mm512_set1_ps(inverse_step);
+        }
+        let round = _mm512_set1_ps(ROUND);
+        let mut sum = [_mm512_setzero_si512(); R];
+        for at in (0..w.n).step_by(16) {
+            let scale = _mm512_loadu_ps(w.scale.add(at));
+            for r in 0..R {
+                let out = w.out.add((row + r) * w.stride).cast::<i8>();
+                let x = _mm512_add_ps(_mm512_mul_ps(weight(r, at, scale), inverse[r]), round);
+                let x = _mm512_sub_epi32(_mm512_castps_si512(x), _mm512_castps_si512(round));
+                sum[r] = _mm512_add_epi32(sum[r], x);
+                let upper = _mm512_srai_epi32::<8>(_mm512_add_epi32(x, _mm512_set1_epi32(128)));
+                _mm_storeu_si128(out.add(at).cast(), _mm512_cvtepi32_epi8(upper));
+                _mm_storeu_si128(out.add(w.n + at).cast(), _mm512_cvtepi32_epi8(x));
+            }
+        }
+        for r in 0..R {
+            w.sum.add(row + r).write(_mm512_reduce_add_epi32(sum[r]));
+        }
+    }
+    R
 }
 
 /// See [`super::product::product`]. The words of a row of `a`: upper bytes in the first half, lower ones in the second.
