@@ -34,8 +34,15 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
     const uint32_t stream = blockIdx.z / p.v_transforms, v_transform = blockIdx.z % p.v_transforms;
     const uint32_t tile_keys = KEYS_PER_WARP * p.key_warps;
     const uint32_t n_keys = p.lengths != nullptr ? uint32_t(p.lengths[stream]) : p.n_kv;
-    const uint32_t tiles = (n_keys + tile_keys - 1) / tile_keys, share = (tiles + p.n_splits - 1) / p.n_splits;
-    const uint32_t first_tile = blockIdx.x * share, end_tile = first_tile + share < tiles ? first_tile + share : tiles;
+    // A tile of rows that this stream does not have.
+    const uint32_t n_q = queries_of(p, stream).count, n_rows = n_q * p.group, first_row = row_tile * 4 * NT;
+    if (first_row >= n_rows) return;
+    const uint32_t end_row = first_row + 4 * NT < n_rows ? first_row + 4 * NT : n_rows;
+    const Keys keys = keys_of(p, n_keys, n_q, first_row / p.group, (end_row + p.group - 1) / p.group);
+    // Tiles before the first key that is seen are left out; they are counted from key 0, so that runs start on whole ones.
+    const uint32_t before = keys.first / tile_keys, tiles = (keys.end + tile_keys - 1) / tile_keys - before;
+    const uint32_t share = (tiles + p.n_splits - 1) / p.n_splits, end_share = blockIdx.x * share + share;
+    const uint32_t first_tile = before + blockIdx.x * share, end_tile = before + (end_share < tiles ? end_share : tiles);
 
     RowImage<K, V> image;
     image.lay_out(p.n_kv_heads, first_head, p.heads_per_block, head, nullptr);
@@ -60,31 +67,34 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
 
     // Phase 2: copies of the first stages.
     auto record_of = [&](uint32_t key) { return p.store.data + slot_of(p, stream, key) * p.store.stride; };
-    // By one warp, lanes share the copies. Behind the last key a stage keeps what it had.
+    // By one warp, lanes share the copies. In place of keys that nobody sees a stage keeps what it had.
     auto bulk_tile = [&](uint32_t tile) {
         const uint32_t index = (tile - first_tile) % STAGES, first_key = tile * tile_keys;
-        const uint32_t rows = n_keys - first_key < tile_keys ? n_keys - first_key : tile_keys;
+        const uint32_t from = keys.first > first_key ? keys.first - first_key : 0;
+        const uint32_t to = keys.end - first_key < tile_keys ? keys.end - first_key : tile_keys;
         uint8_t* stage = shared + index * stage_bytes;
-        if (lane == 0) barrier_expect(barriers + index, rows * image.chunks * 16);
+        if (lane == 0) barrier_expect(barriers + index, (to - from) * image.chunks * 16);
         if (image.runs == 1) {
-            for (uint32_t row = lane * together; row < rows; row += 32 * together) {
-                const uint32_t n = rows - row < together ? rows - row : together;
-                bulk_copy(stage + row * stride, record_of(first_key + row), n * image.chunks * 16, barriers + index);
+            for (uint32_t row = lane * together; row < to; row += 32 * together) {
+                const uint32_t first = row > from ? row : from, end = row + together < to ? row + together : to;
+                if (first < end) bulk_copy(stage + first * stride, record_of(first_key + first), (end - first) * image.chunks * 16, barriers + index);
             }
         } else {
-            for (uint32_t i = lane; i < rows * image.runs; i += 32) {
+            for (uint32_t i = from * image.runs + lane; i < to * image.runs; i += 32) {
                 const uint32_t row = i / image.runs;
                 const Run run = runs[i - row * image.runs];
                 bulk_copy(stage + row * stride + 16 * run.to, record_of(first_key + row) + 16 * run.source, 16 * run.chunks, barriers + index);
             }
         }
     };
-    // By all warps, a row to a warp, lanes next to each other. Behind the last key comes the last key once more.
+    // By all warps, a row to a warp, lanes next to each other. In place of keys that nobody sees comes the nearest one once
+    // more.
     auto async_tile = [&](uint32_t tile) {
         uint8_t* stage = shared + (tile - first_tile) % STAGES * stage_bytes;
         for (uint32_t row = warp; row < tile_keys && tile < end_tile; row += warps) {
-            const uint32_t key = tile * tile_keys + row;
-            const uint8_t* from = record_of(key < n_keys ? key : n_keys - 1);
+            uint32_t key = tile * tile_keys + row;
+            key = key < keys.first ? keys.first : key < keys.end ? key : keys.end - 1;
+            const uint8_t* from = record_of(key);
             for (uint32_t r = 0; r < image.runs; r++) {
                 const Run run = runs[r];
                 for (uint32_t c = lane; c < run.chunks; c += 32) {

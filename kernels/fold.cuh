@@ -25,6 +25,17 @@ constexpr float FOLD_RANGE = 32512.0f;
 
 constexpr int FOLD_THREADS = 256, FOLD_WARPS = FOLD_THREADS / 32;
 
+// Queries of a stream: the token of its first one, and how many. Workspace has room for n_q in every stream.
+struct Queries {
+    uint64_t first;
+    uint32_t count;
+};
+__device__ __forceinline__ Queries queries_of(const DqAttend& p, uint32_t stream) {
+    if (p.q_starts == nullptr) return {uint64_t(stream) * p.n_q, p.n_q};
+    const int32_t first = p.q_starts[stream];
+    return {uint64_t(first), uint32_t(p.q_starts[stream + 1] - first)};
+}
+
 template <class K>
 __device__ __forceinline__ uint64_t folded_tile(const DqAttend& p, uint32_t stream, uint32_t head, uint32_t transform, uint32_t tile, uint32_t n_tiles) {
     return (((uint64_t(stream) * p.n_kv_heads + head) * DQ_MAX_TRANSFORMS + transform) * n_tiles + tile) * (K::groups * 256);
@@ -43,7 +54,7 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     __shared__ float4 scratch[FOLD_WARPS][D];
     __shared__ __align__(16) uint8_t fragments[FOLD_WARPS][K::groups * 256];
     const uint32_t head = blockIdx.x / DQ_MAX_TRANSFORMS, transform = blockIdx.x % DQ_MAX_TRANSFORMS;
-    const uint32_t tile = blockIdx.y, n_tiles = gridDim.y, n_rows = p.n_q * p.group;
+    const uint32_t tile = blockIdx.y, n_tiles = gridDim.y;
     const int t = threadIdx.x, warp = t >> 5, lane = t & 31;
     const DqHeadSets& sets = p.k.heads[head];
     start_next_kernel();
@@ -80,7 +91,7 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     uint64_t* row_at = reinterpret_cast<uint64_t*>(fragments[0]);
     if (t < ROWS) {
         const uint32_t row = tile * ROWS + t;
-        row_at[t] = row < n_rows ? row / p.group * p.q.token_stride + (head * p.group + row % p.group) * p.q.head_stride : ~uint64_t(0);
+        row_at[t] = row / p.group * p.q.token_stride + (head * p.group + row % p.group) * p.q.head_stride;
     }
     __syncthreads();
     {
@@ -91,10 +102,10 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
         DQ_UNROLL_BY_8
         for (int i = t / D; i < rows; i += AT_ONCE) {
             const uint32_t of = first_stream + i / ROWS;
-            const uint64_t at = row_at[i % ROWS];
+            const Queries queries = of < p.n_streams ? queries_of(p, of) : Queries{0, 0};
             uint32_t bits = 0;
-            if (of < p.n_streams && at != ~uint64_t(0)) {
-                const uint8_t* from = static_cast<const uint8_t*>(p.q.data) + uint64_t(of) * p.n_q * p.q.token_stride + at;
+            if (tile * ROWS + i % ROWS < queries.count * p.group) {
+                const uint8_t* from = static_cast<const uint8_t*>(p.q.data) + queries.first * p.q.token_stride + row_at[i % ROWS];
                 if (wide) bits = at_bytes<uint32_t>(from, 4 * c);
                 else bits = at_bytes<uint16_t>(from, 2 * c);
             }

@@ -1,17 +1,18 @@
 //! Moments to factors.
 //!
 //! With `C` the covariance of the rows about their mean and `S` the second moment of the queries (identity for values),
-//! both shrunk, take `S^1/2 C S^1/2 = U diag(s^2) U^T`, `s` descending. Then
+//! both shrunk, take any root `S = R^T R` and `R C R^T = U diag(s^2) U^T`, `s` descending. Then
 //!
 //! ```text
-//! encode = Spread diag(s^-1/2) U^T S^1/2      decode = S^-1/2 U diag(s^1/2) Spread^T
+//! encode = Spread diag(s^-1/2) U^T R      decode = R^-1 U diag(s^1/2) Spread^T
 //! ```
 //!
-//! minimises the error of the scores under a white coding error over all gauges of the product (Cauchy-Schwarz:
+//! does not depend on the root taken (another one turns `U` along), and minimises the error of the scores under a white coding error over all gauges of the product (Cauchy-Schwarz:
 //! `(sum s)^2 / d` against `tr(S) tr(C + mean mean^T) / d` for a plain rotation). With tiers of latent channels each tier
 //! has a spread of its own and a multiplier that gives all tiers the same rms, so that one row scale serves them all.
 
-use faer::{Mat, MatRef, Side};
+use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
+use faer::{Mat, MatRef, Par, Side};
 use half::f16;
 
 use super::hadamard::spread;
@@ -24,8 +25,6 @@ const SHRINK: f64 = 0.1;
 /// `pull` when the latents have tiers. These trust the spectrum more: with a pull of `head_dim`, as without tiers, a fit
 /// of 512 rows codes rows of another text no better than one width for all does.
 const PULL_TIERS: f64 = 1024.0;
-/// Smallest eigenvalue of `S` against its largest.
-const FLOOR: f64 = 1e-10;
 
 /// What a fit starts from.
 pub struct FitInput<'a> {
@@ -67,15 +66,22 @@ pub fn fit(input: &FitInput) -> Option<Fitted> {
         Some(q) if trace(q, d) > 0.0 => Some(shrunk(q, d, shrink)?),
         _ => None,
     };
-    let (root, inverse_root) = match &query {
-        Some(s) => roots(s.as_ref())?,
-        None => (Mat::identity(d, d), Mat::identity(d, d)),
+    let root = match &query {
+        Some(s) => Some(root(s.as_ref())?),
+        None => None,
     };
-    let (s, u) = descending_eigen((&root * &covariance * &root).as_ref())?;
+    let product = match &root {
+        Some(r) => r * &covariance * r.transpose(),
+        None => covariance,
+    };
+    let (s, u) = descending_eigen(product.as_ref())?;
     let s: Vec<f64> = s.iter().map(|w| w.max(1e-24).sqrt()).collect();
     let (into, back) = tiered_spread(&s, input.tiers);
-    let mut encode = &into * (u.transpose() * &root);
-    let mut decode = &inverse_root * &u * &back;
+    let (mut encode, mut decode) = (&into * u.transpose(), &u * &back);
+    if let Some(r) = &root {
+        encode = encode * r;
+        solve_upper_triangular_in_place(r.as_ref(), decode.as_mut(), Par::Seq);
+    }
     let unit = (d as f64).sqrt() / encode.norm_l2();
     encode *= faer::Scale(unit);
     decode *= faer::Scale(1.0 / unit);
@@ -114,19 +120,9 @@ fn descending_eigen(m: MatRef<f64>) -> Option<(Vec<f64>, Mat<f64>)> {
     values.iter().all(|x| x.is_finite()).then_some((values, vectors))
 }
 
-/// `S^1/2` and `S^-1/2`, eigenvalues cut below at [`FLOOR`] of the largest.
-fn roots(s: MatRef<f64>) -> Option<(Mat<f64>, Mat<f64>)> {
-    let d = s.nrows();
-    let (w, v) = descending_eigen(s)?;
-    let floor = FLOOR * w[0];
-    if !(floor > 0.0) {
-        return None;
-    }
-    let power = |p: f64| {
-        let scaled = Mat::from_fn(d, d, |i, j| v[(i, j)] * w[j].max(floor).powf(p));
-        &scaled * v.transpose()
-    };
-    Some((power(0.5), power(-0.5)))
+/// The upper triangular `R` with `S = R^T R`. What [`shrunk`] adds keeps `S` far from singular.
+fn root(s: MatRef<f64>) -> Option<Mat<f64>> {
+    Some(s.llt(Side::Lower).ok()?.L().transpose().to_owned())
 }
 
 /// `Spread diag(s^-1/2)` and its inverse `diag(s^1/2) Spread^T`, block by block of the tiers.
