@@ -41,12 +41,14 @@ ctest_in() { # ctest_in BUILD_DIR CMAKE_OPTIONS...
 cuda_tests() {
     local home
     home=$(bash integration/install-nvcc.sh) || return
-    DECOQUANT_CUDA=on DECOQUANT_CUDA_ARCHS=${DECOQUANT_CUDA_ARCHS:-90a} CUDA_HOME=$home \
-        cargo build --release --locked --lib --target-dir target/cuda &&
+    export DECOQUANT_CUDA_ARCHS=${DECOQUANT_CUDA_ARCHS:-90a} CUDA_HOME=$home
+    # Through CMake, so that its option is tested, too.
+    cmake -S . -B build/package-cuda -G Ninja -DDECOQUANT_CUDA=ON -DDECOQUANT_TARGET_DIR="$PWD/target/cuda" &&
+        cmake --build build/package-cuda &&
         cmake -S cpp_tests -B build/cpp_tests-cuda -G Ninja -DDECOQUANT_LIB="$PWD/target/cuda/release/libdecoquant.so" &&
         cmake --build build/cpp_tests-cuda --target cuda bench_cuda stand_in &&
         ctest --test-dir build/cpp_tests-cuda --output-on-failure -R '^cuda_' &&
-        EXTRA=-DDQ_INSTANCES_HOT CUDA_HOME=$home sh kernels/tests/resources.sh
+        EXTRA=-DDQ_INSTANCES_HOT sh kernels/tests/resources.sh
 }
 
 failed=()

@@ -36,7 +36,7 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
     const uint32_t n_keys = p.lengths != nullptr ? uint32_t(p.lengths[stream]) : p.n_kv;
     // A tile of rows that this stream does not have.
     const uint32_t n_q = queries_of(p, stream).count, n_rows = n_q * p.group, first_row = row_tile * 4 * NT;
-    if (first_row >= n_rows) return wait_for_previous_kernel();
+    if (first_row >= n_rows) return;
     const uint32_t end_row = first_row + 4 * NT < n_rows ? first_row + 4 * NT : n_rows;
     const Keys keys = keys_of(p, n_keys, n_q, first_row / p.group, (end_row + p.group - 1) / p.group);
     // Tiles before the first key that is seen are left out; they are counted from key 0, so that runs start on whole ones.
@@ -70,25 +70,25 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
     // By one warp, lanes share the copies. In place of keys that nobody sees a stage keeps what it had.
     auto bulk_tile = [&](uint32_t tile) {
         const uint32_t index = (tile - first_tile) % STAGES, first_key = tile * tile_keys;
-        const uint32_t skip = first_key < keys.first ? keys.first - first_key : 0;
-        const uint32_t end = keys.end - first_key < tile_keys ? keys.end - first_key : tile_keys;
+        const uint32_t from = keys.first > first_key ? keys.first - first_key : 0;
+        const uint32_t to = keys.end - first_key < tile_keys ? keys.end - first_key : tile_keys;
         uint8_t* stage = shared + index * stage_bytes;
-        if (lane == 0) barrier_expect(barriers + index, (end - skip) * image.chunks * 16);
+        if (lane == 0) barrier_expect(barriers + index, (to - from) * image.chunks * 16);
         if (image.runs == 1) {
-            for (uint32_t unit = lane * together; unit < end; unit += 32 * together) {
-                const uint32_t row = unit < skip ? skip : unit, unit_end = unit + together < end ? unit + together : end;
-                if (row >= unit_end) continue;
-                bulk_copy(stage + row * stride, record_of(first_key + row), (unit_end - row) * image.chunks * 16, barriers + index);
+            for (uint32_t row = lane * together; row < to; row += 32 * together) {
+                const uint32_t first = row > from ? row : from, end = row + together < to ? row + together : to;
+                if (first < end) bulk_copy(stage + first * stride, record_of(first_key + first), (end - first) * image.chunks * 16, barriers + index);
             }
         } else {
-            for (uint32_t i = skip * image.runs + lane; i < end * image.runs; i += 32) {
+            for (uint32_t i = from * image.runs + lane; i < to * image.runs; i += 32) {
                 const uint32_t row = i / image.runs;
                 const Run run = runs[i - row * image.runs];
                 bulk_copy(stage + row * stride + 16 * run.to, record_of(first_key + row) + 16 * run.source, 16 * run.chunks, barriers + index);
             }
         }
     };
-    // By all warps, a row to a warp, lanes next to each other. In place of keys that nobody sees comes the nearest one.
+    // By all warps, a row to a warp, lanes next to each other. In place of keys that nobody sees comes the nearest one once
+    // more.
     auto async_tile = [&](uint32_t tile) {
         uint8_t* stage = shared + (tile - first_tile) % STAGES * stage_bytes;
         for (uint32_t row = warp; row < tile_keys && tile < end_tile; row += warps) {
@@ -120,7 +120,7 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
     using Source = FromCodes<K, V>;
     const Tables tables;
     wait_for_previous_kernel();
-    AttendWarp<K, V, NT, Source> state(p, stream, head, row_tile, v_transform, n_q, n_keys, lane, sums);
+    AttendWarp<K, V, NT, Source> state(p, stream, head, row_tile, v_transform, n_keys, lane, sums);
 
     uint32_t index = 0, phase = 0;
     for (uint32_t tile = first_tile; tile < end_tile; tile++) {
@@ -137,7 +137,7 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
         const uint8_t* rows = shared + index * stage_bytes + key_warp * KEYS_PER_WARP * stride;
         if (!idle) {
             const Source source{rows, stride, image, tables, lane};
-            state.take(source, rows, stride, image.k_headers, image.v_headers, tile * tile_keys + key_warp * KEYS_PER_WARP, n_keys, keys);
+            state.take(source, rows, stride, image.k_headers, image.v_headers, tile * tile_keys + key_warp * KEYS_PER_WARP, n_keys);
         }
 
         // Phase 6: the warp that is the last to be done with a stage fills it anew.

@@ -96,7 +96,7 @@ __device__ __forceinline__ void attend_prefill(const DqAttend& p) {
     const uint32_t n_keys = p.lengths != nullptr ? uint32_t(p.lengths[stream]) : p.n_kv;
     // Rows of the block, of which the stream may have none; keys that they see.
     const uint32_t n_q = queries_of(p, stream).count, n_rows = n_q * p.group, first_row = row_block * warps * 4 * NT;
-    if (first_row >= n_rows) return wait_for_previous_kernel();
+    if (first_row >= n_rows) return;
     const uint32_t end_row = first_row + warps * 4 * NT < n_rows ? first_row + warps * 4 * NT : n_rows;
     const Keys keys = keys_of(p, n_keys, n_q, first_row / p.group, (end_row + p.group - 1) / p.group);
     const uint32_t before = keys.first / TILE_KEYS, tiles = (keys.end + TILE_KEYS - 1) / TILE_KEYS - before;
@@ -137,7 +137,7 @@ __device__ __forceinline__ void attend_prefill(const DqAttend& p) {
     const Tables tables;
     wait_for_previous_kernel();
 
-    AttendWarp<K, V, NT, Fragments> state(p, stream, head, row_tile < p.row_tiles ? row_tile : 0, v_transform, n_q, n_keys, lane, sums);
+    AttendWarp<K, V, NT, Fragments> state(p, stream, head, row_tile < p.row_tiles ? row_tile : 0, v_transform, n_keys, lane, sums);
     for (uint32_t tile = first_tile; tile < end_tile; tile++) {
         // Phase 3: the tile is there; nobody reads fragments or the other stage any more.
         cp_async_wait<0>();
@@ -158,7 +158,7 @@ __device__ __forceinline__ void attend_prefill(const DqAttend& p) {
         DQ_UNROLL_BY_1
         for (int part = 0; part < HALVES; part++) {
             const Fragments source{fragments + part * Fragments::COUNT * 32, lane};
-            state.take(source, rows + part * KEYS_PER_WARP * stride, stride, image.k_headers, image.v_headers, tile * TILE_KEYS + part * KEYS_PER_WARP, n_keys, keys);
+            state.take(source, rows + part * KEYS_PER_WARP * stride, stride, image.k_headers, image.v_headers, tile * TILE_KEYS + part * KEYS_PER_WARP, n_keys);
         }
     }
     cp_async_wait<0>();

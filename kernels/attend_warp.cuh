@@ -137,9 +137,9 @@ struct AttendWarp {
     float m[NT], sum[NT], acc[BLOCKS][2][NT], magic[NT];
     bool sums_used;
 
-    __device__ __forceinline__ AttendWarp(const DqAttend& p, uint32_t stream, uint32_t head, uint32_t row_tile, uint32_t v_transform, uint32_t n_q, uint32_t n_keys, int lane, float* sums)
-        : p(p), stream(stream), head(head), row_tile(row_tile), v_transform(v_transform), n_q(n_q), lane(lane), g(lane >> 2), q(lane & 3),
-          sums(sums), k_sets(p.k.heads[head]), v_sets(p.v.heads[head]), seen_from(0), seen_to(n_keys), sums_used(false) {
+    __device__ __forceinline__ AttendWarp(const DqAttend& p, uint32_t stream, uint32_t head, uint32_t row_tile, uint32_t v_transform, uint32_t n_keys, int lane, float* sums)
+        : p(p), stream(stream), head(head), row_tile(row_tile), v_transform(v_transform), n_q(queries_of(p, stream).count),
+          lane(lane), g(lane >> 2), q(lane & 3), sums(sums), k_sets(p.k.heads[head]), v_sets(p.v.heads[head]), seen_from(0), seen_to(n_keys), sums_used(false) {
         for (int i = lane; i < DQ_MAX_SETS * 4 * NT; i += 32) sums[i] = 0.0f;
         DQ_UNROLL
         for (int n = 0; n < NT; n++) {
@@ -250,9 +250,8 @@ struct AttendWarp {
         }
     }
 
-    // Takes in 32 keys from `first_key`; their headers start at `rows`, a row every `stride` bytes. `there` are the keys
-    // whose rows are.
-    __device__ __forceinline__ void take(const Source& source, const uint8_t* rows, uint32_t stride, uint32_t k_headers, uint32_t v_headers, uint32_t first_key, uint32_t n_keys, Keys there) {
+    // Takes in 32 keys from `first_key`; their headers start at `rows`, a row every `stride` bytes.
+    __device__ __forceinline__ void take(const Source& source, const uint8_t* rows, uint32_t stride, uint32_t k_headers, uint32_t v_headers, uint32_t first_key, uint32_t n_keys) {
         // Headers of key `lane`, but for the set expected: usually that leaves the scale alone.
         uint32_t k_header = shared_half(rows + lane * stride + k_headers) ^ k_set;
         uint32_t v_header = shared_half(rows + lane * stride + v_headers) ^ v_set;
@@ -272,8 +271,8 @@ struct AttendWarp {
                 }
             }
             if (!__any_sync(ALL_LANES, visible)) return;
-            // Elsewhere there may be anything.
-            if (first_key + lane < there.first || first_key + lane >= there.end) k_header = v_header = 0;
+            // Behind the last key there may be anything.
+            if (first_key + lane >= n_keys) k_header = v_header = 0;
         }
         const bool usual = __all_sync(ALL_LANES, ((k_header | v_header) & 15) == 0);
 

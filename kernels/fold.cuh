@@ -102,7 +102,7 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
         DQ_UNROLL_BY_8
         for (int i = t / D; i < rows; i += AT_ONCE) {
             const uint32_t of = first_stream + i / ROWS;
-            const Queries queries = of < p.n_streams ? queries_of(p, of) : Queries{};
+            const Queries queries = of < p.n_streams ? queries_of(p, of) : Queries{0, 0};
             uint32_t bits = 0;
             if (tile * ROWS + i % ROWS < queries.count * p.group) {
                 const uint8_t* from = static_cast<const uint8_t*>(p.q.data) + queries.first * p.q.token_stride + row_at[i % ROWS];

@@ -45,12 +45,31 @@ struct Entered {
 };
 static_assert(sizeof(Entered) == DQ_ENTERED_BYTES, "");
 
-// The rows of a unit in this launch: [head of the group][token].
+// The rows of a unit in this launch: a stretch of [head of the group][token].
 struct UnitRows {
     const DqRows& rows;
-    uint32_t n, first_head;
-    __device__ __forceinline__ float load(uint32_t index, uint32_t c) const {
-        return load_row(rows, index % n, first_head + index / n, c);
+    uint32_t n, first_head, first, count, inverse;  // of n, rounded up, times 2^32
+    __device__ __forceinline__ UnitRows(const DqObserve& p, const DqRows& rows, uint32_t head, uint32_t heads)
+        : rows(rows), n(p.n), first_head(head * heads), first(p.first), inverse(p.n > 1 ? 0xFFFFFFFFu / p.n + 1 : 0) {
+        const uint32_t all = p.flush ? 0 : p.n * heads, left = all > first ? all - first : 0;
+        count = left < DQ_OBSERVE_ROWS ? left : DQ_OBSERVE_ROWS;
+    }
+    // The row's head in the group: a division by n, which may come out one too large before it is corrected.
+    __device__ __forceinline__ uint32_t head_of(uint32_t index) const {
+        if (n == 1) return first + index;
+        const uint32_t q = uint32_t(uint64_t(first + index) * inverse >> 32);
+        return q * n > first + index ? q - 1 : q;
+    }
+    __device__ __forceinline__ uint32_t token(uint32_t index) const { return first + index - head_of(index) * n; }
+    __device__ __forceinline__ const uint8_t* at(uint32_t index) const {
+        const uint32_t head = head_of(index);
+        return static_cast<const uint8_t*>(rows.data) + uint64_t(first + index - head * n) * rows.token_stride + (first_head + head) * rows.head_stride;
+    }
+    __device__ __forceinline__ float load(uint32_t index, uint32_t c) const { return load_type(rows.type, at(index), c); }
+    static __device__ __forceinline__ float load_type(uint32_t type, const uint8_t* row, uint32_t c) {
+        if (type == DQ_TYPE_F32) return reinterpret_cast<const float*>(row)[c];
+        const uint16_t bits = reinterpret_cast<const uint16_t*>(row)[c];
+        return type == DQ_TYPE_F16 ? half_to_float(bits) : bf16_to_float(bits);
     }
 };
 __device__ __forceinline__ const DqRows& rows_of(const DqObserve& p, uint32_t kind) { return kind == 0 ? p.k_rows : kind == 1 ? p.v_rows : p.q_rows; }
@@ -62,11 +81,16 @@ __device__ __forceinline__ float load_entered(const UnitRows& rows, const float*
     return row >= 0 ? rows.load(uint32_t(row), c) : waited[uint32_t(-1 - row) * d + c];
 }
 
+// Channels of a tile of rows on its way to energies.
+constexpr int OBSERVE_STRIP = 8;
+
 struct ObserveShared {
-    double energies[DQ_OBSERVE_ROWS + OBSERVE_BLOCK];  // of the list
+    double energies[DQ_OBSERVE_ROWS];                  // of the launch's rows
+    double waited_energies[OBSERVE_BLOCK];
     int16_t list[DQ_OBSERVE_ROWS + OBSERVE_BLOCK];     // rows to enter, in order; those of a turn that stay out go to its end
     uint16_t sink_row[DQ_OBSERVE_ROWS], sink_at[DQ_OBSERVE_ROWS];  // rows that may be sinks; length of the list before each
     uint8_t kind[DQ_OBSERVE_ROWS];                     // SKIP, ROW, SINK
+    float strip[OBSERVE_THREADS][OBSERVE_STRIP + 1];
     double limit[OBSERVE_TURNS];                       // of a turn's energies, by its median
     uint8_t all_enter[OBSERVE_TURNS];
     double sum[OBSERVE_DIM];
@@ -74,7 +98,9 @@ struct ObserveShared {
     float row[OBSERVE_DIM];
     uint32_t n_list, n_sinks;
     DqMoments m;
+    __device__ __forceinline__ double energy(int16_t row) const { return row >= 0 ? energies[row] : waited_energies[-1 - row]; }
 };
+static_assert(sizeof(ObserveShared) <= 48 * 1024, "");
 enum { SKIP = 0, ROW = 1, SINK = 2 };
 
 // x is not NaN. Order of f32::total_cmp but for the sign of zero, which no sum can tell.
@@ -99,19 +125,21 @@ __device__ inline double spread_of(const ObserveShared& s, uint32_t d) {
 
 // One thread: which rows of a turn of n enter, those first.
 __device__ inline void keep_rows(ObserveShared& s, uint32_t turn, uint32_t n, uint32_t d) {
-    const double* energies = s.energies + turn * OBSERVE_BLOCK;
     int16_t* list = s.list + turn * OBSERVE_BLOCK;
     if (s.all_enter[turn]) {
-        for (uint32_t i = 0; i < n; i++) {
-            s.m.energy = __dadd_rn(s.m.energy, energies[i]);
-            s.m.slack = __dmul_rn(s.m.slack, 0.25);
+        double energy = s.m.energy, slack = s.m.slack;
+        DQ_UNROLL
+        for (uint32_t i = 0; i < OBSERVE_BLOCK; i++) {
+            if (i >= n) break;
+            energy = __dadd_rn(energy, s.energy(list[i]));
+            slack = __dmul_rn(slack, 0.25);
         }
-        s.m.rows += n;
+        s.m.energy = energy, s.m.slack = slack, s.m.rows += n;
         return;
     }
     uint32_t kept = 0;
     for (uint32_t i = 0; i < n; i++) {
-        const double energy = energies[i], mean = s.m.rows == 0 ? 0.0 : s.m.energy / double(s.m.rows);
+        const double energy = s.energy(list[i]), mean = s.m.rows == 0 ? 0.0 : s.m.energy / double(s.m.rows);
         const double of_mean = __dmul_rn(OVER_MEAN, mean > s.m.slack ? mean : s.m.slack);
         if (energy <= (s.limit[turn] > of_mean ? s.limit[turn] : of_mean)) {
             list[kept++] = list[i];
@@ -130,42 +158,74 @@ __device__ inline void keep_rows(ObserveShared& s, uint32_t turn, uint32_t n, ui
     for (uint32_t i = kept; i < n; i++) list[i] = NO_ROW;
 }
 
-// Turns [from, end) of the list enter; the last has n_last rows. All threads.
+// Whether each row is one to learn from, and its energy about the reference: a thread to a row, channels in order, since
+// the order is the CPU's. Through strips of channels, so that loads of neighbours are next to each other.
+__device__ inline void measure(ObserveShared& s, const UnitRows& rows, uint32_t d) {
+    const uint32_t t = threadIdx.x;
+    for (uint32_t from = 0; from < rows.count; from += OBSERVE_THREADS) {
+        const uint8_t* at[OBSERVE_STRIP];
+        DQ_UNROLL
+        for (int k = 0; k < OBSERVE_STRIP; k++) {
+            const uint32_t row = from + t / OBSERVE_STRIP + k * (OBSERVE_THREADS / OBSERVE_STRIP);
+            at[k] = rows.at(row < rows.count ? row : rows.count - 1);
+        }
+        double energy = 0.0;
+        bool fine = true;
+        for (uint32_t strip = 0; strip < d; strip += OBSERVE_STRIP) {
+            const uint32_t channel = strip + t % OBSERVE_STRIP;
+            float x[OBSERVE_STRIP];
+            DQ_UNROLL
+            for (int k = 0; k < OBSERVE_STRIP; k++) x[k] = UnitRows::load_type(rows.rows.type, at[k], channel);
+            __syncthreads();
+            DQ_UNROLL
+            for (int k = 0; k < OBSERVE_STRIP; k++) s.strip[t / OBSERVE_STRIP + k * (OBSERVE_THREADS / OBSERVE_STRIP)][t % OBSERVE_STRIP] = x[k];
+            __syncthreads();
+            DQ_UNROLL
+            for (int k = 0; k < OBSERVE_STRIP; k++) {
+                const float value = s.strip[t][k];
+                fine &= fabsf(value) <= LARGEST_ROW;
+                const double y = double(__fsub_rn(value, s.reference[strip + k]));
+                energy = __dadd_rn(energy, __dmul_rn(y, y));
+            }
+        }
+        if (from + t < rows.count) s.energies[from + t] = energy, s.kind[from + t] = fine ? ROW : SKIP;
+    }
+    __syncthreads();
+}
+
+// Turns [from, end) of the list go through the filter; the last has n_last rows. All threads.
 __device__ inline void enter_turns(ObserveShared& s, const UnitRows& rows, const Unit& unit, uint32_t d, uint32_t from, uint32_t end, uint32_t n_last) {
     const uint32_t t = threadIdx.x;
     if (from == end) return;
-    const uint32_t first = from * OBSERVE_BLOCK, last = (end - 1) * OBSERVE_BLOCK + n_last;
     if (!s.m.has_reference) {
         const uint32_t n = end - from == 1 ? n_last : OBSERVE_BLOCK;
         for (uint32_t c = t; c < d; c += OBSERVE_THREADS) {
             float column[OBSERVE_BLOCK];
-            for (uint32_t r = 0; r < n; r++) column[r] = load_entered(rows, unit.staged, d, s.list[first + r], c);
+            for (uint32_t r = 0; r < n; r++) column[r] = load_entered(rows, unit.staged, d, s.list[from * OBSERVE_BLOCK + r], c);
             sort_16(column, n);
             s.reference[c] = column[n / 2];
         }
+        __syncthreads();
+        measure(s, rows, d);
     }
-    __syncthreads();
-    // Energies, a thread to a row.
-    for (uint32_t i = first + t; i < last; i += OBSERVE_THREADS) {
-        const int16_t row = s.list[i];
+    if (t < s.m.n_staged && from == 0) {
         double energy = 0.0;
-        DQ_UNROLL_BY_8
         for (uint32_t c = 0; c < d; c++) {
-            const double x = double(__fsub_rn(load_entered(rows, unit.staged, d, row, c), s.reference[c]));
-            energy = __dadd_rn(energy, __dmul_rn(x, x));
+            const double y = double(__fsub_rn(unit.staged[t * d + c], s.reference[c]));
+            energy = __dadd_rn(energy, __dmul_rn(y, y));
         }
-        s.energies[i] = energy;
+        s.waited_energies[t] = energy;
     }
     __syncthreads();
     // Medians, a thread to a turn. In a short turn the median may itself be an outlier.
     for (uint32_t turn = from + t; turn < end; turn += OBSERVE_THREADS) {
         const uint32_t n = turn + 1 == end ? n_last : OBSERVE_BLOCK;
-        const double* energies = s.energies + turn * OBSERVE_BLOCK;
         double sorted[OBSERVE_BLOCK];
         for (uint32_t i = 0; i < n; i++) {
+            const double energy = s.energy(s.list[turn * OBSERVE_BLOCK + i]);
             uint32_t j = i;
-            for (; j > 0 && sorted[j - 1] > energies[i]; j--) sorted[j] = sorted[j - 1];
-            sorted[j] = energies[i];
+            for (; j > 0 && sorted[j - 1] > energy; j--) sorted[j] = sorted[j - 1];
+            sorted[j] = energy;
         }
         s.limit[turn] = n >= OBSERVE_BLOCK / 2 ? __dmul_rn(OVER_MEDIAN, sorted[n / 2]) : 0.0;
         s.all_enter[turn] = sorted[n - 1] <= s.limit[turn];
@@ -176,13 +236,25 @@ __device__ inline void enter_turns(ObserveShared& s, const UnitRows& rows, const
         s.m.has_reference = 1;
     }
     __syncthreads();
-    for (uint32_t c = t; c < d; c += OBSERVE_THREADS) {
+}
+
+// Adds the rows of turns [from, end), those that entered, to the sums. A thread has a channel. All threads.
+__device__ inline void add_turns(ObserveShared& s, const UnitRows& rows, const Unit& unit, uint32_t d, uint32_t from, uint32_t end) {
+    const uint32_t first = from * OBSERVE_BLOCK, last = end * OBSERVE_BLOCK;
+    for (uint32_t c = threadIdx.x; c < d; c += OBSERVE_THREADS) {
         double sum = s.sum[c];
         const float reference = s.reference[c];
-        DQ_UNROLL_BY_8
-        for (uint32_t i = first; i < last; i++) {
-            const int16_t row = s.list[i];
-            if (row != NO_ROW) sum = __dadd_rn(sum, double(__fsub_rn(load_entered(rows, unit.staged, d, row, c), reference)));
+        for (uint32_t i = first; i < last; i += OBSERVE_BLOCK) {
+            float x[OBSERVE_BLOCK];
+            DQ_UNROLL
+            for (int k = 0; k < OBSERVE_BLOCK; k++) {
+                const int16_t row = s.list[i + k];
+                x[k] = row == NO_ROW ? 0.0f : row < 0 ? unit.staged[uint32_t(-1 - row) * d + c] : UnitRows::load_type(rows.rows.type, rows.at(uint32_t(row)), c);
+            }
+            DQ_UNROLL
+            for (int k = 0; k < OBSERVE_BLOCK; k++) {
+                if (s.list[i + k] != NO_ROW) sum = __dadd_rn(sum, double(__fsub_rn(x[k], reference)));
+            }
         }
         s.sum[c] = sum;
     }
@@ -232,16 +304,12 @@ __device__ inline void enter_sink(const ObserveShared& s, const float* row, DqHe
 }
 
 // What is to become of each row, and the lists of those that wait to enter and of those that may be sinks.
-__device__ inline void sort_rows(ObserveShared& s, const DqObserve& p, const UnitRows& rows, uint32_t n_rows, uint32_t d, bool sinks) {
-    const uint32_t t = threadIdx.x, lane = t % 32;
-    for (uint32_t i = t / 32; i < n_rows; i += OBSERVE_THREADS / 32) {
-        bool fine = true;
-        for (uint32_t c = lane; c < d; c += 32) fine &= fabsf(rows.load(i, c)) <= LARGEST_ROW;
-        fine = __all_sync(ALL_LANES, fine);
-        if (lane == 0) {
-            const bool at_zero = p.positions != nullptr && p.positions[i % p.n] == 0;
-            s.kind[i] = at_zero ? (sinks && s.m.takes_sinks ? SINK : SKIP) : fine && s.m.learns ? ROW : SKIP;
-        }
+__device__ inline void sort_rows(ObserveShared& s, const DqObserve& p, const UnitRows& rows, bool sinks) {
+    const uint32_t t = threadIdx.x, lane = t % 32, n_rows = rows.count;
+    for (uint32_t i = t; i < n_rows; i += OBSERVE_THREADS) {
+        const bool at_zero = p.positions != nullptr && p.positions[rows.token(i)] == 0;
+        if (at_zero) s.kind[i] = sinks && s.m.takes_sinks ? SINK : SKIP;
+        else if (!s.m.learns) s.kind[i] = SKIP;
     }
     for (uint32_t i = t; i < s.m.n_staged; i += OBSERVE_THREADS) s.list[i] = int16_t(-1 - int(i));
     __syncthreads();
@@ -272,16 +340,18 @@ __device__ __forceinline__ void observe(const DqObserve& p) {
     Entered& entered = entered_of(p, kind, head);
     if (t == 0) entered.turns = 0;
     if (units.data == nullptr || (!p.flush && rows_of(p, kind).data == nullptr)) return;
-    const uint32_t d = units.dim, heads = kind == 2 ? p.group : 1, n_rows = p.flush ? 0 : p.n * heads;
-    const UnitRows rows{rows_of(p, kind), p.n, head * heads};
+    const uint32_t d = units.dim;
+    const UnitRows rows(p, rows_of(p, kind), head, kind == 2 ? p.group : 1);
     const Unit unit(units, head);
     if (t == 0) s.m = *unit.head;
     __syncthreads();
     if (!s.m.learns && !s.m.takes_sinks) return;
     for (uint32_t c = t; c < d; c += OBSERVE_THREADS) s.sum[c] = unit.sum[c], s.reference[c] = unit.reference[c];
 
-    // Phase 1: the lists.
-    sort_rows(s, p, rows, n_rows, d, kind < 2);
+    // Phase 1: rows by themselves, and the lists.
+    __syncthreads();
+    if (s.m.learns) measure(s, rows, d);
+    sort_rows(s, p, rows, kind < 2);
     __syncthreads();
 
     // Phase 2: whole turns up to each sink, since a sink looks at the rows before it; then those behind the last.
@@ -289,6 +359,7 @@ __device__ __forceinline__ void observe(const DqObserve& p) {
     for (uint32_t i = 0; i <= s.n_sinks; i++) {
         const uint32_t end = (i < s.n_sinks ? s.sink_at[i] : s.n_list) / OBSERVE_BLOCK;
         enter_turns(s, rows, unit, d, turns, end, OBSERVE_BLOCK);
+        add_turns(s, rows, unit, d, turns, end);
         turns = end;
         if (i == s.n_sinks) break;
         for (uint32_t c = t; c < d; c += OBSERVE_THREADS) s.row[c] = rows.load(s.sink_row[i], c);
@@ -302,6 +373,7 @@ __device__ __forceinline__ void observe(const DqObserve& p) {
     if (p.flush && left > 0 && fit_is_due(s, p, kind, head)) {
         for (uint32_t i = left + t; i < OBSERVE_BLOCK; i += OBSERVE_THREADS) s.list[i] = NO_ROW;
         enter_turns(s, rows, unit, d, 0, 1, left);
+        add_turns(s, rows, unit, d, 0, 1);
         turns = 1, left = 0;
     }
 
@@ -333,8 +405,8 @@ __device__ __forceinline__ void products(const DqObserve& p) {
     const DqUnits& units = units_of(p, kind);
     const Entered& entered = entered_of(p, kind, head);
     if (units.data == nullptr || !units.with_second || entered.turns == 0 || blockIdx.x >= product_tiles(units.dim)) return;
-    const uint32_t d = units.dim, heads = kind == 2 ? p.group : 1, turns = entered.turns;
-    const UnitRows rows{rows_of(p, kind), p.n, head * heads};
+    const uint32_t d = units.dim, turns = entered.turns;
+    const UnitRows rows(p, rows_of(p, kind), head, kind == 2 ? p.group : 1);
     const Unit unit(units, head);
     uint32_t tile_i = 0;
     while ((tile_i + 1) * (tile_i + 2) / 2 <= blockIdx.x) tile_i++;

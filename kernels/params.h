@@ -109,7 +109,7 @@ typedef struct DqUnits {
     uint32_t dim, with_second;
 } DqUnits;
 
-/* Rows of a unit that one launch takes at most: tokens, times the group for queries. */
+/* Rows of a unit that one launch takes at most. A unit's rows are [head of the group][token]. */
 #define DQ_OBSERVE_ROWS 2048
 /* What the statistics kernels pass each other for a unit, observe.cuh's Entered; behind it f32 [16][d]. */
 #define DQ_ENTERED_BYTES (16 + (DQ_OBSERVE_ROWS / 16 + 1) * 32)
@@ -127,6 +127,7 @@ typedef struct DqObserve {
     uint64_t entered_stride;
     uint32_t n, n_kv_heads, group;
     uint32_t flush;                  /* no new rows, those that wait go in where a fit is due: 1 K and V, then 2 queries */
+    uint32_t first, reserved;        /* rows of a unit before those of this launch, which are DQ_OBSERVE_ROWS at most */
 } DqObserve;
 
 /* A fit of one KV head and side, on its way into force. */
@@ -168,7 +169,7 @@ typedef struct DqEncode {
 static_assert(sizeof(DqHeadSets) == 40 && sizeof(DqFactors) == 48 && sizeof(DqRows) == 32 && sizeof(DqStore) == 24, "");
 static_assert(sizeof(DqAttend) == 368 && sizeof(DqDequantize) == 200 && sizeof(DqEncode) == 208, "");
 static_assert(sizeof(DqFit) == 40 && sizeof(DqPublish) == 136, "");
-static_assert(sizeof(DqMoments) == 56 && sizeof(DqObserve) == 248, "");
+static_assert(sizeof(DqMoments) == 56 && sizeof(DqObserve) == 256, "");
 #endif
 
 #endif

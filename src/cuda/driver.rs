@@ -196,21 +196,53 @@ impl Device {
         Ok(blocks.max(1) as usize)
     }
 
-    /// Launches with one struct of parameters. `overlap`: the kernel may start before the one ahead of it in the stream has
-    /// ended, where the device can do that; it waits by itself for what it reads of that one.
+    /// Launches with one struct of parameters.
     ///
     /// # Safety
     /// `params` is what the kernel takes, and its pointers lead to what the kernel touches until the stream has run it.
-    #[expect(clippy::too_many_arguments)]
     pub unsafe fn launch<P>(
         &self,
         kernel: Kernel,
         grid: (usize, usize, usize),
         threads: usize,
         shared: usize,
-        overlap: bool,
         stream: Stream,
         params: &P,
+    ) -> Result<()> {
+        // SAFETY: the caller's word.
+        unsafe { self.launch_with(kernel, grid, threads, shared, stream, params, false) }
+    }
+
+    /// The same for a kernel that may start before the one ahead of it in the stream has ended, where the device can do
+    /// that; it waits by itself for what it reads of that one.
+    ///
+    /// # Safety
+    /// As for `launch`.
+    pub unsafe fn launch_early<P>(
+        &self,
+        kernel: Kernel,
+        grid: (usize, usize, usize),
+        threads: usize,
+        shared: usize,
+        stream: Stream,
+        params: &P,
+    ) -> Result<()> {
+        // SAFETY: the caller's word.
+        unsafe { self.launch_with(kernel, grid, threads, shared, stream, params, self.overlaps) }
+    }
+
+    /// # Safety
+    /// As for `launch`.
+    #[expect(clippy::too_many_arguments)]
+    unsafe fn launch_with<P>(
+        &self,
+        kernel: Kernel,
+        grid: (usize, usize, usize),
+        threads: usize,
+        shared: usize,
+        stream: Stream,
+        params: &P,
+        early: bool,
     ) -> Result<()> {
         if grid.1 > 65_535 || grid.2 > 65_535 || grid.0 > i32::MAX as usize {
             return Err(Error::unsupported(format!(
@@ -218,7 +250,7 @@ impl Device {
                 grid.0, grid.1, grid.2
             )));
         }
-        let mut early = sys::CUlaunchAttribute {
+        let mut attribute = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
             value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
@@ -232,8 +264,8 @@ impl Device {
             blockDimZ: 1,
             sharedMemBytes: shared as u32,
             hStream: stream.0.cast(),
-            attrs: &raw mut early,
-            numAttrs: u32::from(overlap && self.overlaps),
+            attrs: &raw mut attribute,
+            numAttrs: u32::from(early),
         };
         let mut pointers = [(&raw const *params).cast::<c_void>().cast_mut()];
         // SAFETY: the caller's word; the driver copies the struct before it returns.

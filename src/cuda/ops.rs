@@ -203,9 +203,9 @@ impl DeviceCodec {
         // SAFETY: `capi` checked what can be checked of the caller's pointers; tables and workspace are as large as the
         // kernels were told.
         unsafe {
-            device.launch(plan.fold.0, plan.fold.1, launch::FOLD_THREADS, 0, false, stream, &p)?;
-            device.launch(plan.attend.0, plan.attend.1, plan.attend_threads, plan.attend_shared, true, stream, &p)?;
-            device.launch(plan.merge.0, plan.merge.1, plan.merge_threads, 0, true, stream, &p)
+            device.launch(plan.fold.0, plan.fold.1, launch::FOLD_THREADS, 0, stream, &p)?;
+            device.launch_early(plan.attend.0, plan.attend.1, plan.attend_threads, plan.attend_shared, stream, &p)?;
+            device.launch_early(plan.merge.0, plan.merge.1, plan.merge_threads, 0, stream, &p)
         }
     }
 
@@ -225,7 +225,7 @@ impl DeviceCodec {
         let _current = self.device.enter(stream)?;
         let grid = ((d.n_slots as usize).div_ceil(DEQUANTIZE_ROWS), shape.n_kv_heads, 2);
         // SAFETY: as in attend.
-        unsafe { self.device.launch(self.layers[layer].kernels.dequantize, grid, 128, 0, false, stream, &p) }
+        unsafe { self.device.launch(self.layers[layer].kernels.dequantize, grid, 128, 0, stream, &p) }
     }
 
     /// Rows in a layer's statistics: the most over its heads, as far as the device has told.
@@ -233,6 +233,11 @@ impl DeviceCodec {
         let first = self.layers[layer].words;
         let end = self.layers.get(layer + 1).map_or(usize::MAX, |l| l.words);
         (first..end).map_while(|i| self.rows_seen.try_get(i)).max().map_or(0, u64::from)
+    }
+
+    /// Rows until the next fit comes due in any head, at least; `None` when none will.
+    pub fn rows_to_fit(&self, layer: usize) -> Option<u64> {
+        self.rows_left(layer, &self.state(layer))
     }
 
     /// Brings what the device has made to the host, before it hands sets out or takes some in. Waits for the device.
@@ -275,31 +280,32 @@ impl DeviceCodec {
         self.layers[layer].tables.factors(self.base(layer), side)
     }
 
-    /// Whether a fit is due once `more` rows are there, by what the host counted or what the device has told since: replays
-    /// of graphs are told only by the device.
+    fn rows_left(&self, layer: usize, state: &State) -> Option<u64> {
+        // What the host counted, or what the device has told since: replays of graphs are told only by the device.
+        let seen = state.most_rows.max(self.rows_seen(layer));
+        state.next_fit.map(|at| at.saturating_sub(seen))
+    }
+
+    /// Whether a fit is due once `more` rows are there.
     fn is_due(&self, layer: usize, state: &State, more: u64) -> bool {
-        let rows = state.most_rows.max(self.rows_seen(layer));
-        state.next_fit.is_some_and(|at| rows + more >= at)
+        self.rows_left(layer, state).is_some_and(|rows| more >= rows)
     }
 
     fn observe(&self, codec: &Codec, layer: usize, state: &mut State, tokens: &Tokens, stream: Stream) -> Result<()> {
         if state.next_fit.is_none() && !(state.takes_sinks && tokens.positions != 0) {
             return Ok(());
         }
-        let (shape, n) = (&codec.layers[layer].shape, tokens.n_tokens as usize);
-        let step = (OBSERVE_ROWS / shape.group()).max(1);
-        for first in (0..n).step_by(step) {
-            let part = |rows: &Rows| {
-                let mut rows = DeviceRows::from(rows);
-                rows.data += first as u64 * rows.token_stride;
-                rows
-            };
+        let shape = &codec.layers[layer].shape;
+        // Queries are a group of rows to a token.
+        let per_token = if tokens.q.is_some() { shape.group() } else { 1 };
+        for first in (0..tokens.n_tokens as usize * per_token).step_by(OBSERVE_ROWS) {
             let p = params::Observe {
-                k_rows: part(&tokens.k),
-                v_rows: part(&tokens.v),
-                q_rows: tokens.q.as_ref().map_or(DeviceRows::default(), part),
-                positions: if tokens.positions == 0 { 0 } else { tokens.positions + 4 * first as u64 },
-                n: (n - first).min(step) as u32,
+                k_rows: (&tokens.k).into(),
+                v_rows: (&tokens.v).into(),
+                q_rows: tokens.q.as_ref().map_or(DeviceRows::default(), DeviceRows::from),
+                positions: tokens.positions,
+                n: tokens.n_tokens,
+                first: first as u32,
                 ..self.statistics(codec, layer)
             };
             self.launch_observe(shape, &p, stream)?;
@@ -362,7 +368,7 @@ impl DeviceCodec {
         };
         let grid = ((tokens.n_tokens as usize).div_ceil(l.kernels.encode_rows), shape.n_kv_heads, 2);
         // SAFETY: as in attend.
-        unsafe { self.device.launch(l.kernels.encode, grid, 256, l.kernels.encode_shared, false, stream, &p) }
+        unsafe { self.device.launch(l.kernels.encode, grid, 256, l.kernels.encode_shared, stream, &p) }
     }
 
     /// Sums down, fits where they are due, factors up.

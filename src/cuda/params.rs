@@ -180,6 +180,8 @@ pub struct Observe {
     pub n_kv_heads: u32,
     pub group: u32,
     pub flush: u32,
+    pub first: u32,
+    pub reserved: u32,
 }
 
 /// Rows of a unit that one launch of the statistics takes at most.
@@ -227,5 +229,5 @@ const _: () = {
     assert!(size_of::<DeviceRows>() == 32 && size_of::<DeviceStore>() == 24);
     assert!(size_of::<Attend>() == 368 && size_of::<Dequantize>() == 200 && size_of::<Encode>() == 208);
     assert!(size_of::<Fit>() == 40 && size_of::<Publish>() == 136);
-    assert!(size_of::<Moments>() == 56 && size_of::<Observe>() == 248);
+    assert!(size_of::<Moments>() == 56 && size_of::<Observe>() == 256);
 };

@@ -47,6 +47,13 @@ struct SideLayout {
     heads: usize,
 }
 
+impl SideLayout {
+    /// Of a head's encode matrix.
+    fn encode_at(&self, head: usize) -> usize {
+        self.encode + head * self.encode_len * 4
+    }
+}
+
 /// Offset and stride of a kind of units; `None`: nothing of this kind is ever learned.
 #[derive(Debug, Clone, Copy)]
 struct UnitsLayout {
@@ -207,7 +214,7 @@ impl TableLayout {
         unit.sets.sinks().for_each(|id| table.sinks |= 1 << id);
         if let Some(matrix) = encode.matrix.as_deref().filter(|_| s.max_dense > 0) {
             table.encode_dense = 1;
-            put_floats(&mut bytes[s.encode + head * s.encode_len * 4..], matrix);
+            put_floats(&mut bytes[s.encode_at(head)..], matrix);
         }
         put_struct(&mut bytes[s.heads + head * size_of::<HeadSets>()..], &table);
     }
@@ -339,7 +346,7 @@ impl TableLayout {
             }
             if let Some(matrix) = encode.as_ref().filter(|_| fit.id != params::NO_PLACE) {
                 fit.encode_dense = 1;
-                copies.push((s.encode + head * s.encode_len * 4, matrix.iter().flat_map(|x| x.to_le_bytes()).collect()));
+                copies.push((s.encode_at(head), matrix.iter().flat_map(|x| x.to_le_bytes()).collect()));
             }
             put_struct(&mut fits[index * size_of::<params::Fit>()..], &fit);
             put_halves(&mut means[index * 2 * MEAN..], &set.mean);
@@ -368,7 +375,7 @@ impl TableLayout {
         let mut ids = vec![0u8; 4 * made.len()];
         // SAFETY: as above; the kernel stays within the layer's tables.
         unsafe {
-            device.launch(kernel, (self.n_kv, 2, 1), 256, 0, false, stream, &p)?;
+            device.launch(kernel, (self.n_kv, 2, 1), 256, 0, stream, &p)?;
             device.download(p.ids, &mut ids, stream)?;
         }
         Ok(ids.as_chunks::<4>().0.iter().map(|id| id[0]).collect())
