@@ -29,8 +29,15 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
     const uint32_t stream = blockIdx.z / p.v_transforms, v_transform = blockIdx.z % p.v_transforms;
     const uint32_t tile_keys = KEYS_PER_WARP * p.key_warps;
     const uint32_t n_keys = p.lengths != nullptr ? uint32_t(p.lengths[stream]) : p.n_kv;
-    const uint32_t tiles = (n_keys + tile_keys - 1) / tile_keys, share = (tiles + p.n_splits - 1) / p.n_splits;
-    const uint32_t first_tile = blockIdx.x * share, end_tile = first_tile + share < tiles ? first_tile + share : tiles;
+    // A tile of rows that this stream does not have.
+    const uint32_t n_q = queries_of(p, stream).count, n_rows = n_q * p.group, first_row = row_tile * 4 * NT;
+    if (first_row >= n_rows) return;
+    const uint32_t end_row = first_row + 4 * NT < n_rows ? first_row + 4 * NT : n_rows;
+    const Keys keys = keys_of(p, n_keys, n_q, first_row / p.group, (end_row + p.group - 1) / p.group);
+    // Tiles before the first key that is seen are left out; they are counted from key 0, so that runs start on whole ones.
+    const uint32_t before = keys.first / tile_keys, tiles = (keys.end + tile_keys - 1) / tile_keys - before;
+    const uint32_t share = (tiles + p.n_splits - 1) / p.n_splits, end_share = blockIdx.x * share + share;
+    const uint32_t first_tile = before + blockIdx.x * share, end_tile = before + (end_share < tiles ? end_share : tiles);
     // Another head of the block may have work where this one has none, so nobody leaves before the last barrier.
     const bool idle = !names_transform(p.v.heads[head], v_transform);
 
@@ -48,13 +55,15 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
     }
     __syncthreads();
 
-    // Phase 2: copies of the first stages. Beyond the last key comes the last key once more; its score is masked.
+    // Phase 2: copies of the first stages. In place of keys that nobody sees comes the nearest one once more; its score is
+    // masked.
     auto copy_tile = [&](uint32_t tile) {
         const uint32_t index = (tile - first_tile) % STAGES;
         uint8_t* stage = shared + index * stage_bytes;
         auto record_of = [&](uint32_t row) {
             uint32_t key = tile * tile_keys + row;
-            return p.store.data + slot_of(p, stream, key < n_keys ? key : n_keys - 1) * p.store.stride;
+            key = key < keys.first ? keys.first : key < keys.end ? key : keys.end - 1;
+            return p.store.data + slot_of(p, stream, key) * p.store.stride;
         };
         if constexpr (HAS_BULK_COPY) {
             // A run of a row to a lane, dealt over the warps.

@@ -96,18 +96,15 @@ __device__ __forceinline__ void attend_prefill(const DqAttend& p) {
     const uint32_t row_tile = row_block * warps + warp;
     const uint32_t stream = blockIdx.z / p.v_transforms, v_transform = blockIdx.z % p.v_transforms;
     const uint32_t n_keys = p.lengths != nullptr ? uint32_t(p.lengths[stream]) : p.n_kv;
-    const uint32_t tiles = (n_keys + TILE_KEYS - 1) / TILE_KEYS, share = (tiles + p.n_splits - 1) / p.n_splits;
-    uint32_t first_tile = blockIdx.x * share, end_tile = first_tile + share < tiles ? first_tile + share : tiles;
-    if (p.lengths != nullptr && p.causal) {
-        // Keys behind the block's last query, or out of its first one's window, are nobody's.
-        const uint32_t rows = p.n_q * p.group, first_row = row_block * warps * 4 * NT;
-        const uint32_t last_row = first_row + warps * 4 * NT < rows ? first_row + warps * 4 * NT : rows;
-        const int64_t behind = int64_t(n_keys) - p.n_q, last = behind + (last_row - 1) / p.group, start = behind + first_row / p.group - p.window + 1;
-        const int64_t bound = last / TILE_KEYS + 1;
-        if (bound < int64_t(end_tile)) end_tile = uint32_t(bound);
-        if (p.window > 0 && start > 0 && start / TILE_KEYS > int64_t(first_tile)) first_tile = uint32_t(start / TILE_KEYS);
-    }
-    const bool idle = row_tile >= p.row_tiles || !names_transform(p.v.heads[head], v_transform);
+    // Rows of the block, of which the stream may have none; keys that they see.
+    const uint32_t n_q = queries_of(p, stream).count, n_rows = n_q * p.group, first_row = row_block * warps * 4 * NT;
+    if (first_row >= n_rows) return;
+    const uint32_t end_row = first_row + warps * 4 * NT < n_rows ? first_row + warps * 4 * NT : n_rows;
+    const Keys keys = keys_of(p, n_keys, n_q, first_row / p.group, (end_row + p.group - 1) / p.group);
+    const uint32_t before = keys.first / TILE_KEYS, tiles = (keys.end + TILE_KEYS - 1) / TILE_KEYS - before;
+    const uint32_t share = (tiles + p.n_splits - 1) / p.n_splits, end_share = blockIdx.x * share + share;
+    const uint32_t first_tile = before + blockIdx.x * share, end_tile = before + (end_share < tiles ? end_share : tiles);
+    const bool idle = row_tile * 4 * NT >= n_rows || !names_transform(p.v.heads[head], v_transform);
 
     RowImage<K, V> image;
     image.lay_out(p.n_kv_heads, head, 1, head, nullptr);
@@ -125,8 +122,9 @@ __device__ __forceinline__ void attend_prefill(const DqAttend& p) {
     auto copy_tile = [&](uint32_t tile) {
         uint8_t* stage = shared + (tile & 1) * stage_bytes;
         for (uint32_t row = t / 4; row < TILE_KEYS && tile < end_tile; row += blockDim.x / 4) {
-            const uint32_t key = tile * TILE_KEYS + row;
-            const uint8_t* from = p.store.data + slot_of(p, stream, key < n_keys ? key : n_keys - 1) * p.store.stride;
+            uint32_t key = tile * TILE_KEYS + row;
+            key = key < keys.first ? keys.first : key < keys.end ? key : keys.end - 1;
+            const uint8_t* from = p.store.data + slot_of(p, stream, key) * p.store.stride;
             for (uint32_t r = 0; r < image.runs; r++) {
                 const Run run = runs[r];
                 for (uint32_t c = t % 4; c < run.chunks; c += 4) {

@@ -100,7 +100,7 @@ struct AttendWarp {
     static constexpr int BLOCKS = 2 * V::groups;
 
     const DqAttend& p;
-    const uint32_t stream, head, row_tile, v_transform;
+    const uint32_t stream, head, row_tile, v_transform, n_q;
     const int lane, g, q;
     float* sums;  // shared, [set][4 NT], this warp's own: weights of earlier runs of keys, for the means of value sets
     const DqHeadSets& k_sets;
@@ -111,7 +111,7 @@ struct AttendWarp {
     bool sums_used;
 
     __device__ __forceinline__ AttendWarp(const DqAttend& p, uint32_t stream, uint32_t head, uint32_t row_tile, uint32_t v_transform, int lane, float* sums)
-        : p(p), stream(stream), head(head), row_tile(row_tile), v_transform(v_transform), lane(lane), g(lane >> 2), q(lane & 3),
+        : p(p), stream(stream), head(head), row_tile(row_tile), v_transform(v_transform), n_q(queries_of(p, stream).count), lane(lane), g(lane >> 2), q(lane & 3),
           sums(sums), k_sets(p.k.heads[head]), v_sets(p.v.heads[head]), sums_used(false) {
         for (int i = lane; i < DQ_MAX_SETS * 4 * NT; i += 32) sums[i] = 0.0f;
         DQ_UNROLL
@@ -183,7 +183,7 @@ struct AttendWarp {
                 const uint32_t token = (row_tile * 4 * NT + 4 * n + q) / p.group;
                 DQ_UNROLL
                 for (int i = 0; i < 4; i++) {
-                    added[n][i] = mask_of(p, stream, token < p.n_q ? token : p.n_q - 1, first_key + g + 8 * i, n_keys);
+                    added[n][i] = mask_of(p, stream, token < n_q ? token : n_q - 1, n_q, first_key + g + 8 * i, n_keys);
                     visible |= added[n][i] > NEVER;
                 }
             }
@@ -360,7 +360,7 @@ struct AttendWarp {
         DQ_UNROLL
         for (int n = 0; n < NT; n++) {
             const uint32_t row = row_tile * 4 * NT + 4 * n + q;
-            if (row >= n_rows) continue;
+            if (row >= n_q * p.group) continue;
             const uint64_t at = ((uint64_t(stream) * p.n_kv_heads + head) * n_rows + row) * attend_parts(p) + part;
             for (int e = g; e < DQ_MAX_SETS; e += 8) {
                 const bool mine = p.v_transforms == 1 || transform_of(v_sets, e) == v_transform;

@@ -39,4 +39,6 @@
 DQ_INSTANCES(DQ_KERNELS)
 DQ_UNALIGNED_INSTANCES(DQ_UNALIGNED)
 
-extern "C" __global__ void __launch_bounds__(256) dq_observe(const DqObserve p) { dq::observe(p); }
+extern "C" __global__ void __launch_bounds__(dq::OBSERVE_THREADS) dq_observe(const DqObserve p) { dq::observe(p); }
+extern "C" __global__ void __launch_bounds__(dq::OBSERVE_THREADS) dq_products(const DqObserve p) { dq::products(p); }
+extern "C" __global__ void __launch_bounds__(dq::OBSERVE_THREADS) dq_publish(const DqPublish p) { dq::publish(p); }

@@ -24,6 +24,17 @@ constexpr float FOLD_RANGE = 32512.0f;
 
 constexpr int FOLD_THREADS = 512;
 
+// Queries of a stream: the token of its first one, and how many. Workspace has room for n_q in every stream.
+struct Queries {
+    uint64_t first;
+    uint32_t count;
+};
+__device__ __forceinline__ Queries queries_of(const DqAttend& p, uint32_t stream) {
+    if (p.q_starts == nullptr) return {uint64_t(stream) * p.n_q, p.n_q};
+    const int32_t first = p.q_starts[stream];
+    return {uint64_t(first), uint32_t(p.q_starts[stream + 1] - first)};
+}
+
 template <class K>
 __device__ __forceinline__ uint64_t folded_tile(const DqAttend& p, uint32_t stream, uint32_t head, uint32_t transform, uint32_t tile, uint32_t n_tiles) {
     return (((uint64_t(stream) * p.n_kv_heads + head) * DQ_MAX_TRANSFORMS + transform) * n_tiles + tile) * (K::groups * 256);
@@ -44,7 +55,8 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     __shared__ __align__(16) uint8_t fragments[K::groups * 256];
     const uint32_t head = blockIdx.x / DQ_MAX_TRANSFORMS, transform = blockIdx.x % DQ_MAX_TRANSFORMS;
     const uint32_t tile = blockIdx.y, n_tiles = gridDim.y, stream = blockIdx.z;
-    const uint32_t n_rows = p.n_q * p.group;
+    const Queries queries = queries_of(p, stream);
+    const uint32_t n_rows = queries.count * p.group;
     const int t = threadIdx.x, warp = t >> 5, lane = t & 31;
     const DqHeadSets& sets = p.k.heads[head];
 
@@ -55,7 +67,7 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     for (int i = t; i < ROWS * D; i += THREADS) {
         uint32_t row = tile * ROWS + i / D;
         query[i / D][i % D] = row < n_rows
-            ? load_row(p.q, uint64_t(stream) * p.n_q + row / p.group, head * p.group + row % p.group, i % D) * fold_factor(p)
+            ? load_row(p.q, queries.first + row / p.group, head * p.group + row % p.group, i % D) * fold_factor(p)
             : 0.0f;
     }
     for (int i = t; i < K::groups * 64; i += THREADS) reinterpret_cast<uint32_t*>(fragments)[i] = 0;

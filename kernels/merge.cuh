@@ -25,7 +25,9 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
     const uint32_t head = blockIdx.x / n_rows % p.n_kv_heads, stream = blockIdx.x / n_rows / p.n_kv_heads;
     const uint32_t parts = attend_parts(p), parts_per_transform = p.n_splits * p.key_warps;
     const uint64_t first = uint64_t(blockIdx.x) * parts;
-    const uint32_t token = row / p.group, q_head = head * p.group + row % p.group;
+    const uint32_t query = row / p.group, q_head = head * p.group + row % p.group;
+    const Queries queries = queries_of(p, stream);
+    if (query >= queries.count) return;
     // Threads that share a channel of the output, each with a run of latents.
     constexpr uint32_t MOST_RUNS_OF_LATENTS = 4;
     const uint32_t runs = blockDim.x >= MOST_RUNS_OF_LATENTS * D && D % (8 * MOST_RUNS_OF_LATENTS) == 0 ? MOST_RUNS_OF_LATENTS : 1;
@@ -131,7 +133,7 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
         float v = 0.0f;
         DQ_UNROLL
         for (int k = 0; k < 4 * PER; k++) if (k == int(i)) v = x[k];
-        store_row(p.out, uint64_t(stream) * p.n_q + token, q_head, c, v * scale);
+        store_row(p.out, queries.first + query, q_head, c, v * scale);
     }
 }
 

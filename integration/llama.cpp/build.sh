@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Builds libdecoquant, the patched llama.cpp and its test programs. Run again after any change: only what changed is built.
 #   build.sh                the six tools and the test programs
+#   CUDA=1 build.sh         the same with llama.cpp's CUDA backend; needs the CUDA toolkit with cuBLAS
+# Environment: CUDA_ARCHS (native): architectures of llama.cpp's kernels, as CMake names them.
 set -euo pipefail
 source "$(dirname "$0")/paths.sh"
 
 bash "$here/fetch.sh"
 
 say "libdecoquant"
+[[ ${CUDA:-} ]] && export DECOQUANT_CUDA=on
 (cd "$repo" && cargo build --release --locked)
 
 say "llama.cpp with $(cd "$here/patches" && echo *.patch)"
@@ -33,7 +36,12 @@ if [[ ! -f $src/.stamp || $(<"$src/.stamp") != "$stamp" ]]; then
     echo "$stamp" >"$src/.stamp"
 fi
 
-cmake -S "$src" -B "$work/out" -G Ninja -DCMAKE_BUILD_TYPE=Release \
+options=(-DGGML_CUDA=OFF)
+[[ ${CUDA:-} ]] && options=(-DGGML_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=${CUDA_ARCHS:-native}")
+# GCC 12 loses most of the tile configuration that ggml loads, and programs die of SIGILL on CPUs with AMX.
+[[ $(uname -m) == x86_64 ]] && options+=(-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8)
+
+cmake -S "$src" -B "$work/out" -G Ninja -DCMAKE_BUILD_TYPE=Release "${options[@]}" \
     -DDECOQUANT_DIR="$repo" \
     -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF \
     >"$work/cmake.log" || { cat "$work/cmake.log" >&2; exit 1; }

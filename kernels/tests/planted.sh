@@ -38,7 +38,9 @@ plant "low byte of the query dropped" fold.cuh 's/uint8_t(low)/uint8_t(0)/'
 plant "nibbles of the wrong keys" codes.cuh 's/even = prmt(e, e, 0x3120)/even = prmt(e, e, 0x3210)/'
 plant "fragments read before they are all there" attend_prefill.cuh '/look_up_tile(fragments + part/{n;n;d}'
 plant "stage overwritten while in use" attend_prefill.cuh 's/(tile \& 1) \* stage_bytes/0 * stage_bytes/'
-plant "read past the last slot" attend.cuh 's/key < n_keys ? key : n_keys - 1/key/' attend_emu "-fsanitize=address"
+plant "read past the last slot" attend.cuh 's/key < keys.end ? key : keys.end - 1/key/' attend_emu "-fsanitize=address"
+plant "blocks that the window has left are read" attend.cuh 's/key = key < keys.first ? keys.first : /key = /' attend_emu "-fsanitize=address"
+plant "queries of the sequence before" fold.cuh 's/load_row(p.q, queries.first + row/load_row(p.q, uint64_t(stream) * p.n_q + row/'
 plant "encode: other lanes' codes too early" encode.cuh '/bad_row |= header.saturated;/{n;n;d}' encode_emu
 plant "encode: ties the other way" encode.cuh 's/if (magnitude > edge)/if (magnitude >= edge * 1.0001f)/' encode_emu
 exit $missed

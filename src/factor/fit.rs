@@ -1,23 +1,24 @@
 //! Moments to factors.
 //!
 //! With `C` the covariance of the rows about their mean and `S` the second moment of the queries (identity for values),
-//! both shrunk, take `S^1/2 C S^1/2 = U diag(s^2) U^T`, `s` descending. Then
+//! both shrunk, take any root `S = R^T R` and `R C R^T = U diag(s^2) U^T`, `s` descending. Then
 //!
 //! ```text
-//! encode = Spread diag(s^-1/2) U^T S^1/2      decode = S^-1/2 U diag(s^1/2) Spread^T
+//! encode = Spread diag(s^-1/2) U^T R      decode = R^-1 U diag(s^1/2) Spread^T
 //! ```
 //!
-//! minimises the error of the scores under a white coding error over all gauges of the product (Cauchy-Schwarz:
+//! does not depend on the root taken (another one turns `U` along), and minimises the error of the scores under a white coding error over all gauges of the product (Cauchy-Schwarz:
 //! `(sum s)^2 / d` against `tr(S) tr(C + mean mean^T) / d` for a plain rotation). With tiers of latent channels each tier
 //! has a spread of its own and a multiplier that gives all tiers the same rms, so that one row scale serves them all.
 //!
 //! Within a tier that leaves the channels' errors of unlike weight: with `M` the tier's block of `decode^T S decode`, the
 //! scores lose `e^T M e`. Rows of plans with tiers are therefore rounded one latent after the other, each carrying the
-//! errors before it on: `M = R^T W R` with R unit lower triangular and W diagonal makes the loss a sum of squares of what
+//! errors before it on: `M = L^T W L` with L unit lower triangular and W diagonal makes the loss a sum of squares of what
 //! each rounding leaves, and with it `det M` counts where the trace did. Feedback wants a gauge nearer to white latents,
 //! `s^-SKEW` in place of `s^-1/2`.
 
-use faer::{Mat, MatRef, Side};
+use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
+use faer::{Mat, MatRef, Par, Side};
 use half::f16;
 
 use super::hadamard::spread;
@@ -32,8 +33,6 @@ const SHRINK: f64 = 0.1;
 const PULL_TIERS: f64 = 1024.0;
 /// Exponent of the gauge where roundings feed back; balanced is 0.5. 0.8 to 1 measured alike.
 const SKEW: f64 = 0.85;
-/// Smallest eigenvalue of `S` against its largest.
-const FLOOR: f64 = 1e-10;
 
 /// What a fit starts from.
 pub struct FitInput<'a> {
@@ -54,7 +53,7 @@ pub struct Fitted {
     /// `[channel][latent]`.
     pub decode: Box<[f16]>,
     /// `[channel][latent]`: `y[j] = sum over i of encode[i][j] (x - mean)[i]`. Then, for plans with tiers, the feedback: per
-    /// tier the packed lower triangle of R, row `j` at `j (j + 1) / 2`, with `W[j]` over the tier's mean for its diagonal.
+    /// tier the packed lower triangle of L, row `j` at `j (j + 1) / 2`, with `W[j]` over the tier's mean for its diagonal.
     pub encode: Box<[f32]>,
     /// Mean of `(decode^T S decode)[j][j]`, with feedback of `W[j]`, over a tier's latents `j`, relative to `tr(S) / d`.
     pub kappa: TierWeights,
@@ -76,16 +75,23 @@ pub fn fit(input: &FitInput) -> Option<Fitted> {
         Some(q) if trace(q, d) > 0.0 => Some(shrunk(q, d, shrink)?),
         _ => None,
     };
-    let (root, inverse_root) = match &query {
-        Some(s) => roots(s.as_ref())?,
-        None => (Mat::identity(d, d), Mat::identity(d, d)),
+    let root = match &query {
+        Some(s) => Some(root(s.as_ref())?),
+        None => None,
     };
-    let (s, u) = descending_eigen((&root * &covariance * &root).as_ref())?;
+    let product = match &root {
+        Some(r) => r * &covariance * r.transpose(),
+        None => covariance,
+    };
+    let (s, u) = descending_eigen(product.as_ref())?;
     let s: Vec<f64> = s.iter().map(|w| w.max(1e-24).sqrt()).collect();
     let skew = if input.tiers.len() > 1 { SKEW } else { 0.5 };
     let (into, back) = tiered_spread(&s, skew, input.tiers);
-    let mut encode = &into * (u.transpose() * &root);
-    let mut decode = &inverse_root * &u * &back;
+    let (mut encode, mut decode) = (&into * u.transpose(), &u * &back);
+    if let Some(r) = &root {
+        encode = encode * r;
+        solve_upper_triangular_in_place(r.as_ref(), decode.as_mut(), Par::Seq);
+    }
     let unit = (d as f64).sqrt() / encode.norm_l2();
     encode *= faer::Scale(unit);
     decode *= faer::Scale(1.0 / unit);
@@ -124,19 +130,9 @@ fn descending_eigen(m: MatRef<f64>) -> Option<(Vec<f64>, Mat<f64>)> {
     values.iter().all(|x| x.is_finite()).then_some((values, vectors))
 }
 
-/// `S^1/2` and `S^-1/2`, eigenvalues cut below at [`FLOOR`] of the largest.
-fn roots(s: MatRef<f64>) -> Option<(Mat<f64>, Mat<f64>)> {
-    let d = s.nrows();
-    let (w, v) = descending_eigen(s)?;
-    let floor = FLOOR * w[0];
-    if !(floor > 0.0) {
-        return None;
-    }
-    let power = |p: f64| {
-        let scaled = Mat::from_fn(d, d, |i, j| v[(i, j)] * w[j].max(floor).powf(p));
-        &scaled * v.transpose()
-    };
-    Some((power(0.5), power(-0.5)))
+/// The upper triangular `R` with `S = R^T R`. What [`shrunk`] adds keeps `S` far from singular.
+fn root(s: MatRef<f64>) -> Option<Mat<f64>> {
+    Some(s.llt(Side::Lower).ok()?.L().transpose().to_owned())
 }
 
 /// `Spread diag(s^-skew)` and its inverse `diag(s^skew) Spread^T`, block by block of the tiers.
@@ -190,7 +186,7 @@ fn rounded(encode: &Mat<f64>, decode: &Mat<f64>, query: Option<&Mat<f64>>, tiers
     fine.then_some(Fitted { decode: half, encode: encode.into(), kappa })
 }
 
-/// Appends R of `m = R^T W R`, its diagonal W over W's mean, as a packed triangle; returns W. `m` is `[n][n]`.
+/// Appends L of `m = L^T W L`, its diagonal W over W's mean, as a packed triangle; returns W. `m` is `[n][n]`.
 fn push_feedback(mut m: Vec<f64>, n: usize, out: &mut Vec<f32>) -> Option<Vec<f64>> {
     // From the last latent up: what is left of m after its row and column are explained.
     for j in (0..n).rev() {
@@ -401,7 +397,7 @@ pub(crate) mod tests {
         assert!(costs[0] > costs[1] && costs[1] > costs[2], "{costs:?}");
     }
 
-    /// R^T W R is the tier's block of decode^T S decode, up to the rounding of decode and one factor for the whole.
+    /// L^T W L is the tier's block of decode^T S decode, up to the rounding of decode and one factor for the whole.
     #[test]
     fn feedback_factors_the_metric_of_the_scores() {
         let d = 64;
