@@ -14,7 +14,7 @@
 //!
 //! Within a tier that leaves the channels' errors of unlike weight: with `M` the tier's block of `decode^T S decode`, the
 //! scores lose `e^T M e`. Rows of plans with tiers are therefore rounded one latent after the other, each carrying the
-//! errors before it on: `M = R^T W R` with R unit lower triangular and W diagonal makes the loss a sum of squares of what
+//! errors before it on: `M = L^T W L` with L unit lower triangular and W diagonal makes the loss a sum of squares of what
 //! each rounding leaves, and with it `det M` counts where the trace did. Feedback wants a gauge nearer to white latents,
 //! `s^-SKEW` in place of `s^-1/2`.
 
@@ -54,7 +54,7 @@ pub struct Fitted {
     /// `[channel][latent]`.
     pub decode: Box<[f16]>,
     /// `[channel][latent]`: `y[j] = sum over i of encode[i][j] (x - mean)[i]`. Then, for plans with tiers, the feedback: per
-    /// tier the packed lower triangle of R, row `j` at `j (j + 1) / 2`, with `W[j]` over the tier's mean for its diagonal.
+    /// tier the packed lower triangle of L, row `j` at `j (j + 1) / 2`, with `W[j]` over the tier's mean for its diagonal.
     pub encode: Box<[f32]>,
     /// Mean of `(decode^T S decode)[j][j]`, with feedback of `W[j]`, over a tier's latents `j`, relative to `tr(S) / d`.
     pub kappa: TierWeights,
@@ -187,7 +187,7 @@ fn rounded(encode: &Mat<f64>, decode: &Mat<f64>, query: Option<&Mat<f64>>, tiers
     fine.then_some(Fitted { decode: half, encode: encode.into(), kappa })
 }
 
-/// Appends R of `m = R^T W R`, its diagonal W over W's mean, as a packed triangle; returns W. `m` is `[n][n]`.
+/// Appends L of `m = L^T W L`, its diagonal W over W's mean, as a packed triangle; returns W. `m` is `[n][n]`.
 fn push_feedback(mut m: Vec<f64>, n: usize, out: &mut Vec<f32>) -> Option<Vec<f64>> {
     // From the last latent up: what is left of m after its row and column are explained.
     for j in (0..n).rev() {
@@ -398,7 +398,7 @@ pub(crate) mod tests {
         assert!(costs[0] > costs[1] && costs[1] > costs[2], "{costs:?}");
     }
 
-    /// R^T W R is the tier's block of decode^T S decode, up to the rounding of decode and one factor for the whole.
+    /// L^T W L is the tier's block of decode^T S decode, up to the rounding of decode and one factor for the whole.
     #[test]
     fn feedback_factors_the_metric_of_the_scores() {
         let d = 64;
