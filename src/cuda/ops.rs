@@ -20,7 +20,7 @@ use crate::factor::DueFit;
 use crate::shape::{LayerShape, Side};
 use crate::view::MaskType;
 
-/// Rows that share a block of the encode kernel, and of the dequantize kernel.
+/// Rows that share a block of the dequantize kernel.
 const DEQUANTIZE_ROWS: usize = 8;
 const OBSERVE_THREADS: usize = 256;
 
@@ -343,13 +343,12 @@ impl DeviceCodec {
         // SAFETY: as in attend.
         unsafe {
             if p.flush == 0 {
-                device.launch(self.observe, (heads, 3, 1), OBSERVE_THREADS, 0, false, stream, p)?;
+                device.launch(self.observe, (heads, 3, 1), OBSERVE_THREADS, 0, stream, p)?;
             } else {
-                device.launch(self.observe, (heads, 2, 1), OBSERVE_THREADS, 0, false, stream, p)?;
-                let queries = params::Observe { flush: 2, ..*p };
-                device.launch(self.observe, (heads, 1, 1), OBSERVE_THREADS, 0, false, stream, &queries)?;
+                device.launch(self.observe, (heads, 2, 1), OBSERVE_THREADS, 0, stream, p)?;
+                device.launch(self.observe, (heads, 1, 1), OBSERVE_THREADS, 0, stream, &params::Observe { flush: 2, ..*p })?;
             }
-            device.launch(self.products, (tiles, heads, 3), OBSERVE_THREADS, 0, false, stream, p)
+            device.launch(self.products, (tiles, heads, 3), OBSERVE_THREADS, 0, stream, p)
         }
     }
 
