@@ -404,6 +404,12 @@ void graph_case(const Shape& s, std::mt19937_64& rng) {
     cuda::need(cuda::driver().stream_create(&gpu.stream, 1), "stream");
     const Rows prompt = rows(s, 40, 0, rng);
     cpu.take(prompt, 0, false), gpu.take(prompt, 0, false);
+    const auto rows_to_fit = [](const Side& side) {
+        auto info = sized<dq_layer_info>();
+        dq_codec_info(side.codec, 0, &info);
+        return info.rows_to_fit;
+    };
+    expect(rows_to_fit(cpu) == 64 - 39 && rows_to_fit(gpu) == rows_to_fit(cpu), "rows to the next fit: " + std::to_string(rows_to_fit(gpu)) + ", on the CPU " + std::to_string(rows_to_fit(cpu)));
 
     const Rows zero = rows(s, 1, 40, rng);
     cuda::Buffer<float> q(zero.q), k(zero.k), v(zero.v), out(s.n_q * s.d);
@@ -457,6 +463,7 @@ void graph_case(const Shape& s, std::mt19937_64& rng) {
     const Rows many = rows(s, 100, 101, rng);
     for (int i = 0; i < 5; i++) gpu.take(many, 101, true);
     const auto before = gpu.records();
+    expect(rows_to_fit(gpu) == 0, "a fit is due: " + std::to_string(rows_to_fit(gpu)));
     cuda::need(driver.begin_capture(gpu.stream, 0), "capture");
     expect_status(dq_compress(gpu.codec, 0, &t, nullptr, 0, gpu.stream), DQ_ERROR_CAPTURE, "compress in a capture with a fit due", "a fit is due");
     expect_status(dq_refit(gpu.codec, 0, 1, gpu.stream), DQ_ERROR_CAPTURE, "refit in a capture", "a fit is due");

@@ -216,6 +216,10 @@ typedef struct dq_layer_info {
     uint64_t factor_bytes;
     // Bytes held now for running moments.
     uint64_t moment_bytes;
+    // Rows until the next fit: a `dq_compress` of so many tokens or more makes it, and cannot be captured into a CUDA
+    // graph. 0: a fit is due; `UINT64_MAX`: none will come. On CUDA, rows that stay out of the statistics count, too,
+    // until the next fit, and rows of replayed graphs once the device has told of them.
+    uint64_t rows_to_fit;
 } dq_layer_info;
 
 // Rows in the caller's memory: `[n_tokens][n_heads][head_dim]`, channels next to each other.

@@ -52,6 +52,8 @@ pub struct LayerInfo {
     pub rows_seen: u64,
     pub factor_bytes: usize,
     pub moment_bytes: usize,
+    /// `None` when no fit will come.
+    pub rows_to_fit: Option<u64>,
 }
 
 impl Codec {
@@ -112,9 +114,11 @@ impl Codec {
             rows_seen: 0,
             factor_bytes: 0,
             moment_bytes: 0,
+            rows_to_fit: None,
         };
         for (_, _, head) in factors.units() {
             let head = head.info();
+            info.rows_to_fit = info.rows_to_fit.into_iter().chain(head.rows_to_fit).min();
             info.frozen &= head.frozen;
             info.rows_seen = info.rows_seen.max(head.rows_seen);
             info.factor_bytes += head.factor_bytes;

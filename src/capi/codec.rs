@@ -131,6 +131,7 @@ pub unsafe extern "C" fn dq_codec_info(codec: *const dq_codec, layer: u32, out: 
         let mut info = handle.codec.info(layer as usize);
         if let Some(device) = &handle.device {
             info.rows_seen = info.rows_seen.max(device.rows_seen(layer as usize));
+            info.rows_to_fit = device.rows_to_fit(layer as usize);
         }
         let info = dq_layer_info {
             struct_size: 0,
@@ -140,6 +141,7 @@ pub unsafe extern "C" fn dq_codec_info(codec: *const dq_codec, layer: u32, out: 
             rows_seen: info.rows_seen,
             factor_bytes: info.factor_bytes as u64,
             moment_bytes: info.moment_bytes as u64,
+            rows_to_fit: info.rows_to_fit.unwrap_or(u64::MAX),
         };
         // SAFETY: as above.
         unsafe { convert::fill_struct("out", out, &info) }?;

@@ -200,6 +200,10 @@ pub struct dq_layer_info {
     pub factor_bytes: u64,
     /// Bytes held now for running moments.
     pub moment_bytes: u64,
+    /// Rows until the next fit: a `dq_compress` of so many tokens or more makes it, and cannot be captured into a CUDA
+    /// graph. 0: a fit is due; `UINT64_MAX`: none will come. On CUDA, rows that stay out of the statistics count, too,
+    /// until the next fit, and rows of replayed graphs once the device has told of them.
+    pub rows_to_fit: u64,
 }
 
 /// Rows in the caller's memory: `[n_tokens][n_heads][head_dim]`, channels next to each other.

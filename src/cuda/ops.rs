@@ -236,6 +236,11 @@ impl DeviceCodec {
         (first..end).map_while(|i| self.rows_seen.try_get(i)).max().map_or(0, u64::from)
     }
 
+    /// Rows until the next fit comes due in any head, at least; `None` when none will.
+    pub fn rows_to_fit(&self, layer: usize) -> Option<u64> {
+        self.rows_left(layer, &self.state(layer))
+    }
+
     /// Brings what the device has made to the host, before it hands sets out or takes some in. Waits for the device.
     pub fn pull(&self, codec: &Codec, layers: Range<usize>) -> Result<()> {
         let _current = self.device.enter(NO_STREAM)?;
@@ -276,11 +281,15 @@ impl DeviceCodec {
         self.layers[layer].tables.factors(self.base(layer), side)
     }
 
-    /// Whether a fit is due once `more` rows are there, by what the host counted or what the device has told since: replays
-    /// of graphs are told only by the device.
+    fn rows_left(&self, layer: usize, state: &State) -> Option<u64> {
+        // What the host counted, or what the device has told since: replays of graphs are told only by the device.
+        let seen = state.most_rows.max(self.rows_seen(layer));
+        state.next_fit.map(|at| at.saturating_sub(seen))
+    }
+
+    /// Whether a fit is due once `more` rows are there.
     fn is_due(&self, layer: usize, state: &State, more: u64) -> bool {
-        let rows = state.most_rows.max(self.rows_seen(layer));
-        state.next_fit.is_some_and(|at| rows + more >= at)
+        self.rows_left(layer, state).is_some_and(|rows| more >= rows)
     }
 
     fn observe(&self, codec: &Codec, layer: usize, state: &mut State, tokens: &Tokens, stream: Stream) -> Result<()> {

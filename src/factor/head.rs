@@ -45,6 +45,8 @@ pub struct HeadInfo {
     pub factor_bytes: usize,
     /// Bytes held for running moments.
     pub moment_bytes: usize,
+    /// Rows until the next fit; `None` when none will come.
+    pub rows_to_fit: Option<u64>,
 }
 
 /// Statistics and the plan of fits.
@@ -283,6 +285,7 @@ impl HeadFactors {
             rows_seen: stats.running.as_ref().map_or(stats.rows_seen, |r| r.rows.rows_pushed()),
             factor_bytes: self.sets.bytes(),
             moment_bytes: stats.running.as_ref().map_or(0, moment_bytes),
+            rows_to_fit: stats.running.as_ref().map(|r| fit_due_at(r.due).saturating_sub(r.rows.rows_pushed())),
         }
     }
 
