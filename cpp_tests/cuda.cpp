@@ -673,6 +673,8 @@ int main(int argc, char** argv) {
         model_case({6, 1, 64, 3, 3}, rng);
     } else {
         model_case({4, 1, 128, 104, 4}, rng);
+        // More queries than one launch of the statistics takes.
+        model_case({16, 2, 64, 104, 4}, rng);
     }
     graph_case({4, 2, 64, 104, 4}, rng);
     deferred_case({4, 2, 64, 104, 4}, rng);
