@@ -145,7 +145,10 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
             __syncwarp();
             if (tile + STAGES < end_tile) {
                 const uint32_t others = lane == 0 ? count_to(done + index, warps - 1) : 0;
-                if (__shfl_sync(ALL_LANES, others, 0) == warps - 1) bulk_tile(tile + STAGES);
+                if (__shfl_sync(ALL_LANES, others, 0) == warps - 1) {
+                    __syncwarp();  // what lane 0 has learnt holds for all lanes
+                    bulk_tile(tile + STAGES);
+                }
             }
         }
         if (++index == STAGES) index = 0, phase ^= 1;
