@@ -281,7 +281,9 @@ impl HeadFactors {
 /// A set from the moments, and its encode matrix. Falls back to the rotation about the mean.
 fn fitted_set(running: &Running, gauge: Gauge, tiers: &[Tier]) -> (FactorSet, Option<Box<[f32]>>) {
     let mean = round_mean(running.rows.mean());
-    if gauge != Gauge::Attention {
+    // So few rows say little beyond their mean, and eigenproblems would hold up the first tokens.
+    let few = running.rows.rows() < fit_due_at(1);
+    if gauge != Gauge::Attention || few {
         return (FactorSet::rotation(mean), None);
     }
     let exact: Vec<f64> = mean.iter().map(|x| x.to_f64()).collect();
