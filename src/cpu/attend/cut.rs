@@ -108,13 +108,13 @@ impl Cut {
         let (heads, group) = (layer.n_kv_heads, layer.group());
         let mut cut = Self { tile, most_rows, chunk: usize::MAX, heads, group, d_v: layer.v.head_dim };
         let work: usize = cut.pieces(args).map(|piece| piece.blocks * piece.sequence.n_kv).sum();
-        cut.chunk = (work * heads).div_ceil(ITEMS);
+        let mut chunk = (work * heads).div_ceil(ITEMS);
         // Heads of a chunk follow each other: its records are then still in L2. Prompts compute too long for that to
         // matter.
         if cut.pieces(args).all(|piece| piece.blocks <= 1) {
-            cut.chunk = cut.chunk.min(CHUNK_BYTES / layer.slot_bytes).max((work * heads).div_ceil(MOST_ITEMS));
+            chunk = chunk.min(CHUNK_BYTES / layer.slot_bytes).max((work * heads).div_ceil(MOST_ITEMS));
         }
-        cut.chunk = cut.chunk.max(least_chunk(layer));
+        cut.chunk = chunk.max(least_chunk(layer));
         cut
     }
 
