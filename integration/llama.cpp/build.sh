@@ -38,8 +38,11 @@ fi
 
 options=(-DGGML_CUDA=OFF)
 [[ ${CUDA:-} ]] && options=(-DGGML_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=${CUDA_ARCHS:-native}")
-# GCC 12 loses most of the tile configuration that ggml loads, and programs die of SIGILL on CPUs with AMX.
-[[ $(uname -m) == x86_64 ]] && options+=(-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8)
+# GCC's header says that loading a tile configuration reads 8 bytes of it (seen in GCC 12): the other stores may be
+# dropped, and llama.cpp's AMX code ends in SIGILL.
+if c++ --version | grep -q 'Free Software Foundation' && c++ -mno-amx-int8 -E -x c++ /dev/null >/dev/null 2>&1; then
+    options+=(-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8)
+fi
 
 cmake -S "$src" -B "$work/out" -G Ninja -DCMAKE_BUILD_TYPE=Release "${options[@]}" \
     -DDECOQUANT_DIR="$repo" \

@@ -11,12 +11,14 @@
 //! | [`keys`] | where a tile's records lie, who sees them |
 //! | [`tail`] | one item on rows that are not coded |
 //! | [`lanes`] | the order in which codes unfold |
-//! | [`expand`] | codes to 16-bit levels |
-//! | [`product`] | integer products |
+//! | [`engine`] | how levels and integers lie: in pairs of 16 bits, or in fours of bytes |
+//! | [`expand`], [`product`] | codes to levels, and integer products, in pairs |
+//! | [`vnni`] | the same in fours, for AVX-512 |
 //! | [`row`] | softmax of one row |
 //! | [`fold`] | queries into the coded space, outputs out of it |
 
 mod cut;
+mod engine;
 mod expand;
 mod fold;
 mod item;
@@ -25,6 +27,8 @@ mod lanes;
 mod product;
 mod row;
 mod tail;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 #[cfg(test)]
 mod batch_tests;
 #[cfg(test)]
@@ -32,7 +36,7 @@ mod tests;
 
 use std::mem::MaybeUninit;
 
-use crate::cpu::simd::{Isa, Simd, portable::Portable};
+use crate::cpu::simd::{Isa, portable::Portable};
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::simd::{avx2::Avx2, avx512::Avx512};
 use crate::error::{Error, Result};
@@ -41,6 +45,7 @@ use crate::shape::LayerShape;
 use crate::view::{AttendArgs, MaskType, Tail};
 use crate::workspace::{Workspace, carve};
 
+use engine::Engine;
 use cut::{Cut, Partials, Piece, lay};
 pub use cut::{Limits, workspace_size};
 use item::{Item, Scratch};
@@ -93,6 +98,7 @@ pub fn attend_shard_on(
 ) -> Result<()> {
     let cut = check(layer, factors, args, shard, n_shards)?;
     let partials = carve(ws, |arena| lay(arena, cut.partial_rows(args), cut.d_v))?;
+    let sides = (SideLanes::new(&layer.k), SideLanes::new(&layer.v));
     let mut scratch = Scratches { coded: MaybeUninit::uninit(), tail: MaybeUninit::uninit() };
     for piece in cut.pieces(args) {
         let items = piece.items(cut.heads);
@@ -104,7 +110,7 @@ pub fn attend_shard_on(
             ((shard + n_shards - piece.first_item % n_shards) % n_shards, items, n_shards)
         };
         for index in (first..end).step_by(step) {
-            run_item(isa, layer, factors, args, &cut, &piece, &partials, index, &mut scratch)?;
+            run_item(isa, layer, &sides, factors, args, &cut, &piece, &partials, index, &mut scratch)?;
         }
     }
     Ok(())
@@ -263,6 +269,7 @@ struct Scratches {
 fn run_item(
     isa: Isa,
     layer: &LayerShape,
+    sides: &(SideLanes, SideLanes),
     factors: &LayerFactors,
     args: &AttendArgs<'_>,
     cut: &Cut,
@@ -275,7 +282,7 @@ fn run_item(
     let head = index % cut.heads;
     let part = index / cut.heads % piece.parts;
     let block = index / cut.heads / piece.parts;
-    let (k, v) = (SideLanes::new(&layer.k, head), SideLanes::new(&layer.v, head));
+    let (k, v) = (sides.0.of_head(head), sides.1.of_head(head));
     let first_row = block * piece.block_rows;
     let rows = piece.block_rows.min(piece.rows.saturating_sub(first_row));
     let group = layer.group();
@@ -357,7 +364,7 @@ enum Kind<'a> {
 /// # Safety
 /// As for [`item::run`] and [`tail::run`].
 #[inline(always)]
-unsafe fn run_kind<S: Simd>(s: S, kind: &Kind<'_>, scratch: &mut Scratches) {
+unsafe fn run_kind<S: Engine>(s: S, kind: &Kind<'_>, scratch: &mut Scratches) {
     // SAFETY: the caller's promise.
     unsafe {
         match kind {
@@ -383,7 +390,7 @@ unsafe fn run_avx2(s: Avx2, kind: &Kind<'_>, scratch: &mut Scratches) {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
 unsafe fn run_avx512(s: Avx512, kind: &Kind<'_>, scratch: &mut Scratches) {
     // SAFETY: the caller's promise.
     unsafe { run_kind(s, kind, scratch) }

@@ -130,7 +130,11 @@ fn encode_run(job: &Job, first: usize, end: usize) -> u64 {
             job.rows.load(base + r, job.head, &mut x[r][..d]);
             finite[r] = tame(&mut x[r][..d]);
         }
-        job.coder.newest_latents(&x, &mut y);
+        // A token alone, as in generation, is not worth a block.
+        match n {
+            1 => job.coder.newest_latents::<1>(&x, &mut y),
+            _ => job.coder.newest_latents::<BLOCK>(&x, &mut y),
+        }
         job.coder.code_block(&x, &mut y, &finite, n, &mut coded, &mut scratch);
         for r in 0..n {
             let slot = job.slots[base + r];
@@ -235,14 +239,14 @@ impl<'a> RowCoder<'a> {
         Self { shape, newest, newest_mean, newest_kappa, sinks, n_sinks, books, rotation_distortion }
     }
 
-    /// Latents of a block of rows under the newest set: `y = encode * (x - mean)`.
+    /// Latents of the first rows of a block under the newest set: `y = encode * (x - mean)`.
     #[inline(always)]
-    fn newest_latents(&self, x: &[[f32; MAX_DIM]; BLOCK], y: &mut [[f32; MAX_DIM]; BLOCK]) {
+    fn newest_latents<const ROWS: usize>(&self, x: &[[f32; MAX_DIM]; BLOCK], y: &mut [[f32; MAX_DIM]; BLOCK]) {
         let d = self.shape.head_dim;
         let mean = &self.newest_mean[..d];
         match &self.newest.matrix {
             None => {
-                for r in 0..BLOCK {
+                for r in 0..ROWS {
                     for (o, (a, m)) in y[r][..d].iter_mut().zip(x[r][..d].iter().zip(mean)) {
                         *o = a - m;
                     }
@@ -252,17 +256,17 @@ impl<'a> RowCoder<'a> {
             Some(matrix) => {
                 // matrix: [channel i][latent j]
                 for j in (0..d).step_by(LANES) {
-                    let mut acc = [[0f32; LANES]; BLOCK];
+                    let mut acc = [[0f32; LANES]; ROWS];
                     for i in 0..d {
                         let row: &[f32; LANES] = matrix[i * d + j..i * d + j + LANES].try_into().expect("LANES long");
-                        for r in 0..BLOCK {
+                        for r in 0..ROWS {
                             let centred = x[r][i] - mean[i];
                             for l in 0..LANES {
                                 acc[r][l] += centred * row[l];
                             }
                         }
                     }
-                    for r in 0..BLOCK {
+                    for r in 0..ROWS {
                         y[r][j..j + LANES].copy_from_slice(&acc[r]);
                     }
                 }

@@ -5,7 +5,7 @@
 
 use super::{ITEMS, LEAST_CHUNK, MAX_ROWS, MAX_TILE, ROW_FLOATS};
 use crate::batch::Sequence;
-use crate::cpu::attend::lanes::SideLanes;
+use crate::cpu::attend::lanes::row_lanes;
 use crate::error::{Error, Result};
 use crate::shape::LayerShape;
 use crate::view::AttendArgs;
@@ -94,8 +94,7 @@ pub fn lay(arena: &mut Arena, partial_rows: usize, d_v: usize) -> Partials {
 
 /// Query rows of a block, at most, and keys of a tile.
 fn block_shape(layer: &LayerShape) -> (usize, usize) {
-    let lanes = SideLanes::new(&layer.v, 0).lanes;
-    let widest = layer.k.head_dim.max(lanes);
+    let widest = layer.k.head_dim.max(row_lanes(&layer.v));
     ((ROW_FLOATS / widest).min(MAX_ROWS), if widest <= 128 { MAX_TILE } else { MAX_TILE / 2 })
 }
 

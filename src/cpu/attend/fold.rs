@@ -2,6 +2,7 @@
 
 use half::f16;
 
+use super::engine::Engine;
 use super::lanes::{NO_CHANNEL, SideLanes};
 use super::row::sum_lanes;
 use crate::cpu::simd::{LANES, Simd};
@@ -24,14 +25,17 @@ pub fn key(sets: &HeadSets, id: u8) -> usize {
 /// Adding and subtracting it rounds to an integer, which then stands in the low bits.
 pub const ROUND: f32 = 12_582_912.0;
 
+/// Largest magnitude of folded queries and of weights: its upper byte, the lower one being signed, fits a signed byte.
+pub const LARGEST: f32 = 32639.0;
+
 /// Rows that pass over the matrix together.
 const BLOCK: usize = 4;
-const MAX_DIM: usize = 256;
+pub const MAX_DIM: usize = 256;
 
-/// Where folded queries go: pairs `[row][head_dim / 2]`, and per row the start of its sums and the worth of a step.
+/// Where folded queries go: 16 bits a channel, `[row][head_dim / 2]`, and per row the start of its sums and the worth of a step.
 #[derive(Clone, Copy)]
 pub struct Folded {
-    pub pairs: *mut i32,
+    pub words: *mut i32,
     pub start: *mut i32,
     pub step: *mut f32,
 }
@@ -41,7 +45,7 @@ pub struct Folded {
 /// # Safety
 /// `q` holds `rows * head_dim` floats, `out` what it says; `order` is the side's key order.
 #[inline(always)]
-pub unsafe fn fold<S: Simd>(
+pub unsafe fn fold<S: Engine>(
     s: S,
     lanes: &SideLanes,
     matrix: Option<&[f16]>,
@@ -106,7 +110,7 @@ unsafe fn fold_dense<S: Simd>(s: S, decode: &[f16], d: usize, q: [*const f32; BL
 }
 
 #[inline(always)]
-unsafe fn quantise<S: Simd>(
+unsafe fn quantise<S: Engine>(
     s: S,
     lanes: &SideLanes,
     y: &mut [f32; MAX_DIM],
@@ -129,7 +133,7 @@ unsafe fn quantise<S: Simd>(
         largest = s.max(s.from_bits(s.and(s.bits(x), sign)), largest);
     }
     let largest = super::row::max_lanes(s, largest);
-    let inverse = if largest > 1e-30 { 32767.0 / largest } else { 0.0 };
+    let inverse = if largest > 1e-30 { LARGEST / largest } else { 0.0 };
     let mut levels = [0i32; MAX_DIM];
     for j in (0..d).step_by(LANES) {
         // SAFETY: as above.
@@ -145,13 +149,9 @@ unsafe fn quantise<S: Simd>(
     }
     // SAFETY: one row of each.
     unsafe {
-        for (p, pair) in order[..d].as_chunks::<2>().0.iter().enumerate() {
-            // Channels are below MAX_DIM; the mask lets the compiler see it.
-            let at = |c: u16| levels[usize::from(c) % MAX_DIM];
-            out.pairs.add(row * (d / 2) + p).write(at(pair[0]) & 0xffff | at(pair[1]) << 16);
-        }
+        s.put_query(&levels, &order[..d], out.words.add(row * (d / 2)));
         out.start.add(row).write(start);
-        out.step.add(row).write(largest / 32767.0 * scale);
+        out.step.add(row).write(largest / LARGEST * scale);
     }
 }
 

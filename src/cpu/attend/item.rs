@@ -9,12 +9,12 @@
 use half::f16;
 use std::mem::MaybeUninit;
 
-use super::expand;
+use super::engine::Engine;
 use super::fold::{self, Folded, fold, unfold};
 use super::keys::{Keys, Sight};
 use super::lanes::{MAX_LANES, SideLanes};
-use super::product::{Left, Outputs, Right, Scores, product};
-use super::row;
+use super::product::{Left, Outputs, Right, Scores};
+use super::row::{self, SOFTMAX_ROWS, Softmax, Weights};
 use super::{LOW_STRIDE, MAX_ROWS, MAX_TILE, ROW_FLOATS};
 use crate::cpu::simd::{LANES, Simd};
 use crate::factor::HeadSets;
@@ -122,7 +122,7 @@ enum Visible {
     Some(u64),
 }
 
-struct State<'a, 'b, S: Simd> {
+struct State<'a, 'b, S: Engine> {
     s: S,
     item: &'a Item<'b>,
     x: *mut Scratch,
@@ -143,7 +143,7 @@ struct State<'a, 'b, S: Simd> {
 /// `item` describes readable records for all keys that its mask shows, a mask that covers its rows and keys, and room
 /// for the result; `scratch.q` holds the rows' queries.
 #[inline(always)]
-pub unsafe fn run<S: Simd>(s: S, item: &Item<'_>, scratch: &mut MaybeUninit<Scratch>) {
+pub unsafe fn run<S: Engine>(s: S, item: &Item<'_>, scratch: &mut MaybeUninit<Scratch>) {
     let x = scratch.as_mut_ptr();
     let log2 = std::f32::consts::LOG2_E;
     let factor = if item.softcap > 0.0 { item.scale / item.softcap } else { item.scale * log2 };
@@ -156,8 +156,8 @@ pub unsafe fn run<S: Simd>(s: S, item: &Item<'_>, scratch: &mut MaybeUninit<Scra
         }
         (&raw mut (*x).k_order).write([0; MAX_LANES]);
         (&raw mut (*x).v_order).write([0; MAX_LANES]);
-        item.k.key_order(&mut (*x).k_order);
-        item.v.value_order(&mut (*x).v_order);
+        s.key_order(item.k, &mut (*x).k_order);
+        s.value_order(item.v, &mut (*x).v_order);
         let mut state = State {
             s,
             item,
@@ -177,7 +177,7 @@ pub unsafe fn run<S: Simd>(s: S, item: &Item<'_>, scratch: &mut MaybeUninit<Scra
     }
 }
 
-impl<S: Simd> State<'_, '_, S> {
+impl<S: Engine> State<'_, '_, S> {
     #[inline(always)]
     unsafe fn tile(&mut self, first: usize, n: usize) {
         let (s, item, x) = (self.s, self.item, self.x);
@@ -200,16 +200,24 @@ impl<S: Simd> State<'_, '_, S> {
             // Headers. A key that nobody sees is not read: a visible one takes its place, with weight 0.
             let mut rows = [std::ptr::null::<u8>(); MAX_TILE];
             item.records.rows(first, n, &mut rows);
-            let stand_in = rows[seen.trailing_zeros() as usize];
-            let (k_header, v_header, stride) = (item.k.header, item.v.header, item.records.stride);
+            let (k_header, v_header) = (item.k.header, item.v.header);
+            let ahead = item.tile * item.records.stride;
             let (mut k_bits, mut v_bits) = ([0u32; MAX_TILE], [0u32; MAX_TILE]);
+            if seen == u64::MAX >> (64 - n) {
+                let first = rows[0];
+                rows[n..padded].fill(first);
+            } else {
+                let stand_in = rows[seen.trailing_zeros() as usize];
+                for (key, row) in rows[..padded].iter_mut().enumerate() {
+                    *row = if seen >> key & 1 == 1 { *row } else { stand_in };
+                }
+            }
             for key in 0..padded {
+                let row = rows[key];
                 // Blocks that follow each other in a table most often do in memory, too.
-                s.prefetch(rows[key].wrapping_add(item.tile * stride + k_header));
-                let at = if seen >> key & 1 == 1 { rows[key] } else { stand_in };
-                rows[key] = at;
-                k_bits[key] = u32::from(at.add(k_header).cast::<u16>().read_unaligned());
-                v_bits[key] = u32::from(at.add(v_header).cast::<u16>().read_unaligned());
+                s.prefetch(row.wrapping_add(ahead + k_header));
+                k_bits[key] = u32::from(row.add(k_header).cast::<u16>().read_unaligned());
+                v_bits[key] = u32::from(row.add(v_header).cast::<u16>().read_unaligned());
             }
             let k_sets = scales(s, &k_bits, padded, &mut (*x).k_scale, &mut (*x).k_set);
             let v_sets = scales(s, &v_bits, padded, &mut (*x).v_scale, &mut (*x).v_set);
@@ -218,13 +226,12 @@ impl<S: Simd> State<'_, '_, S> {
             // Scores.
             let levels = (&raw mut (*x).levels).cast::<i32>();
             let low = (&raw mut (*x).low).cast::<u8>();
-            let ahead = item.tile * stride;
-            expand::keys(s, item.k, &rows, padded, item.tile, levels, low, ahead);
+            s.keys(item.k, &rows, padded, item.tile, levels, low, ahead);
             self.scores(k_sets, padded);
             let grown = self.softmax(mask, v_sets, padded);
 
             // Outputs.
-            expand::values(s, item.v, &rows, padded, levels, low, ahead);
+            s.values(item.v, &rows, padded, levels, low, ahead);
             self.outputs(v_sets, padded, grown);
         }
     }
@@ -317,10 +324,10 @@ impl<S: Simd> State<'_, '_, S> {
                 let step = (&raw const (*x).folded_step[slot]).cast::<f32>();
                 if t == 0 {
                     let constant = constant.as_ptr();
-                    product(s, left, right, Scores { out: scores, stride: item.tile, scale, start, step, constant });
+                    s.product(left, right, Scores { out: scores, stride: item.tile, scale, start, step, constant });
                 } else {
                     let more = MoreScores { out: scores, stride: item.tile, scale, start, step };
-                    product(s, left, right, more);
+                    s.product(left, right, more);
                 }
             }
             if !one_set {
@@ -341,35 +348,50 @@ impl<S: Simd> State<'_, '_, S> {
         let mut grown = false;
         // SAFETY: as in `scores`.
         unsafe {
-            for r in 0..item.rows {
-                let scores = (&raw mut (*x).scores).cast::<f32>().add(r * item.tile);
-                if item.softcap > 0.0 {
-                    row::soft_cap(s, scores, n, item.softcap * std::f32::consts::LOG2_E);
-                }
-                let query = (item.first_row + r) / item.group - item.first_row / item.group;
-                let mask = mask.map(|m| m.add(query * item.tile));
-                let before = (*x).largest[r];
-                let largest = row::mask_and_max(s, scores, mask, n, before);
-                let sums = (&raw mut (*x).sums[r * MAX_SETS]).cast::<f32>();
-                (*x).keep[r] = 1.0;
-                if largest > before {
-                    grown = true;
-                    let mut keep = [0.0; LANES];
-                    s.store(keep.as_mut_ptr(), row::exp2(s, s.splat(before - largest)));
-                    for set in (0..MAX_SETS).step_by(LANES) {
-                        s.store(sums.add(set), s.mul(s.load(sums.add(set)), s.splat(keep[0])));
+            let scores = (&raw mut (*x).scores).cast::<f32>();
+            let mut first = 0;
+            while first < item.rows {
+                let rows = SOFTMAX_ROWS.min(item.rows - first);
+                let mut block = Softmax {
+                    scores: scores.add(first * item.tile),
+                    stride: item.tile,
+                    n,
+                    mask: [None; SOFTMAX_ROWS],
+                    before: [0.0; SOFTMAX_ROWS],
+                    largest: [0.0; SOFTMAX_ROWS],
+                    keep: [1.0; SOFTMAX_ROWS],
+                    sum: [0.0; SOFTMAX_ROWS],
+                };
+                for r in 0..rows {
+                    let row = first + r;
+                    if item.softcap > 0.0 {
+                        row::soft_cap(s, scores.add(row * item.tile), n, item.softcap * std::f32::consts::LOG2_E);
                     }
-                    (*x).keep[r] = keep[0];
-                    (*x).largest[r] = largest;
+                    let query = (item.first_row + row) / item.group - item.first_row / item.group;
+                    block.mask[r] = mask.map(|m| m.add(query * item.tile));
+                    block.before[r] = (*x).largest[row];
                 }
-                let sum = row::exponentials(s, scores, n, largest);
-                if v_sets & (v_sets - 1) == 0 {
-                    *sums.add(v_sets.trailing_zeros() as usize) += sum;
-                } else {
-                    for key in 0..n {
-                        *sums.add(usize::from((*x).v_set[key])) += scores.add(key).read();
+                s.softmax(&mut block, rows);
+                for r in 0..rows {
+                    let row = first + r;
+                    let sums = (&raw mut (*x).sums[row * MAX_SETS]).cast::<f32>();
+                    (*x).keep[row] = block.keep[r];
+                    if block.largest[r] > block.before[r] {
+                        grown = true;
+                        for set in (0..MAX_SETS).step_by(LANES) {
+                            s.store(sums.add(set), s.mul(s.load(sums.add(set)), s.splat(block.keep[r])));
+                        }
+                        (*x).largest[row] = block.largest[r];
+                    }
+                    if v_sets & (v_sets - 1) == 0 {
+                        *sums.add(v_sets.trailing_zeros() as usize) += block.sum[r];
+                    } else {
+                        for key in 0..n {
+                            *sums.add(usize::from((*x).v_set[key])) += scores.add(row * item.tile + key).read();
+                        }
                     }
                 }
+                first += rows;
             }
         }
         grown
@@ -397,11 +419,10 @@ impl<S: Simd> State<'_, '_, S> {
                 } else {
                     self.scales_of(present.sets[t], n, true)
                 };
-                for r in 0..item.rows {
-                    let p = (&raw const (*x).scores).cast::<f32>().add(r * item.tile);
-                    let w = (&raw mut (*x).weights).cast::<i16>().add(r * item.tile);
-                    ((*x).weights_step[r], (*x).weights_sum[r]) = row::weights(s, p, scale, n, w);
-                }
+                let p = (&raw const (*x).scores).cast::<f32>();
+                let w = (&raw mut (*x).weights).cast::<i16>();
+                let (sum, step) = ((&raw mut (*x).weights_sum).cast(), (&raw mut (*x).weights_step).cast());
+                s.weights(Weights { p, scale, stride: item.tile, n, rows: item.rows, out: w, sum, step });
                 for tier in item.v.tiers() {
                     let left = Left {
                         data: (&raw const (*x).weights).cast(),
@@ -422,7 +443,7 @@ impl<S: Simd> State<'_, '_, S> {
                         step: (&raw const (*x).weights_step).cast(),
                         keep: (&raw const (*x).keep).cast(),
                     };
-                    product(s, left, right, out);
+                    s.product(left, right, out);
                 }
             }
         }
@@ -453,7 +474,7 @@ impl<S: Simd> State<'_, '_, S> {
         // SAFETY: the queries were loaded by the caller; a slot has room for MAX_ROWS rows of ROW_FLOATS in all.
         unsafe {
             let out = Folded {
-                pairs: (&raw mut (*x).folded[slot]).cast(),
+                words: (&raw mut (*x).folded[slot]).cast(),
                 start: (&raw mut (*x).folded_start[slot]).cast(),
                 step: (&raw mut (*x).folded_step[slot]).cast(),
             };

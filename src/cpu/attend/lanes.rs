@@ -9,7 +9,7 @@
 //! is worth 0. The surplus, `offset` times a sum, is taken off in exact arithmetic.
 
 use crate::code::codebook;
-use crate::shape::{MAX_TIERS, SideShape};
+use crate::shape::{MAX_TIERS, SideShape, Tier, plane_widths};
 
 /// Most lanes of an unfolded row; tails of awkward widths round up to whole vectors.
 pub const MAX_LANES: usize = 320;
@@ -37,9 +37,26 @@ pub struct TierLanes {
     pub offset: i32,
     /// Levels plus offset by nibble: one table per code of a nibble, or per value of the low bits.
     pub tables: [[u8; 16]; 4],
+    /// Levels plus offset by code, over and over: upper bits of an index do not matter. Not for 8 bits.
+    pub levels: [u8; 64],
+    /// For each byte of the main plane, the byte of the plane of low bits that holds those of its first code, and how
+    /// many codes of that byte come before.
+    pub low_byte: [u8; 64],
+    pub low_part: [u8; 64],
     pub unit: f32,
     pub first: usize,
     pub channels: usize,
+}
+
+/// Lanes of a tier: 16 bytes of its main plane fill whole vectors.
+fn tier_lanes(tier: &Tier) -> usize {
+    let bits = usize::from(plane_widths(tier.bits)[0]);
+    (tier.channels * bits / 8).div_ceil(16) * 16 * (8 / bits)
+}
+
+/// Lanes of an unfolded row.
+pub fn row_lanes(side: &SideShape) -> usize {
+    side.plan.tiers.iter().map(tier_lanes).sum()
 }
 
 /// All tiers of one side and head.
@@ -67,6 +84,9 @@ impl TierLanes {
         lanes: 0,
         offset: 0,
         tables: [[0; 16]; 4],
+        levels: [0; 64],
+        low_byte: [0; 64],
+        low_part: [0; 64],
         unit: 0.0,
         first: 0,
         channels: 0,
@@ -85,7 +105,8 @@ impl TierLanes {
 }
 
 impl SideLanes {
-    pub fn new(side: &SideShape, head: usize) -> Self {
+    /// Those of head 0.
+    pub fn new(side: &SideShape) -> Self {
         let mut tiers = [TierLanes::NONE; MAX_TIERS];
         let mut planes = side.planes.iter();
         let (mut n_tiers, mut first_pair, mut first_lane) = (0, 0, 0);
@@ -105,14 +126,20 @@ impl SideLanes {
                     _ => level(n),
                 })
             });
-            // One vector of values takes 8 words, 16 bytes, of codes.
             let fields = 16 / usize::from(main.bits);
-            let lanes = main.head_bytes.div_ceil(16) * 8 * fields;
+            let lanes = tier_lanes(tier);
+            let (mut low_byte, mut low_part) = ([0; 64], [0; 64]);
+            if let Some(low) = low {
+                for j in 0..main.head_bytes {
+                    low_byte[j] = (j % low.head_bytes) as u8;
+                    low_part[j] = (j / low.head_bytes) as u8;
+                }
+            }
             *out = TierLanes {
                 bits: tier.bits,
                 bytes: main.head_bytes,
-                main: main.offset + head * main.head_bytes,
-                low: low.map_or(0, |p| p.offset + head * p.head_bytes),
+                main: main.offset,
+                low: low.map_or(0, |p| p.offset),
                 low_bytes: low.map_or(0, |p| p.head_bytes),
                 fields,
                 first_pair,
@@ -120,6 +147,9 @@ impl SideLanes {
                 lanes,
                 offset,
                 tables,
+                levels: std::array::from_fn(|i| level(i & ((1 << tier.bits.min(6)) - 1))),
+                low_byte,
+                low_part,
                 unit: book.unit,
                 first: tier.first,
                 channels: tier.channels,
@@ -128,8 +158,18 @@ impl SideLanes {
             first_pair += tier.channels / 2;
             first_lane += lanes;
         }
-        let header = side.headers_offset + 2 * head;
-        Self { tiers, n_tiers, head_dim: side.head_dim, lanes: first_lane, header }
+        Self { tiers, n_tiers, head_dim: side.head_dim, lanes: first_lane, header: side.headers_offset }
+    }
+
+    /// The same of another head.
+    pub fn of_head(&self, head: usize) -> Self {
+        let mut out = *self;
+        for tier in &mut out.tiers[..self.n_tiers] {
+            tier.main += head * tier.bytes;
+            tier.low += head * tier.low_bytes;
+        }
+        out.header += 2 * head;
+        out
     }
 
     pub fn tiers(&self) -> &[TierLanes] {
@@ -148,6 +188,31 @@ impl SideLanes {
                     order[2 * pair] = tier.channel(4 * g, f) as u16;
                     order[2 * pair + 1] = tier.channel(4 * g + 2, f) as u16;
                 }
+            }
+        }
+    }
+
+    /// Keys in fours of channels, `[head_dim / 4][4]`: field `f` of bytes `4 g ..`.
+    pub fn key_quads(&self, order: &mut [u16]) {
+        for tier in self.tiers() {
+            let codes = tier.fields / 2;
+            for byte in 0..tier.bytes {
+                for f in 0..codes {
+                    let quad = tier.first_pair / 2 + byte / 4 * codes + f;
+                    order[4 * quad + byte % 4] = (tier.first + byte + f * tier.bytes) as u16;
+                }
+            }
+        }
+    }
+
+    /// Values by bytes: channel of each lane, or [`NO_CHANNEL`]. Bytes `16 c ..` give one vector of 16 lanes per field.
+    pub fn value_bytes(&self, order: &mut [u16]) {
+        for tier in self.tiers() {
+            let codes = tier.fields / 2;
+            for at in 0..tier.lanes {
+                let (byte, f) = (at / (16 * codes) * 16 + at % 16, at / 16 % codes);
+                let channel = tier.first + byte + f * tier.bytes;
+                order[tier.first_lane + at] = if byte < tier.bytes { channel as u16 } else { NO_CHANNEL };
             }
         }
     }
@@ -183,17 +248,21 @@ mod tests {
             for plan in [2, 3, 4, 8, 103, 104] {
                 let desc = SideDesc { head_dim: d, plan, gauge: Gauge::Rotation };
                 let shape = LayerShape::new(2, 2, desc, desc).unwrap();
-                let lanes = SideLanes::new(&shape.k, 1);
-                let mut order = vec![NO_CHANNEL; d];
-                lanes.key_order(&mut order);
-                order.sort();
-                assert!(order.iter().enumerate().all(|(i, &c)| c as usize == i), "{d} {plan}");
-                assert!(lanes.lanes <= MAX_LANES);
-                let mut order = vec![0; lanes.lanes];
-                lanes.value_order(&mut order);
-                order.retain(|&c| c != NO_CHANNEL);
-                order.sort();
-                assert!(order.iter().enumerate().all(|(i, &c)| c as usize == i), "{d} {plan}");
+                let lanes = SideLanes::new(&shape.k).of_head(1);
+                assert!(lanes.lanes <= MAX_LANES && lanes.lanes == row_lanes(&shape.k));
+                let orders: [(usize, fn(&SideLanes, &mut [u16])); 4] = [
+                    (d, SideLanes::key_order),
+                    (d, SideLanes::key_quads),
+                    (lanes.lanes, SideLanes::value_order),
+                    (lanes.lanes, SideLanes::value_bytes),
+                ];
+                for (n, write) in orders {
+                    let mut order = vec![NO_CHANNEL; n];
+                    write(&lanes, &mut order);
+                    order.retain(|&c| c != NO_CHANNEL);
+                    order.sort();
+                    assert!(order.iter().enumerate().all(|(i, &c)| c as usize == i) && order.len() == d, "{d} {plan}");
+                }
             }
         }
     }

@@ -1,7 +1,10 @@
 //! One row of scores: mask, softmax, weights. All of it in units of log2.
 
-use super::fold::ROUND;
+use super::fold::{LARGEST, ROUND};
 use crate::cpu::simd::{LANES, Simd};
+
+/// Of the polynomial in [`exp2`], highest power first.
+pub const EXP2: [f32; 5] = [0.009_666_368_5, 0.055_921_976, 0.240_223_49, 0.693_121_05, 1.0];
 
 /// `2^x` for `x <= 0`, relative error 4e-6; 0 below -126 and for minus infinity; NaN for NaN, so that a
 /// NaN in a query or its mask reaches that query's result.
@@ -12,9 +15,9 @@ pub fn exp2<S: Simd>(s: S, x: S::F) -> S::F {
     let round = s.splat(ROUND);
     let shifted = s.add(x, round);
     let f = s.sub(x, s.sub(shifted, round));
-    let mut p = s.splat(0.009_666_368_5);
-    for c in [0.055_921_976, 0.240_223_49, 0.693_121_05, 1.0] {
-        p = s.add(s.mul(p, f), s.splat(c));
+    let mut p = s.splat(EXP2[0]);
+    for c in &EXP2[1..] {
+        p = s.add(s.mul(p, f), s.splat(*c));
     }
     let p = s.from_bits(s.add_i(s.bits(p), s.shl32::<23>(s.bits(shifted))));
     s.keep_above(x, s.splat(-126.0), p)
@@ -99,33 +102,95 @@ pub unsafe fn exponentials<S: Simd>(s: S, x: *mut f32, n: usize, largest: f32) -
     sum_lanes(s, sum)
 }
 
-/// Weights `p * scale` as 16-bit integers against the largest. Returns the worth of a step and the sum of the integers.
+/// Rows of scores that go through the softmax together: their sums depend on nothing but themselves and overlap.
+pub const SOFTMAX_ROWS: usize = 4;
+
+/// Scores of some rows and a tile of keys, in units of log2.
+pub struct Softmax {
+    /// `[row][stride]`, `n` of them; probabilities in their place at the end.
+    pub scores: *mut f32,
+    pub stride: usize,
+    pub n: usize,
+    /// What is added to each row.
+    pub mask: [Option<*const f32>; SOFTMAX_ROWS],
+    /// Largest score of the tiles before, and now.
+    pub before: [f32; SOFTMAX_ROWS],
+    pub largest: [f32; SOFTMAX_ROWS],
+    /// What the growth leaves of earlier sums; stays where there is none.
+    pub keep: [f32; SOFTMAX_ROWS],
+    /// Sum of the probabilities.
+    pub sum: [f32; SOFTMAX_ROWS],
+}
+
+/// One row of it.
 ///
 /// # Safety
-/// `p` and `scale` hold `n` floats, `out` `n` integers; `n` is a multiple of 8.
+/// As for [`super::engine::Engine::softmax`].
 #[inline(always)]
-pub unsafe fn weights<S: Simd>(s: S, p: *const f32, scale: *const f32, n: usize, out: *mut i16) -> (f32, i32) {
-    let mut largest = s.splat(0.0);
-    for at in (0..n).step_by(LANES) {
-        // SAFETY: within `n`.
-        largest = s.max(unsafe { s.mul(s.load(p.add(at)), s.load(scale.add(at))) }, largest);
-    }
-    let largest = max_lanes(s, largest);
-    // Weights this small add nothing, and their inverse may overflow.
-    let (inverse, step) = if largest > 1e-30 { (32767.0 / largest, largest / 32767.0) } else { (0.0, 0.0) };
-    let (inverse, round, back) = (s.splat(inverse), s.splat(ROUND), s.splat_i(-(ROUND.to_bits() as i32)));
-    let mut sum = s.splat_i(0);
-    for at in (0..n).step_by(LANES) {
-        // SAFETY: within `n`.
-        unsafe {
-            let w = s.mul(s.mul(s.load(p.add(at)), s.load(scale.add(at))), inverse);
-            let w = s.add_i(s.bits(s.add(w, round)), back);
-            sum = s.add_i(sum, w);
-            s.store_i16(out.add(at), w);
+pub unsafe fn softmax<S: Simd>(s: S, block: &mut Softmax, r: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let scores = block.scores.add(r * block.stride);
+        let (n, before) = (block.n, block.before[r]);
+        let largest = mask_and_max(s, scores, block.mask[r], n, before);
+        block.largest[r] = largest;
+        if largest > before {
+            let mut keep = [0.0; LANES];
+            s.store(keep.as_mut_ptr(), exp2(s, s.splat(before - largest)));
+            block.keep[r] = keep[0];
         }
+        block.sum[r] = exponentials(s, scores, n, largest);
     }
-    let mut l = [0; LANES];
-    // SAFETY: eight integers.
-    unsafe { s.store_i(l.as_mut_ptr(), sum) };
-    (step, l.iter().fold(0, |a, x| a.wrapping_add(*x)))
+}
+
+/// Weights `p * scale` of all rows as 16-bit integers against each row's largest.
+#[derive(Clone, Copy)]
+pub struct Weights {
+    /// `[row][stride]`, `n` of them.
+    pub p: *const f32,
+    /// `[n]`.
+    pub scale: *const f32,
+    pub stride: usize,
+    pub n: usize,
+    pub rows: usize,
+    /// `[row][stride]`.
+    pub out: *mut i16,
+    /// Sum of a row's integers, and what a step is worth.
+    pub sum: *mut i32,
+    pub step: *mut f32,
+}
+
+/// What a step is worth and its inverse. Weights this small add nothing, and their inverse may overflow.
+#[inline(always)]
+pub fn steps(largest: f32) -> (f32, f32) {
+    if largest > 1e-30 { (largest / LARGEST, LARGEST / largest) } else { (0.0, 0.0) }
+}
+
+/// One row of weights.
+///
+/// # Safety
+/// As for [`super::engine::Engine::weights`].
+#[inline(always)]
+pub unsafe fn weights<S: Simd>(s: S, w: Weights, r: usize) {
+    // SAFETY: within `n` of row `r`.
+    unsafe {
+        let (p, out) = (w.p.add(r * w.stride), w.out.add(r * w.stride));
+        let weight = |at: usize| s.mul(s.load(p.add(at)), s.load(w.scale.add(at)));
+        let mut largest = s.splat(0.0);
+        for at in (0..w.n).step_by(LANES) {
+            largest = s.max(weight(at), largest);
+        }
+        let (step, inverse) = steps(max_lanes(s, largest));
+        let (inverse, round, back) = (s.splat(inverse), s.splat(ROUND), s.splat_i(-(ROUND.to_bits() as i32)));
+        let mut sum = s.splat_i(0);
+        for at in (0..w.n).step_by(LANES) {
+            let x = s.add_i(s.bits(s.add(s.mul(weight(at), inverse), round)), back);
+            sum = s.add_i(sum, x);
+            s.store_i16(out.add(at), x);
+        }
+        let mut l = [0; LANES];
+        s.store_i(l.as_mut_ptr(), sum);
+        w.step.add(r).write(step);
+        w.sum.add(r).write(l.iter().fold(0, |a, x| a.wrapping_add(*x)));
+    }
 }

@@ -1,12 +1,12 @@
-//! AVX-512 VL and VNNI on the vectors of [`super::avx2`]: the product and its sum are one instruction, and there are
-//! twice the registers.
+//! AVX-512 with VNNI and VBMI. Here are the vectors of [`super::avx2`], with twice the registers; what is worth wider ones
+//! is in `attend::vnni`.
 
 use std::arch::x86_64::*;
 
 use super::Simd;
 use super::avx2::Avx2;
 
-/// Proof that the CPU has what [`Avx2`] needs and AVX-512 F, BW, VL and VNNI.
+/// Proof that the CPU has what [`Avx2`] needs and AVX-512 F, BW, VL, VNNI and VBMI.
 #[derive(Debug, Clone, Copy)]
 pub struct Avx512(Avx2);
 
@@ -15,7 +15,8 @@ impl Avx512 {
         let all = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512vnni");
+            && is_x86_feature_detected!("avx512vnni")
+            && is_x86_feature_detected!("avx512vbmi");
         Avx2::new().filter(|_| all).map(Self)
     }
 }
@@ -129,8 +130,7 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     fn madd(self, sum: __m256i, a: __m256i, b: __m256i) -> __m256i {
-        // SAFETY: `new` found AVX-512 VNNI and VL.
-        unsafe { _mm256_dpwssd_epi32(sum, a, b) }
+        self.0.madd(sum, a, b)
     }
     #[inline(always)]
     fn table(self, bytes: &[u8; 16]) -> __m256i {

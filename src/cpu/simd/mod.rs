@@ -19,7 +19,7 @@ pub enum Isa {
     Portable,
     /// AVX2, FMA and F16C.
     Avx2,
-    /// The same with AVX-512 BW, VL and VNNI.
+    /// The same with AVX-512 BW, VL, VNNI and VBMI.
     Avx512,
 }
 
