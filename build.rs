@@ -10,6 +10,7 @@ const HEADER_SOURCES: [&str; 8] =
     ["types", "context", "codec", "tokens", "attend", "dequantize", "sets", "misc"];
 
 fn main() {
+    println!("cargo::rustc-check-cfg=cfg(dq_tsan)");
     let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
     check_header(&root);
     let abi = abi_number(&root);

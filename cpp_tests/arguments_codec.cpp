@@ -180,8 +180,8 @@ TEST_CASE("models") {
     desc.max_fits = 8;
     scene.refuses_model(desc, DQ_ERROR_INVALID_ARGUMENT, {"max_fits is 8", "7"});
     desc = codec_desc(scene.layers);
-    desc.flags = 1;
-    scene.refuses_model(desc, DQ_ERROR_INVALID_ARGUMENT, {"flags is 0x1"});
+    desc.flags = 3;
+    scene.refuses_model(desc, DQ_ERROR_INVALID_ARGUMENT, {"flags is 0x3", "DQ_CODEC_DEFER_FITS (1)"});
 }
 
 TEST_CASE("layer shapes") {

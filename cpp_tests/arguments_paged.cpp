@@ -113,7 +113,7 @@ TEST_CASE("starts and lengths") {
     }
     {
         With<const int32_t *> w(scene.args.sequences.kv_lengths, nullptr);
-        scene.refuses({"sequences.kv_lengths is null"});
+        scene.refuses({"sequences.q_starts is given", "sequences.kv_lengths"});
     }
     {
         With w(scene.args.sequences.q_starts, reinterpret_cast<const int32_t *>(reinterpret_cast<char *>(scene.starts) + 2));
@@ -173,7 +173,7 @@ TEST_CASE("fields of the other form") {
     const dq_attend_args good = scene.args;
     float mask = 0;
     scene.args.mask.data = &mask;
-    scene.refuses({"args->mask is given", "sequences.q_starts"});
+    scene.refuses({"args->mask is given", "sequences.kv_lengths"});
     scene.args = good;
     scene.args.first_slot = 1;
     scene.refuses({"args->first_slot is given", "block_table"});
@@ -187,14 +187,17 @@ TEST_CASE("fields of the other form") {
     scene.refuses({"sequences.block_slots is given", "block_table"});
     scene.args = good;
     scene.args.sequences.q_starts = nullptr;
-    scene.refuses({"sequences.kv_lengths is given", "q_starts"});
+    scene.refuses({"sequences.n_tokens is given", "q_starts"});
     scene.args.sequences = dq_sequences{};
-    scene.refuses({"tail.starts is given", "q_starts"});
-    for (uint32_t dq_sequences::*field : {&dq_sequences::n_tokens, &dq_sequences::visible, &dq_sequences::window}) {
+    scene.refuses({"tail.starts is given", "kv_lengths"});
+    for (uint32_t dq_sequences::*field : {&dq_sequences::visible, &dq_sequences::window}) {
         scene.args.sequences = dq_sequences{};
         scene.args.sequences.*field = 1;
-        scene.refuses({"is given", "q_starts"});
+        scene.refuses({"is given", "kv_lengths"});
     }
+    scene.args.sequences = dq_sequences{};
+    scene.args.sequences.block_table = scene.table;
+    scene.refuses({"sequences.block_table is given", "kv_lengths"});
 }
 
 TEST_CASE("tails") {

@@ -81,6 +81,31 @@ double copy_bandwidth(Events& e) {
     return 2.0 * bytes / us / 1e3;
 }
 
+// Prompts while fits are made apart: what the calls of the prompt take, and those that make the fits.
+void bench_deferred(Events& e, const dq_context* context, dq_codec_desc desc, const dq_tokens& t, cuda::Buffer<int64_t>& slots) {
+    desc.flags = DQ_CODEC_DEFER_FITS;
+    dq_codec* codec;
+    fine(dq_codec_create(context, &desc, &codec), "codec");
+    auto wall = [](auto&& call) {
+        const auto start = std::chrono::steady_clock::now();
+        call();
+        return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() * 1e3;
+    };
+    std::printf("with fits deferred, compress / refit, ms:");
+    for (uint32_t i = 0; i < 10; i++) {
+        std::vector<int64_t> numbers(t.n_tokens);
+        for (uint32_t j = 0; j < t.n_tokens; j++) numbers[j] = int64_t(i * t.n_tokens + j) % 4096;
+        slots.put(numbers);
+        const double compress = wall([&] {
+            fine(dq_compress(codec, 0, &t, nullptr, 0, e.stream), "compress");
+            cuda::driver().stream_wait(e.stream);
+        });
+        std::printf(" %.2f / %.2f", compress, wall([&] { fine(dq_refit(codec, 0, 1, e.stream), "refit"); }));
+    }
+    std::printf("\n");
+    dq_codec_destroy(codec);
+}
+
 void bench(Events& e, const char* name, uint32_t k_plan, uint32_t v_plan, double copy, bool brief) {
     auto context_desc = sized<dq_context_desc>();
     context_desc.backend = DQ_BACKEND_CUDA;
@@ -151,6 +176,7 @@ void bench(Events& e, const char* name, uint32_t k_plan, uint32_t v_plan, double
         }
         std::printf("  runs of 32 records in one set: %.1f%%\n", 100.0 * double(whole) / (128 * 2 * N_KV));
     }
+    bench_deferred(e, context, desc, t, d_slots);
     for (size_t have = 4096; have < slots; have *= 2) {
         const size_t n = std::min(have, slots - have) * layout.slot_bytes;
         e.copy(reinterpret_cast<uint64_t>(store.get()) + have * layout.slot_bytes, reinterpret_cast<uint64_t>(store.get()), n, e.stream);
@@ -193,7 +219,7 @@ void bench(Events& e, const char* name, uint32_t k_plan, uint32_t v_plan, double
         cuda::Buffer<uint16_t> q(std::vector<uint16_t>(n * N_Q * D, 0x2C00)), out(n * N_Q * D);
         cuda::Buffer<int32_t> lengths(std::vector<int32_t>{int32_t(keys)});
         auto args = sized<dq_attend_args>();
-        args.n_q = n, args.n_kv = keys, args.lengths = lengths.get(), args.causal = 1, args.store = t.store;
+        args.n_q = n, args.n_kv = keys, args.sequences.kv_lengths = lengths.get(), args.store = t.store;
         args.q = tensor(q.get(), N_Q, DQ_F16), args.out = tensor(out.get(), N_Q, DQ_F16);
         const double us = e.median(5, [&](int) { fine(dq_attend(codec, 0, &args, scratch.get(), bytes, e.stream), "prefill"); });
         const double flops = 4.0 * D * N_Q * (double(n) * keys - double(n) * (n - 1) / 2);

@@ -3,12 +3,14 @@
 #include <decoquant.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <functional>
 #include <memory>
 #include <random>
 #include <string>
+#include <thread>
 
 #include "cuda_memory.hpp"
 
@@ -48,14 +50,14 @@ dq_context* open(uint32_t backend) {
     expect_status(dq_context_create(&desc, &context), DQ_OK, "context");
     return context;
 }
-dq_codec* make(const dq_context* context, const Shape& s, uint32_t n_layers = 1) {
+dq_codec* make(const dq_context* context, const Shape& s, uint32_t n_layers = 1, uint32_t flags = 0) {
     std::vector<dq_layer_desc> layers(n_layers, sized<dq_layer_desc>());
     for (auto& l : layers) {
         l.n_q_heads = s.n_q, l.n_kv_heads = s.n_kv, l.head_dim_k = l.head_dim_v = s.d;
         l.k_plan = s.k_plan, l.v_plan = s.v_plan;
     }
     auto desc = sized<dq_codec_desc>();
-    desc.n_layers = n_layers, desc.layers = layers.data();
+    desc.n_layers = n_layers, desc.layers = layers.data(), desc.flags = flags;
     dq_codec* codec = nullptr;
     expect_status(dq_codec_create(context, &desc, &codec), DQ_OK, "codec");
     return codec;
@@ -99,9 +101,9 @@ class Side {
     cuda::Handle stream = nullptr;
     bool on_device;
 
-    Side(uint32_t backend, const Shape& s, uint64_t slots) : shape(s), n_slots(slots), on_device(backend == DQ_BACKEND_CUDA) {
+    Side(uint32_t backend, const Shape& s, uint64_t slots, uint32_t flags = 0) : shape(s), n_slots(slots), on_device(backend == DQ_BACKEND_CUDA) {
         context = open(backend);
-        codec = make(context, s);
+        codec = make(context, s, 1, flags);
         auto layout = sized<dq_layout>();
         expect_status(dq_codec_layout(codec, 0, 0, &layout), DQ_OK, "layout");
         slot_bytes = layout.slot_bytes;
@@ -200,19 +202,28 @@ double error_of(const Decoded& d, const Shape& s, const Query& query, const floa
     return worst;
 }
 
+constexpr uint32_t WINDOW = 50;
+
 struct Attention {
     const char* name;
     uint32_t n_q, n_kv, streams;
     int mask;  // 0 none, 1 f32 causal with holes, 2 f16
     bool sink;
     float softcap;
-    bool paged;
+    int sequences;  // 0 none, 1 n_q queries in each, 2 uneven
 };
 
 void attend_case(Side& gpu, const Decoded& d, const Attention& a, std::mt19937_64& rng) {
     const Shape& s = gpu.shape;
     std::normal_distribution<float> normal;
-    const uint32_t tokens = a.n_q * a.streams, table_stride = (a.n_kv + 7) / 8;
+    const uint32_t table_stride = (a.n_kv + 7) / 8;
+    // Uneven: the first sequence has n_q queries, the second none.
+    std::vector<int32_t> starts{0}, lengths;
+    for (uint32_t i = 0; i < a.streams; i++) {
+        starts.push_back(starts.back() + int32_t(a.sequences < 2 || i == 0 ? a.n_q : i == 1 ? 0 : 1 + rng() % a.n_q));
+        lengths.push_back(int32_t(i == 0 ? a.n_kv : a.n_q + rng() % (a.n_kv - a.n_q + 1)));
+    }
+    const uint32_t tokens = uint32_t(starts.back());
     std::vector<float> q(size_t(tokens) * s.n_q * s.d), sinks(s.n_q), mask(size_t(tokens) * a.n_kv);
     for (auto& x : q) x = normal(rng) * 0.3f;
     for (auto& x : sinks) x = normal(rng);
@@ -227,22 +238,33 @@ void attend_case(Side& gpu, const Decoded& d, const Attention& a, std::mt19937_6
         std::memcpy(&u, &mask[i], 4);
         half[i] = mask[i] == 0 ? uint16_t(u >> 16 & 0x8000) : std::isinf(mask[i]) ? 0xFC00 : uint16_t((u >> 16 & 0x8000) | ((u >> 23 & 0xFF) - 112) << 10 | (u >> 13 & 0x3FF));
     }
-    std::vector<int32_t> table(a.streams * table_stride), lengths(a.streams);
-    for (auto& b : table) b = int32_t(rng() % 75);  // blocks that hold records
-    for (uint32_t i = 0; i < a.streams; i++) lengths[i] = int32_t(i == 0 ? a.n_kv : a.n_q + rng() % (a.n_kv - a.n_q + 1));
+    // Blocks that hold records; those that the window has left behind, or that no length reaches, are given back.
+    std::vector<int32_t> table(a.streams * table_stride);
+    for (uint32_t i = 0; i < table.size(); i++) {
+        const uint32_t stream = i / table_stride, key = i % table_stride * 8;
+        const int first_seen = lengths[stream] - (starts[stream + 1] - starts[stream]) + 1 - int(WINDOW);
+        table[i] = int(key) + 8 <= first_seen || int(key) >= lengths[stream] ? -1 : int32_t(rng() % 75);
+    }
 
     cuda::Buffer<float> d_q(q), d_sinks(sinks), d_mask(mask), out(size_t(tokens) * s.n_q * s.d);
     cuda::Buffer<uint16_t> d_half(half);
-    cuda::Buffer<int32_t> d_table(table), d_lengths(lengths);
+    cuda::Buffer<int32_t> d_table(table), d_lengths(lengths), d_starts(starts);
     auto args = sized<dq_attend_args>();
-    args.n_streams = a.streams, args.n_q = a.n_q, args.n_kv = a.n_kv, args.stream_slots = 3, args.first_slot = 1;
+    args.n_streams = a.streams, args.n_q = a.n_q, args.n_kv = a.n_kv;
     args.store = gpu.store();
     args.q = tensor(d_q.get(), s.n_q, s.d), args.out = tensor(out.get(), s.n_q, s.d);
     if (a.mask == 1) args.mask = {d_mask.get(), DQ_F32, 0, a.n_kv * 4, uint64_t(a.n_kv) * a.n_q * 4};
     if (a.mask == 2) args.mask = {d_half.get(), DQ_F16, 0, a.n_kv * 2, uint64_t(a.n_kv) * a.n_q * 2};
     if (a.sink) args.sink_logits = d_sinks.get();
     args.softcap = a.softcap;
-    if (a.paged) args.lengths = d_lengths.get(), args.block_table = d_table.get(), args.table_stride = table_stride, args.block_slots = 8, args.causal = 1, args.window = 50;
+    if (!a.sequences) {
+        args.stream_slots = 3, args.first_slot = 1;
+    } else {
+        auto& q_s = args.sequences;
+        q_s.kv_lengths = d_lengths.get(), q_s.block_table = d_table.get(), q_s.table_stride = 4 * table_stride, q_s.block_slots = 8;
+        q_s.window = WINDOW;
+        if (a.sequences == 2) q_s.q_starts = d_starts.get(), q_s.n_tokens = tokens;
+    }
     auto limits = sized<dq_limits>();
     limits.max_streams = a.streams, limits.max_queries = a.n_q, limits.max_kv = a.n_kv;
     uint64_t bytes = 0;
@@ -254,15 +276,16 @@ void attend_case(Side& gpu, const Decoded& d, const Attention& a, std::mt19937_6
 
     double worst = 0;
     for (uint32_t t = 0; t < tokens; t++) {
-        const uint32_t stream = t / a.n_q, n = a.paged ? uint32_t(lengths[stream]) : a.n_kv;
+        const uint32_t stream = uint32_t(std::upper_bound(starts.begin(), starts.end(), int32_t(t)) - starts.begin()) - 1;
+        const uint32_t n = a.sequences ? uint32_t(lengths[stream]) : a.n_kv;
         for (uint32_t h = 0; h < s.n_q; h++) {
             Query query{&q[(size_t(t) * s.n_q + h) * s.d], h, {}, {}, 1 / std::sqrt(double(s.d)), a.softcap, a.sink ? sinks[h] : -INFINITY};
             for (uint32_t key = 0; key < n; key++) {
-                const int position = int(n) - int(a.n_q) + int(t % a.n_q);
-                if (a.paged && (int(key) > position || int(key) + 50 <= position)) continue;
+                const int position = int(n) - starts[stream + 1] + int(t);
+                if (a.sequences && (int(key) > position || int(key) + int(WINDOW) <= position)) continue;
                 const float m = a.mask ? mask[size_t(t) * a.n_kv + key] : 0;
                 if (m == -INFINITY) continue;
-                query.slots.push_back(a.paged ? table[stream * table_stride + key / 8] * 8 + key % 8 : 1 + 3 * stream + key);
+                query.slots.push_back(a.sequences ? table[stream * table_stride + key / 8] * 8 + key % 8 : 1 + 3 * stream + key);
                 query.mask.push_back(m);
             }
             const double e = error_of(d, s, query, &got[(size_t(t) * s.n_q + h) * s.d]);
@@ -360,14 +383,16 @@ void model_case(const Shape& s, std::mt19937_64& rng) {
     }
 
     const Attention cases[] = {
-        {"one query", 1, 500, 1, 0, false, 0, false},
-        {"masked", 1, 333, 2, 1, true, 0, false},
-        {"softcap", 1, 70, 1, 2, true, 20, false},
-        {"two queries", 2, 401, 1, 1, false, 0, false},
-        {"paged", 1, 300, 3, 0, false, 0, true},
-        {"chunk", 37, 250, 1, 1, true, 0, false},
-        {"chunk paged", 33, 200, 2, 0, false, 0, true},
-        {"no keys", 1, 0, 1, 0, false, 0, false},
+        {"one query", 1, 500, 1, 0, false, 0, 0},
+        {"masked", 1, 333, 2, 1, true, 0, 0},
+        {"softcap", 1, 70, 1, 2, true, 20, 0},
+        {"two queries", 2, 401, 1, 1, false, 0, 0},
+        {"paged", 1, 300, 3, 0, false, 0, 1},
+        {"drafts", 4, 200, 4, 0, false, 0, 2},
+        {"chunk", 37, 250, 1, 1, true, 0, 0},
+        {"chunk paged", 33, 200, 2, 0, false, 0, 1},
+        {"chunk beside single tokens", 33, 200, 4, 0, true, 0, 2},
+        {"no keys", 1, 0, 1, 0, false, 0, 0},
     };
     for (auto& a : cases) attend_case(gpu, decoded, a, rng);
     cuda::driver().stream_destroy(gpu.stream);
@@ -379,6 +404,12 @@ void graph_case(const Shape& s, std::mt19937_64& rng) {
     cuda::need(cuda::driver().stream_create(&gpu.stream, 1), "stream");
     const Rows prompt = rows(s, 40, 0, rng);
     cpu.take(prompt, 0, false), gpu.take(prompt, 0, false);
+    const auto rows_to_fit = [](const Side& side) {
+        auto info = sized<dq_layer_info>();
+        dq_codec_info(side.codec, 0, &info);
+        return info.rows_to_fit;
+    };
+    expect(rows_to_fit(cpu) == 64 - 39 && rows_to_fit(gpu) == rows_to_fit(cpu), "rows to the next fit: " + std::to_string(rows_to_fit(gpu)) + ", on the CPU " + std::to_string(rows_to_fit(cpu)));
 
     const Rows zero = rows(s, 1, 40, rng);
     cuda::Buffer<float> q(zero.q), k(zero.k), v(zero.v), out(s.n_q * s.d);
@@ -389,7 +420,7 @@ void graph_case(const Shape& s, std::mt19937_64& rng) {
     t.q = tensor(q.get(), s.n_q, s.d), t.k = tensor(k.get(), s.n_kv, s.d), t.v = tensor(v.get(), s.n_kv, s.d);
     t.positions = positions.get(), t.slots = slots.get();
     auto args = sized<dq_attend_args>();
-    args.n_q = 1, args.n_kv = 256, args.store = gpu.store(), args.lengths = lengths.get();
+    args.n_q = 1, args.n_kv = 256, args.store = gpu.store(), args.sequences.kv_lengths = lengths.get();
     args.q = tensor(q.get(), s.n_q, s.d), args.out = tensor(out.get(), s.n_q, s.d);
     auto limits = sized<dq_limits>();
     limits.max_queries = 1, limits.max_kv = 256;
@@ -432,12 +463,76 @@ void graph_case(const Shape& s, std::mt19937_64& rng) {
     const Rows many = rows(s, 100, 101, rng);
     for (int i = 0; i < 5; i++) gpu.take(many, 101, true);
     const auto before = gpu.records();
+    expect(rows_to_fit(gpu) == 0, "a fit is due: " + std::to_string(rows_to_fit(gpu)));
     cuda::need(driver.begin_capture(gpu.stream, 0), "capture");
     expect_status(dq_compress(gpu.codec, 0, &t, nullptr, 0, gpu.stream), DQ_ERROR_CAPTURE, "compress in a capture with a fit due", "a fit is due");
     expect_status(dq_refit(gpu.codec, 0, 1, gpu.stream), DQ_ERROR_CAPTURE, "refit in a capture", "a fit is due");
     cuda::need(driver.end_capture(gpu.stream, &graph), "end of capture");
     expect(gpu.records() == before, "a refused compress changes nothing");
     driver.stream_destroy(gpu.stream);
+}
+
+// Fits by dq_refit alone, on the stream of the other calls: first in turn with them, which gives the CPU's bytes, then on
+// a thread of its own while rows are coded, records that the fits of any moment may have coded.
+void deferred_case(const Shape& s, std::mt19937_64& rng) {
+    Side cpu(DQ_BACKEND_CPU, s, 800, DQ_CODEC_DEFER_FITS), gpu(DQ_BACKEND_CUDA, s, 800, DQ_CODEC_DEFER_FITS);
+    cuda::need(cuda::driver().stream_create(&gpu.stream, 1), "stream");
+    const Rows first = rows(s, 70, 0, rng), second = rows(s, 43, 0, rng), third = rows(s, 60, 5, rng);
+    for (Side* side : {&cpu, &gpu}) {
+        side->take(first, 0, false);
+        auto info = sized<dq_layer_info>();
+        dq_codec_info(side->codec, 0, &info);
+        expect(info.k_sets <= 2 && info.rows_seen == 69, "a deferred fit is left alone");
+        side->take(second, 70, true);
+        expect_status(dq_refit(side->codec, 0, 1, side->stream), DQ_OK, "a deferred fit");
+        side->take(third, 120, false);
+    }
+    expect_status(dq_refit(cpu.codec, 0, 1, nullptr), DQ_OK, "nothing is due");
+    auto stretch = [&](Side& side) {
+        auto all = side.records();
+        return std::vector<uint8_t>(all.begin() + 120 * ptrdiff_t(side.slot_bytes), all.begin() + 180 * ptrdiff_t(side.slot_bytes));
+    };
+    expect_at_most(differing(stretch(gpu), stretch(cpu)), record_limit, "records of a deferred fit");
+
+    std::atomic<bool> done{false};
+    std::atomic<int> wrong{0};
+    std::thread fits([&] {
+        do {
+            if (dq_refit(gpu.codec, 0, 1, gpu.stream) != DQ_OK) wrong++;
+        } while (!done);
+    });
+    for (uint32_t i = 0; i < 10; i++) gpu.take(rows(s, 60, 200 + 60 * i, rng), 200 + 60 * i, i % 2);
+    done = true;
+    fits.join();
+    expect_status(dq_refit(gpu.codec, 0, 1, gpu.stream), DQ_OK, "the last of them");
+    expect(wrong == 0, "refit beside other calls");
+    std::vector<uint8_t> file;
+    expect_status(dq_sets_export(gpu.codec, 0, [](void* user, const void* data, uint64_t n) {
+        auto* f = static_cast<std::vector<uint8_t>*>(user);
+        f->insert(f->end(), static_cast<const uint8_t*>(data), static_cast<const uint8_t*>(data) + n);
+        return 0;
+    }, &file), DQ_OK, "export");
+    auto info = sized<dq_layer_info>();
+    dq_codec_info(gpu.codec, 0, &info);
+    expect(info.k_sets >= 4 && info.rows_seen == 69 + 42 + 60 + 600, "sets " + std::to_string(info.k_sets) + " and rows " + std::to_string(info.rows_seen) + " of fits on a thread");
+    // Every record names a set that the host knows by now, and gives the row back.
+    const auto records = gpu.records();
+    Side fresh(DQ_BACKEND_CPU, s, 800);
+    std::vector<uint8_t> map(2 * s.n_kv * DQ_MAX_SETS);
+    auto user = std::make_pair(&file, size_t(0));
+    expect_status(dq_sets_import(fresh.codec, 0, [](void* u, void* data, uint64_t n) {
+        auto* p = static_cast<std::pair<std::vector<uint8_t>*, size_t>*>(u);
+        if (p->second + n > p->first->size()) return 1;
+        std::memcpy(data, p->first->data() + p->second, n);
+        p->second += n;
+        return 0;
+    }, &user, map.data(), map.size()), DQ_OK, "import");
+    std::vector<uint8_t> moved = records;
+    std::vector<int64_t> slots;
+    for (int64_t i = 200; i < 800; i++) slots.push_back(i);
+    dq_store store{moved.data(), fresh.n_slots, fresh.slot_bytes};
+    expect_status(dq_remap_rows(fresh.codec, 0, &store, slots.data(), slots.size(), map.data(), map.size()), DQ_OK, "every set is known");
+    cuda::driver().stream_destroy(gpu.stream);
 }
 
 void refused_case(const Shape& s) {
@@ -447,8 +542,18 @@ void refused_case(const Shape& s) {
     expect_status(dq_observe_shard(codec, 0, &t, 0, 1), DQ_ERROR_UNSUPPORTED, "a phase on the device", "CPU only");
     auto args = sized<dq_attend_args>();
     expect_status(dq_attend_shard(codec, 0, &args, nullptr, 0, 0, 1), DQ_ERROR_UNSUPPORTED, "a phase on the device", "CPU only");
-    args.causal = 1;
-    expect_status(dq_attend(codec, 0, &args, nullptr, 0, nullptr), DQ_ERROR_INVALID_ARGUMENT, "causal without lengths", "args->lengths is null");
+    // The rules of sequences are those of the CPU (arguments_paged.cpp); what only a device refuses:
+    int32_t number = 0;
+    args.n_q = 1, args.n_kv = 30, args.n_streams = 2, args.store.n_slots = 60;
+    auto& q_s = args.sequences;
+    q_s.window = 3;
+    expect_status(dq_attend(codec, 0, &args, nullptr, 0, nullptr), DQ_ERROR_INVALID_ARGUMENT, "a window without lengths", "it must be 0 without sequences.kv_lengths");
+    q_s.kv_lengths = q_s.block_table = &number, q_s.table_stride = 16, q_s.block_slots = 12;
+    expect_status(dq_attend(codec, 0, &args, nullptr, 0, nullptr), DQ_ERROR_UNSUPPORTED, "blocks of 12", "block_slots is 12; on CUDA it must be a power of two");
+    q_s.table_stride = 4, q_s.block_slots = 16;
+    expect_status(dq_attend(codec, 0, &args, nullptr, 0, nullptr), DQ_ERROR_INVALID_ARGUMENT, "a short table", "table_stride is 1 entries; on CUDA it must be 0 or hold the 2 blocks");
+    args.tail.n_rows = 1;
+    expect_status(dq_attend(codec, 0, &args, nullptr, 0, nullptr), DQ_ERROR_UNSUPPORTED, "a tail", "tails are served on the CPU only");
     t.n_tokens = 1;
     expect_status(dq_append(codec, 0, &t, nullptr, 0, nullptr), DQ_ERROR_INVALID_ARGUMENT, "tokens without rows", "tokens->k");
     auto layer = sized<dq_layer_desc>();
@@ -568,8 +673,11 @@ int main(int argc, char** argv) {
         model_case({6, 1, 64, 3, 3}, rng);
     } else {
         model_case({4, 1, 128, 104, 4}, rng);
+        // More queries than one launch of the statistics takes.
+        model_case({16, 2, 64, 104, 4}, rng);
     }
     graph_case({4, 2, 64, 104, 4}, rng);
+    deferred_case({4, 2, 64, 104, 4}, rng);
     std::printf("cuda%s: %d passed, %d failed\n", stand_in ? " on the stand-in driver" : "", passed, failed);
     return failed != 0;
 }

@@ -61,9 +61,12 @@ struct Run {
         args.q = q->tensor();
         args.out = out->tensor();
         auto &s = args.sequences;
-        s.q_starts = starts.data();
         s.kv_lengths = lengths.data();
-        s.n_tokens = tokens;
+        // As many queries in each need no starts.
+        if (tokens != n * n_q) {
+            s.q_starts = starts.data();
+            s.n_tokens = tokens;
+        }
         s.visible = c.visible;
         s.window = c.window;
         if (c.paged) {

@@ -139,6 +139,45 @@ TEST_CASE("attend and dequantize while the same layer is compressed into other s
     CHECK(info(codec.get()).k_sets > 2);
 }
 
+TEST_CASE("fits on a thread of their own, while rows are coded and attended") {
+    Failures failures;
+    dq_codec *made = nullptr;
+    const auto all = layers();
+    auto desc = codec_desc(all);
+    desc.flags = DQ_CODEC_DEFER_FITS;
+    ok(dq_codec_create(make_context().get(), &desc, &made));
+    const Codec codec(made);
+    const Store store(codec.get(), 0, 2 * kTokens);
+    const Batch batch(layers()[0], kTokens, 1);
+    auto tokens = batch.tokens(store);
+    ok(dq_compress(codec.get(), 0, &tokens, nullptr, 0, nullptr));
+    CHECK(info(codec.get()).rows_seen >= 64);
+    // A sink at most: the fits that are due were left alone.
+    CHECK(info(codec.get()).k_sets <= 2);
+
+    std::atomic<bool> done{false};
+    std::thread fits([&] {
+        do {
+            failures.expect(dq_refit(codec.get(), 0, 2, nullptr));
+        } while (!done);
+    });
+    Rows q(kQueries, 6, 80), out(kQueries, 6, 64);
+    q.fill(3);
+    const auto args = attend_args(store, q, out, kTokens);
+    const Fenced ws(workspace_size(codec.get(), 0, kQueries, kTokens));
+    for (uint64_t round = 2; round < 12; round++) {
+        const Batch more(layers()[0], kTokens, round, kTokens);
+        tokens = more.tokens(store);
+        failures.expect((round % 2 ? dq_compress : dq_append)(codec.get(), 0, &tokens, nullptr, 0, nullptr));
+        failures.expect(dq_attend(codec.get(), 0, &args, ws.data(), ws.size(), nullptr));
+    }
+    done = true;
+    fits.join();
+    ok(dq_refit(codec.get(), 0, 2, nullptr));
+    CHECK(info(codec.get()).k_sets > 2);
+    CHECK((store.memory().intact() && out.memory().intact()));
+}
+
 TEST_CASE("layers of one codec on threads of their own") {
     Failures failures;
     const auto codec = make_codec(layers()), alone = make_codec(layers());

@@ -29,13 +29,13 @@
  * CUstream or cudaStream_t of its primary context, null the legacy default stream. Calls return before their work is
  * done, and leave the caller's current context as it was. What lies on the device is not checked: a slot beyond the store
  * is skipped. dq_append, dq_attend and dq_dequantize allocate nothing, wait for nothing and may be captured into graphs,
- * whose replays see the fits made since. dq_compress and dq_refit wait for the stream when a fit is due, which is made on
- * the host. dq_sets_export, dq_sets_import and dq_codec_save wait for the device. dq_remap_rows works on host memory, for
+ * whose replays see the fits made since. Fits are made on the host: where one is due, dq_compress and dq_refit keep their
+ * thread for it, not the stream, and DQ_CODEC_DEFER_FITS leaves all of them to dq_refit. dq_sets_export, dq_sets_import and dq_codec_save wait for the device. dq_remap_rows works on host memory, for
  * records on their way to the device.
  *
  * Threads. A handle may be used from any thread. Calls that take a const handle may run at the same time as any other
  * call on it, dq_codec_destroy and dq_context_destroy excepted. Calls that take a non-const dq_codec and name the same
- * layer must not overlap each other, the shards of one phase excepted.
+ * layer must not overlap each other, the shards of one phase excepted, and dq_refit beside dq_compress or dq_append.
  */
 
 
@@ -89,6 +89,10 @@
 // Every query sees every key of its sequence.
 #define DQ_VISIBLE_ALL 2
 
+// `dq_compress` makes no fits. The caller makes them with `dq_refit`, between steps or on a thread of its own while the
+// layers go on working, so that no prompt waits for one.
+#define DQ_CODEC_DEFER_FITS 1
+
 // The key half of a layer.
 #define DQ_SIDE_K 0
 
@@ -136,8 +140,8 @@ typedef struct dq_layer_desc {
     uint32_t head_dim_v;
     // How keys are coded: a plan number, see `dq_plan_name`. 2, 3, 4 and 8 are the uniform widths in bits. Tiered plans
     // give the strongest latent channels more bits and the weakest fewer: 104 has 6, 4 and 3 bits and 103 has 5, 3 and
-    // 2 on a quarter, a quarter and a half of the channels, 102 has 4 and 2 on a quarter and the rest (to multiples of
-    // 16 channels): made for keys under `DQ_GAUGE_ATTENTION`.
+    // 2 on a quarter, a half and a quarter of the channels (4.25 and 3.25 bits), 102 has 4 and 2 on a quarter and the
+    // rest (2.5; to multiples of 16 channels): made for keys under `DQ_GAUGE_ATTENTION`.
     uint32_t k_plan;
     // How values are coded.
     uint32_t v_plan;
@@ -158,7 +162,7 @@ typedef struct dq_codec_desc {
     // Most fits that a head and side may hold, 1 to 7; 0 is 4. Fits come due at 16, 64, 512 and 4,096 rows, then at
     // every eightfold; at the bound refitting stops and the statistics are dropped.
     uint32_t max_fits;
-    // Must be 0.
+    // 0, or `DQ_CODEC_DEFER_FITS`.
     uint32_t flags;
     // Identity of the model whose rows are coded (weights, RoPE and adapter settings). Stored in factor files, which
     // are refused when theirs differs. All zero is an identity like any other.
@@ -212,6 +216,10 @@ typedef struct dq_layer_info {
     uint64_t factor_bytes;
     // Bytes held now for running moments.
     uint64_t moment_bytes;
+    // Rows until the next fit: a `dq_compress` of so many tokens or more makes it, and cannot be captured into a CUDA
+    // graph. 0: a fit is due; `UINT64_MAX`: none will come. On CUDA, rows that stay out of the statistics count, too,
+    // until the next fit, and rows of replayed graphs once the device has told of them.
+    uint64_t rows_to_fit;
 } dq_layer_info;
 
 // Rows in the caller's memory: `[n_tokens][n_heads][head_dim]`, channels next to each other.
@@ -253,7 +261,8 @@ typedef struct dq_tokens {
     // Position of each token in its sequence, `[n_tokens]`. Rows at position 0 are attention sinks: they get a set of
     // their own and stay out of the statistics. Null: no token is at position 0.
     const int32_t *positions;
-    // Slot of each token, `[n_tokens]`; -1 skips the token's row. Two tokens of a call must not name the same slot.
+    // Slot of each token, `[n_tokens]`; -1 skips the token's record, not its part in the statistics. Two tokens of a call
+    // must not name the same slot.
     const int64_t *slots;
     // Where the records go.
     struct dq_store store;
@@ -275,7 +284,8 @@ typedef struct dq_limits {
     // Most keys per stream in an attend.
     uint32_t max_kv;
     // Most queries of all streams of an attend together; 0 is `max_streams * max_queries`. A batch of one long prompt
-    // and many single tokens needs far less than that.
+    // and many single tokens needs far less than that. On CUDA a workspace is for `max_streams * max_queries`, whatever
+    // this says.
     uint32_t max_total_queries;
     // Most rows of a dense tail in an attend.
     uint32_t max_tail;
@@ -298,13 +308,16 @@ typedef struct dq_mask {
 // A batch of sequences of uneven length, for paged engines: prompts, chunks of prompts and single tokens in one call.
 //
 // Every stream of the call is a sequence with queries, keys and who sees what of its own. A sequence's keys are its
-// coded ones and behind them its tail; its last query is at the position of its last key. The arrays are where the
-// records are (host memory on the CPU) and are only read.
+// coded ones and behind them its tail; its last query is at the position of its last key.
+//
+// Arrays lie where the records are and are only read: in host memory on the CPU, in device memory on CUDA, where the
+// kernels read them, so that a graph may be replayed with other numbers in them. What goes by value holds for all
+// replays. On the CPU arrays are checked before anything is done; on CUDA they must be right.
 typedef struct dq_sequences {
     // `[n_streams + 1]`, from 0, never falling: sequence `s` has the queries `[q_starts[s], q_starts[s + 1])` of q and
-    // out, at most `n_q`. Null: this form is not used, and all fields here must be 0.
+    // out, at most `n_q`. Null: `n_q` queries each.
     const int32_t *q_starts;
-    // `[n_streams]`: coded keys of each sequence, 0 to `n_kv`.
+    // `[n_streams]`: coded keys of each sequence, 0 to `n_kv`. Null: this form is not used, and all fields here must be 0.
     const int32_t *kv_lengths;
     // `[n_streams][blocks]`: key `j` of sequence `s` is in slot `b * block_slots + j % block_slots`, where `b` is
     // `block_table[s][j / block_slots]`. Sequences may share blocks. Blocks that no query sees are not looked at and may
@@ -313,9 +326,9 @@ typedef struct dq_sequences {
     // Bytes from one sequence's blocks to the next's: a multiple of 4 that holds the blocks of every sequence; 0: all
     // sequences share one row.
     uint64_t table_stride;
-    // Slots of a block, at least 1; any number. 0 without a table.
+    // Slots of a block, at least 1; any number, on CUDA a power of two. 0 without a table.
     uint32_t block_slots;
-    // Tokens in q and out: `q_starts[n_streams]` or more. Those beyond are not read, nor written.
+    // With `q_starts`: tokens in q and out, `q_starts[n_streams]` or more. Those beyond are not read, nor written.
     uint32_t n_tokens;
     // `DQ_VISIBLE_CAUSAL` (also 0) or `DQ_VISIBLE_ALL`.
     uint32_t visible;
@@ -342,8 +355,8 @@ typedef struct dq_tail {
 
 // Attention over coded slots: `out = softmax(softcap(scale * q k^T) + mask) v` for every query head.
 //
-// Keys are named in one of two ways: as stretches of slots with an additive mask, or, with `sequences`, as blocks of
-// slots with lengths and a causal or sliding window.
+// Keys are named in one of two ways, the same on every backend: as stretches of slots with an additive mask, or, with
+// `sequences`, as blocks of slots with lengths and a causal or sliding window.
 typedef struct dq_attend_args {
     // `sizeof(dq_attend_args)`.
     uint32_t struct_size;
@@ -360,7 +373,7 @@ typedef struct dq_attend_args {
     uint64_t stream_slots;
     // The records. Slots that are hidden from every query are never read.
     struct dq_store store;
-    // Queries after RoPE, `[n_streams * n_q][n_q_heads][head_dim_k]`; with `sequences`: `[sequences.n_tokens]` of them.
+    // Queries after RoPE, `[n_streams * n_q][n_q_heads][head_dim_k]`; with `q_starts`: `[sequences.n_tokens]` of them.
     struct dq_tensor q;
     // Result, `[tokens of q][n_q_heads][head_dim_v]`. A query that sees no key yields zeros.
     struct dq_tensor out;
@@ -372,26 +385,10 @@ typedef struct dq_attend_args {
     float scale;
     // Scores become `softcap * tanh(score / softcap)` before the mask; 0: none.
     float softcap;
-    // Uneven sequences over blocks of slots, on the CPU; all zero: none.
+    // Uneven sequences over blocks of slots; all zero: none.
     struct dq_sequences sequences;
-    // Rows that are not coded, on the CPU; all zero: none.
+    // Rows that are not coded, on the CPU only; all zero: none.
     struct dq_tail tail;
-    // On CUDA, here and below; null or 0 on the CPU. Keys of each stream, `[n_streams]`, at most `n_kv` each, read on the
-    // device: a graph may be replayed with other lengths. Null: `n_kv`.
-    const int32_t *lengths;
-    // Where keys live when their slots do not follow each other, `[n_streams][table_stride]`: key `t` of stream `s` is in
-    // slot `block_table[s * table_stride + t / block_slots] * block_slots + t % block_slots`. Null: `first_slot` says.
-    const int32_t *block_table;
-    // Entries from one stream's blocks to the next's.
-    uint64_t table_stride;
-    // Slots of a block, a power of two.
-    uint32_t block_slots;
-    // 1: the last query sits at the last key, and no query sees a key behind its own. Needs `lengths`.
-    uint32_t causal;
-    // Each query sees so many keys that end with its own; 0: all. Needs `lengths`.
-    uint32_t window;
-    // Must be 0.
-    uint32_t reserved;
 } dq_attend_args;
 
 // Receives log lines, UTF-8, zero-terminated, without a newline. `level`: 1 error, 2 warning, 3 information. May be
@@ -512,8 +509,8 @@ dq_status dq_codec_info(const struct dq_codec *codec, uint32_t layer, struct dq_
 //
 // Returns `DQ_ROWS_REPLACED` when a row held NaN, infinity or values beyond f16. Such rows stay out of the statistics;
 // all other rows are coded as if they were not there.
-// On CUDA the number of such rows is added to `tokens->replaced_rows` instead, and the call cannot be captured while a
-// fit is due.
+// On CUDA the number of such rows is added to `tokens->replaced_rows` instead. Where a fit is due, the calling thread
+// waits until it is made, and the call cannot be captured; with `DQ_CODEC_DEFER_FITS` neither.
 // Errors: `DQ_ERROR_INVALID_ARGUMENT`, `DQ_ERROR_WORKSPACE`, `DQ_ERROR_OUT_OF_MEMORY`, `DQ_ERROR_CAPTURE`, `DQ_ERROR_CUDA`.
 dq_status dq_compress(struct dq_codec *codec,
                       uint32_t layer,
@@ -531,10 +528,17 @@ dq_status dq_append(struct dq_codec *codec,
                     uint64_t workspace_bytes,
                     void *stream);
 
-// Between steps: fits the layers `[first_layer, first_layer + n_layers)` where a fit is due, so that a chat which only
-// ever appends is fitted, too. Cheap when none is due. New sets serve the rows that are coded from then on; records
-// stay as they are. `stream`: null on the CPU. On CUDA it sees the rows of work that has been done when it is called.
-// Errors: `DQ_ERROR_CAPTURE` when a fit is due in a capture, `DQ_ERROR_CUDA`.
+// Between steps, or on a thread of its own: fits the layers `[first_layer, first_layer + n_layers)` where a fit is due,
+// so that a chat which only ever appends is fitted, too. Cheap when none is due. New sets serve the rows that are coded
+// from then on; records stay as they are.
+//
+// `stream`: null on the CPU. On CUDA the one that the layers' other calls go to. The fit sees the rows of the work that
+// is on it, and comes into force in its order, between one call and the next: the stream copies, and does not wait for
+// the fit; the calling thread does. A fit counts as due by the rows of work that has been done.
+//
+// Errors: `DQ_ERROR_CAPTURE` when a fit is due in a capture, `DQ_ERROR_CUDA`. Threads: may overlap `dq_compress`,
+// `dq_append` and the const calls on the same layers, but no other call; which rows the new sets serve first then
+// depends on who was faster. On CUDA no stream may be under capture in global mode meanwhile.
 dq_status dq_refit(struct dq_codec *codec, uint32_t first_layer, uint32_t n_layers, void *stream);
 
 // Phase 1 of compress: adds the tokens to the statistics. For engines that run an operation on threads of their own
@@ -583,9 +587,9 @@ dq_status dq_workspace_size(const struct dq_codec *codec,
 // All of `out` is written. A slot that is hidden from every query is not looked at; a visible slot must hold a record
 // of this codec. A query that sees no key yields zeros. NaN in q or in the mask reaches that query's output and no
 // other; NaN in a row of the tail reaches the queries that see it.
-// Errors: `DQ_ERROR_INVALID_ARGUMENT`, `DQ_ERROR_WORKSPACE`, and `DQ_ERROR_UNSUPPORTED` for `sequences` and `tail`
-// outside the CPU; out and workspace are untouched then. Threads: may overlap everything but a call that writes these
-// slots.
+// Errors: `DQ_ERROR_INVALID_ARGUMENT`, `DQ_ERROR_WORKSPACE`, and on CUDA `DQ_ERROR_UNSUPPORTED` for a `tail` and for
+// blocks of slots that are no power of two; out and workspace are untouched then. Threads: may overlap everything but a
+// call that writes these slots.
 dq_status dq_attend(const struct dq_codec *codec,
                     uint32_t layer,
                     const struct dq_attend_args *args,

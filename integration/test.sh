@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs every test: Rust, C++ (plain, then under ASan and UBSan), the CUDA backend (its kernels compiled by nvcc, driven
-# through the library on a stand-in driver, and on a device where there is one), and the patched llama.cpp on a real
-# small model.
-#   integration/test.sh            everything but tsan and fuzz, which build the library anew
+# Runs every test: Rust, C++ (plain, under ASan and UBSan, the concurrent contracts under TSan), a short fuzzing of the C
+# ABI, the CUDA backend (its kernels compiled by nvcc, driven through the library on a stand-in driver, and on a device
+# where there is one), and the patched llama.cpp on a real small model.
+#   integration/test.sh            everything
 #   integration/test.sh rust cpp sanitizers tsan fuzz cuda llama    only the named parts
 # Logs go to build/test-logs; the runners' own summary lines are repeated at the end.
 set -euo pipefail
@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 export PATH="$PATH:$HOME/.cargo/bin"
 
 parts=("$@")
-((${#parts[@]})) || parts=(rust cpp sanitizers cuda llama)
+((${#parts[@]})) || parts=(rust cpp sanitizers tsan fuzz cuda llama)
 logs=build/test-logs
 mkdir -p "$logs"
 bash integration/install-deps.sh
@@ -41,12 +41,14 @@ ctest_in() { # ctest_in BUILD_DIR CMAKE_OPTIONS...
 cuda_tests() {
     local home
     home=$(bash integration/install-nvcc.sh) || return
-    DECOQUANT_CUDA=on DECOQUANT_CUDA_ARCHS=${DECOQUANT_CUDA_ARCHS:-90a} CUDA_HOME=$home \
-        cargo build --release --locked --lib --target-dir target/cuda &&
+    export DECOQUANT_CUDA_ARCHS=${DECOQUANT_CUDA_ARCHS:-90a} CUDA_HOME=$home
+    # Through CMake, so that its option is tested, too.
+    cmake -S . -B build/package-cuda -G Ninja -DDECOQUANT_CUDA=ON -DDECOQUANT_TARGET_DIR="$PWD/target/cuda" &&
+        cmake --build build/package-cuda &&
         cmake -S cpp_tests -B build/cpp_tests-cuda -G Ninja -DDECOQUANT_LIB="$PWD/target/cuda/release/libdecoquant.so" &&
         cmake --build build/cpp_tests-cuda --target cuda bench_cuda stand_in &&
         ctest --test-dir build/cpp_tests-cuda --output-on-failure -R '^cuda_' &&
-        EXTRA=-DDQ_INSTANCES_HOT CUDA_HOME=$home sh kernels/tests/resources.sh
+        EXTRA=-DDQ_INSTANCES_HOT sh kernels/tests/resources.sh
 }
 
 failed=()

@@ -84,11 +84,26 @@ __device__ __forceinline__ uint64_t slot_of(const DqAttend& p, uint32_t stream, 
     return (block << p.block_shift) + (key & ((1u << p.block_shift) - 1));
 }
 
-// What is added to the score of (query, key): the mask in units of log2, or minus infinity.
-__device__ __forceinline__ float mask_of(const DqAttend& p, uint32_t stream, uint32_t query, uint32_t key, uint32_t n_keys) {
+// Keys of a stream that queries [first, end) of its n_q see, as far as lengths and window say. Blocks that lie outside
+// may be anybody's.
+struct Keys {
+    uint32_t first, end;
+};
+__device__ __forceinline__ Keys keys_of(const DqAttend& p, uint32_t n_keys, uint32_t n_q, uint32_t first, uint32_t end) {
+    Keys keys{0, n_keys};
+    if (p.lengths == nullptr || !p.causal) return keys;
+    // The last query sits at the last key.
+    const int64_t behind = int64_t(n_keys) - n_q, last = behind + end, start = behind + first + 1 - p.window;
+    if (last < int64_t(n_keys)) keys.end = last > 0 ? uint32_t(last) : 0;
+    if (p.window > 0 && start > 0) keys.first = start < int64_t(keys.end) ? uint32_t(start) : keys.end;
+    return keys;
+}
+
+// What is added to the score of (query of n_q, key): the mask in units of log2, or minus infinity.
+__device__ __forceinline__ float mask_of(const DqAttend& p, uint32_t stream, uint32_t query, uint32_t n_q, uint32_t key, uint32_t n_keys) {
     if (key >= n_keys) return NEVER;
     if (p.lengths != nullptr) {
-        int64_t position = int64_t(n_keys) - p.n_q + query;
+        int64_t position = int64_t(n_keys) - n_q + query;
         if (p.causal && key > position) return NEVER;
         if (p.window > 0 && key + int64_t(p.window) <= position) return NEVER;
     }

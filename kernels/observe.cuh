@@ -1,16 +1,21 @@
 // New rows into running statistics, and rows at position 0 into sinks. The same numbers as src/factor/moments.rs and
 // head.rs: every product is rounded before it is added, every sum has that file's order, so that a fit made from these
-// sums equals the CPU's.
+// sums equals the CPU's, whatever the grid.
 //
-// Grid: (KV head, kind: K, V, queries of the head's group), 256 threads; a block takes its unit's rows in order, so that
-// the result does not depend on the grid. Rows wait until sixteen are there and enter together.
+// Rows enter sixteen at a time: a turn. Two kernels, since only the choice of rows depends on the rows before:
+//   observe    grid (KV head, kind: K, V, queries of the head's group): a block goes through its unit's rows in order,
+//              makes sinks, decides who enters, adds to what grows with d, and leaves a list for the second.
+//   products   grid (tile of the triangle, KV head, kind): a block adds its 32 x 32 second moments over all turns.
+// At most OBSERVE_ROWS rows of a unit in a launch.
 #pragma once
 #include "rows.cuh"
 
 namespace dq {
 
 constexpr int OBSERVE_BLOCK = 16, OBSERVE_THREADS = 256, OBSERVE_DIM = 256;
+constexpr int OBSERVE_TURNS = DQ_OBSERVE_ROWS / OBSERVE_BLOCK + 1;
 constexpr int OBSERVE_SINKS = 4;
+constexpr int16_t NO_ROW = -32768;
 constexpr float LARGEST_ROW = 65504.0f;
 constexpr double OVER_MEDIAN = 100.0, OVER_MEAN = 64.0, SINK_DISTANCE = 0.25;
 
@@ -31,17 +36,71 @@ struct Unit {
     }
 };
 
+// What entered in a launch, from the first kernel to the second. A row of a turn: an index among the launch's rows of the
+// unit, -1 - k for row k of those that waited from before, or NO_ROW.
+// Behind it: rows that waited, f32 [OBSERVE_BLOCK][d].
+struct Entered {
+    uint32_t turns, reserved[3];
+    int16_t rows[OBSERVE_TURNS][OBSERVE_BLOCK];
+};
+static_assert(sizeof(Entered) == DQ_ENTERED_BYTES, "");
+
+// The rows of a unit in this launch: a stretch of [head of the group][token].
+struct UnitRows {
+    const DqRows& rows;
+    uint32_t n, first_head, first, count, inverse;  // of n, rounded up, times 2^32
+    __device__ __forceinline__ UnitRows(const DqObserve& p, const DqRows& rows, uint32_t head, uint32_t heads)
+        : rows(rows), n(p.n), first_head(head * heads), first(p.first), inverse(p.n > 1 ? 0xFFFFFFFFu / p.n + 1 : 0) {
+        const uint32_t all = p.flush ? 0 : p.n * heads, left = all > first ? all - first : 0;
+        count = left < DQ_OBSERVE_ROWS ? left : DQ_OBSERVE_ROWS;
+    }
+    // The row's head in the group: a division by n, which may come out one too large before it is corrected.
+    __device__ __forceinline__ uint32_t head_of(uint32_t index) const {
+        if (n == 1) return first + index;
+        const uint32_t q = uint32_t(uint64_t(first + index) * inverse >> 32);
+        return q * n > first + index ? q - 1 : q;
+    }
+    __device__ __forceinline__ uint32_t token(uint32_t index) const { return first + index - head_of(index) * n; }
+    __device__ __forceinline__ const uint8_t* at(uint32_t index) const {
+        const uint32_t head = head_of(index);
+        return static_cast<const uint8_t*>(rows.data) + uint64_t(first + index - head * n) * rows.token_stride + (first_head + head) * rows.head_stride;
+    }
+    __device__ __forceinline__ float load(uint32_t index, uint32_t c) const { return load_type(rows.type, at(index), c); }
+    static __device__ __forceinline__ float load_type(uint32_t type, const uint8_t* row, uint32_t c) {
+        if (type == DQ_TYPE_F32) return reinterpret_cast<const float*>(row)[c];
+        const uint16_t bits = reinterpret_cast<const uint16_t*>(row)[c];
+        return type == DQ_TYPE_F16 ? half_to_float(bits) : bf16_to_float(bits);
+    }
+};
+__device__ __forceinline__ const DqRows& rows_of(const DqObserve& p, uint32_t kind) { return kind == 0 ? p.k_rows : kind == 1 ? p.v_rows : p.q_rows; }
+__device__ __forceinline__ const DqUnits& units_of(const DqObserve& p, uint32_t kind) { return kind == 0 ? p.k : kind == 1 ? p.v : p.q; }
+__device__ __forceinline__ Entered& entered_of(const DqObserve& p, uint32_t kind, uint32_t head) {
+    return *reinterpret_cast<Entered*>(p.entered + (kind * p.n_kv_heads + head) * p.entered_stride);
+}
+__device__ __forceinline__ float load_entered(const UnitRows& rows, const float* waited, uint32_t d, int16_t row, uint32_t c) {
+    return row >= 0 ? rows.load(uint32_t(row), c) : waited[uint32_t(-1 - row) * d + c];
+}
+
+// Channels of a tile of rows on its way to energies.
+constexpr int OBSERVE_STRIP = 8;
+
 struct ObserveShared {
-    float candidates[OBSERVE_BLOCK][OBSERVE_DIM];
-    float staged[OBSERVE_BLOCK][OBSERVE_DIM];
+    double energies[DQ_OBSERVE_ROWS];                  // of the launch's rows
+    double waited_energies[OBSERVE_BLOCK];
+    int16_t list[DQ_OBSERVE_ROWS + OBSERVE_BLOCK];     // rows to enter, in order; those of a turn that stay out go to its end
+    uint16_t sink_row[DQ_OBSERVE_ROWS], sink_at[DQ_OBSERVE_ROWS];  // rows that may be sinks; length of the list before each
+    uint8_t kind[DQ_OBSERVE_ROWS];                     // SKIP, ROW, SINK
+    float strip[OBSERVE_THREADS][OBSERVE_STRIP + 1];
+    double limit[OBSERVE_TURNS];                       // of a turn's energies, by its median
+    uint8_t all_enter[OBSERVE_TURNS];
     double sum[OBSERVE_DIM];
     float reference[OBSERVE_DIM];
-    double energies[OBSERVE_BLOCK];
-    uint32_t kind[OBSERVE_BLOCK];   // of a candidate: SKIP, ROW, SINK
-    uint32_t order[OBSERVE_BLOCK];  // rows that are kept
-    uint32_t kept;
+    float row[OBSERVE_DIM];
+    uint32_t n_list, n_sinks;
     DqMoments m;
+    __device__ __forceinline__ double energy(int16_t row) const { return row >= 0 ? energies[row] : waited_energies[-1 - row]; }
 };
+static_assert(sizeof(ObserveShared) <= 48 * 1024, "");
 enum { SKIP = 0, ROW = 1, SINK = 2 };
 
 // x is not NaN. Order of f32::total_cmp but for the sign of zero, which no sum can tell.
@@ -64,27 +123,29 @@ __device__ inline double spread_of(const ObserveShared& s, uint32_t d) {
     return spread > 0.0 ? spread : 0.0;
 }
 
-// One thread: which of the first n staged rows enter, with their energies.
-__device__ inline void keep_rows(ObserveShared& s, uint32_t n, uint32_t d) {
-    double limit = 0.0;
-    if (n >= OBSERVE_BLOCK / 2) {
-        double sorted[OBSERVE_BLOCK];
-        for (uint32_t i = 0; i < n; i++) {
-            uint32_t j = i;
-            for (; j > 0 && sorted[j - 1] > s.energies[i]; j--) sorted[j] = sorted[j - 1];
-            sorted[j] = s.energies[i];
+// One thread: which rows of a turn of n enter, those first.
+__device__ inline void keep_rows(ObserveShared& s, uint32_t turn, uint32_t n, uint32_t d) {
+    int16_t* list = s.list + turn * OBSERVE_BLOCK;
+    if (s.all_enter[turn]) {
+        double energy = s.m.energy, slack = s.m.slack;
+        DQ_UNROLL
+        for (uint32_t i = 0; i < OBSERVE_BLOCK; i++) {
+            if (i >= n) break;
+            energy = __dadd_rn(energy, s.energy(list[i]));
+            slack = __dmul_rn(slack, 0.25);
         }
-        limit = __dmul_rn(OVER_MEDIAN, sorted[n / 2]);
+        s.m.energy = energy, s.m.slack = slack, s.m.rows += n;
+        return;
     }
-    s.kept = 0;
+    uint32_t kept = 0;
     for (uint32_t i = 0; i < n; i++) {
-        const double energy = s.energies[i], mean = s.m.rows == 0 ? 0.0 : s.m.energy / double(s.m.rows);
+        const double energy = s.energy(list[i]), mean = s.m.rows == 0 ? 0.0 : s.m.energy / double(s.m.rows);
         const double of_mean = __dmul_rn(OVER_MEAN, mean > s.m.slack ? mean : s.m.slack);
-        if (energy <= (limit > of_mean ? limit : of_mean)) {
-            s.order[s.kept++] = i;
+        if (energy <= (s.limit[turn] > of_mean ? s.limit[turn] : of_mean)) {
+            list[kept++] = list[i];
             s.m.rows++;
             s.m.energy = __dadd_rn(s.m.energy, energy);
-            s.m.slack = s.m.slack / 4.0;
+            s.m.slack = __dmul_rn(s.m.slack, 0.25);
         } else {
             double floor = 0.0;
             for (uint32_t c = 0; c < d; c++) floor = __dadd_rn(floor, __dmul_rn(double(s.reference[c]), double(s.reference[c])));
@@ -94,64 +155,108 @@ __device__ inline void keep_rows(ObserveShared& s, uint32_t n, uint32_t d) {
             s.m.slack = slack < energy ? slack : energy;
         }
     }
+    for (uint32_t i = kept; i < n; i++) list[i] = NO_ROW;
 }
 
-// Sixteen waiting rows enter, outliers excepted. All threads.
-__device__ inline void flush_rows(ObserveShared& s, const Unit& unit, uint32_t d, bool with_second) {
-    const uint32_t t = threadIdx.x, n = OBSERVE_BLOCK;
+// Whether each row is one to learn from, and its energy about the reference: a thread to a row, channels in order, since
+// the order is the CPU's. Through strips of channels, so that loads of neighbours are next to each other.
+__device__ inline void measure(ObserveShared& s, const UnitRows& rows, uint32_t d) {
+    const uint32_t t = threadIdx.x;
+    for (uint32_t from = 0; from < rows.count; from += OBSERVE_THREADS) {
+        const uint8_t* at[OBSERVE_STRIP];
+        DQ_UNROLL
+        for (int k = 0; k < OBSERVE_STRIP; k++) {
+            const uint32_t row = from + t / OBSERVE_STRIP + k * (OBSERVE_THREADS / OBSERVE_STRIP);
+            at[k] = rows.at(row < rows.count ? row : rows.count - 1);
+        }
+        double energy = 0.0;
+        bool fine = true;
+        for (uint32_t strip = 0; strip < d; strip += OBSERVE_STRIP) {
+            const uint32_t channel = strip + t % OBSERVE_STRIP;
+            float x[OBSERVE_STRIP];
+            DQ_UNROLL
+            for (int k = 0; k < OBSERVE_STRIP; k++) x[k] = UnitRows::load_type(rows.rows.type, at[k], channel);
+            __syncthreads();
+            DQ_UNROLL
+            for (int k = 0; k < OBSERVE_STRIP; k++) s.strip[t / OBSERVE_STRIP + k * (OBSERVE_THREADS / OBSERVE_STRIP)][t % OBSERVE_STRIP] = x[k];
+            __syncthreads();
+            DQ_UNROLL
+            for (int k = 0; k < OBSERVE_STRIP; k++) {
+                const float value = s.strip[t][k];
+                fine &= fabsf(value) <= LARGEST_ROW;
+                const double y = double(__fsub_rn(value, s.reference[strip + k]));
+                energy = __dadd_rn(energy, __dmul_rn(y, y));
+            }
+        }
+        if (from + t < rows.count) s.energies[from + t] = energy, s.kind[from + t] = fine ? ROW : SKIP;
+    }
     __syncthreads();
+}
+
+// Turns [from, end) of the list go through the filter; the last has n_last rows. All threads.
+__device__ inline void enter_turns(ObserveShared& s, const UnitRows& rows, const Unit& unit, uint32_t d, uint32_t from, uint32_t end, uint32_t n_last) {
+    const uint32_t t = threadIdx.x;
+    if (from == end) return;
     if (!s.m.has_reference) {
+        const uint32_t n = end - from == 1 ? n_last : OBSERVE_BLOCK;
         for (uint32_t c = t; c < d; c += OBSERVE_THREADS) {
             float column[OBSERVE_BLOCK];
-            for (uint32_t r = 0; r < n; r++) column[r] = s.staged[r][c];
+            for (uint32_t r = 0; r < n; r++) column[r] = load_entered(rows, unit.staged, d, s.list[from * OBSERVE_BLOCK + r], c);
             sort_16(column, n);
             s.reference[c] = column[n / 2];
         }
         __syncthreads();
+        measure(s, rows, d);
     }
-    for (uint32_t i = t; i < n * d; i += OBSERVE_THREADS) s.staged[i / d][i % d] = __fsub_rn(s.staged[i / d][i % d], s.reference[i % d]);
-    __syncthreads();
-    if (t < n) {
+    if (t < s.m.n_staged && from == 0) {
         double energy = 0.0;
-        for (uint32_t c = 0; c < d; c++) energy = __dadd_rn(energy, __dmul_rn(double(s.staged[t][c]), double(s.staged[t][c])));
-        s.energies[t] = energy;
+        for (uint32_t c = 0; c < d; c++) {
+            const double y = double(__fsub_rn(unit.staged[t * d + c], s.reference[c]));
+            energy = __dadd_rn(energy, __dmul_rn(y, y));
+        }
+        s.waited_energies[t] = energy;
+    }
+    __syncthreads();
+    // Medians, a thread to a turn. In a short turn the median may itself be an outlier.
+    for (uint32_t turn = from + t; turn < end; turn += OBSERVE_THREADS) {
+        const uint32_t n = turn + 1 == end ? n_last : OBSERVE_BLOCK;
+        double sorted[OBSERVE_BLOCK];
+        for (uint32_t i = 0; i < n; i++) {
+            const double energy = s.energy(s.list[turn * OBSERVE_BLOCK + i]);
+            uint32_t j = i;
+            for (; j > 0 && sorted[j - 1] > energy; j--) sorted[j] = sorted[j - 1];
+            sorted[j] = energy;
+        }
+        s.limit[turn] = n >= OBSERVE_BLOCK / 2 ? __dmul_rn(OVER_MEDIAN, sorted[n / 2]) : 0.0;
+        s.all_enter[turn] = sorted[n - 1] <= s.limit[turn];
     }
     __syncthreads();
     if (t == 0) {
-        keep_rows(s, n, d);
+        for (uint32_t turn = from; turn < end; turn++) keep_rows(s, turn, turn + 1 == end ? n_last : OBSERVE_BLOCK, d);
         s.m.has_reference = 1;
-        s.m.n_staged = 0;
     }
     __syncthreads();
-    // Kept rows to the front, zeros behind them up to a multiple of eight.
-    const uint32_t kept = s.kept, padded = (kept + 7) / 8 * 8;
-    for (uint32_t c = t; c < d; c += OBSERVE_THREADS) {
+}
+
+// Adds the rows of turns [from, end), those that entered, to the sums. A thread has a channel. All threads.
+__device__ inline void add_turns(ObserveShared& s, const UnitRows& rows, const Unit& unit, uint32_t d, uint32_t from, uint32_t end) {
+    const uint32_t first = from * OBSERVE_BLOCK, last = end * OBSERVE_BLOCK;
+    for (uint32_t c = threadIdx.x; c < d; c += OBSERVE_THREADS) {
         double sum = s.sum[c];
-        for (uint32_t r = 0; r < padded; r++) {
-            const float x = r < kept ? s.staged[s.order[r]][c] : 0.0f;
-            s.staged[r][c] = x;
-            if (r < kept) sum = __dadd_rn(sum, double(x));
-        }
-        s.sum[c] = sum;
-    }
-    __syncthreads();
-    if (with_second) {
-        // Rows of the triangle are dealt to warps, columns to lanes.
-        for (uint32_t i = t / 32; i < d; i += OBSERVE_THREADS / 32) {
-            float* out = unit.second + i * (i + 1) / 2;
-            for (uint32_t j = t % 32; j <= i; j += 32) {
-                float total = out[j];
-                for (uint32_t r = 0; r < padded; r += 8) {
-                    float p[8];
-                    DQ_UNROLL
-                    for (int k = 0; k < 8; k++) p[k] = __fmul_rn(s.staged[r + k][i], s.staged[r + k][j]);
-                    const float low = __fadd_rn(__fadd_rn(p[0], p[1]), __fadd_rn(p[2], p[3]));
-                    const float high = __fadd_rn(__fadd_rn(p[4], p[5]), __fadd_rn(p[6], p[7]));
-                    total = __fadd_rn(total, __fadd_rn(low, high));
-                }
-                out[j] = total;
+        const float reference = s.reference[c];
+        for (uint32_t i = first; i < last; i += OBSERVE_BLOCK) {
+            float x[OBSERVE_BLOCK];
+            DQ_UNROLL
+            for (int k = 0; k < OBSERVE_BLOCK; k++) {
+                const int16_t row = s.list[i + k];
+                x[k] = row == NO_ROW ? 0.0f : row < 0 ? unit.staged[uint32_t(-1 - row) * d + c] : UnitRows::load_type(rows.rows.type, rows.at(uint32_t(row)), c);
+            }
+            DQ_UNROLL
+            for (int k = 0; k < OBSERVE_BLOCK; k++) {
+                if (s.list[i + k] != NO_ROW) sum = __dadd_rn(sum, double(__fsub_rn(x[k], reference)));
             }
         }
+        s.sum[c] = sum;
     }
     __syncthreads();
 }
@@ -198,79 +303,205 @@ __device__ inline void enter_sink(const ObserveShared& s, const float* row, DqHe
     sets.sinks |= uint16_t(1u << id);
 }
 
-// Takes n rows of one head of a tensor.
-__device__ inline void observe_rows(ObserveShared& s, const Unit& unit, const DqObserve& p, const DqRows& rows, uint32_t head, uint32_t d, bool with_second, DqHeadSets* sets, uint16_t* means) {
-    const uint32_t t = threadIdx.x, warp = t / 32, lane = t % 32;
-    for (uint32_t first = 0; first < p.n; first += OBSERVE_BLOCK) {
-        const uint32_t n = p.n - first < OBSERVE_BLOCK ? p.n - first : OBSERVE_BLOCK;
-        // Phase 1: candidates, and what is to become of each.
-        for (uint32_t r = warp; r < n; r += OBSERVE_THREADS / 32) {
-            bool fine = true;
-            for (uint32_t c = lane; c < d; c += 32) {
-                const float x = load_row(rows, first + r, head, c);
-                s.candidates[r][c] = x;
-                fine &= fabsf(x) <= LARGEST_ROW;
-            }
-            fine = __all_sync(ALL_LANES, fine);
-            if (lane == 0) {
-                const bool at_zero = p.positions != nullptr && p.positions[first + r] == 0;
-                s.kind[r] = at_zero ? (sets != nullptr && s.m.takes_sinks ? SINK : SKIP) : fine && s.m.learns ? ROW : SKIP;
-            }
-        }
-        __syncthreads();
-        // Phase 2: in order, since a sink looks at the rows before it.
-        for (uint32_t r = 0; r < n; r++) {
-            if (s.kind[r] == SKIP) continue;
-            if (s.kind[r] == SINK) {
-                if (t == 0) enter_sink(s, s.candidates[r], *sets, means, d);
-                continue;
-            }
-            const uint32_t at = s.m.n_staged;
-            for (uint32_t c = t; c < d; c += OBSERVE_THREADS) s.staged[at][c] = s.candidates[r][c];
-            __syncthreads();
-            if (t == 0) s.m.n_staged = at + 1;
-            __syncthreads();
-            if (at + 1 == OBSERVE_BLOCK) flush_rows(s, unit, d, with_second);
-        }
-        __syncthreads();
+// What is to become of each row, and the lists of those that wait to enter and of those that may be sinks.
+__device__ inline void sort_rows(ObserveShared& s, const DqObserve& p, const UnitRows& rows, bool sinks) {
+    const uint32_t t = threadIdx.x, lane = t % 32, n_rows = rows.count;
+    for (uint32_t i = t; i < n_rows; i += OBSERVE_THREADS) {
+        const bool at_zero = p.positions != nullptr && p.positions[rows.token(i)] == 0;
+        if (at_zero) s.kind[i] = sinks && s.m.takes_sinks ? SINK : SKIP;
+        else if (!s.m.learns) s.kind[i] = SKIP;
     }
+    for (uint32_t i = t; i < s.m.n_staged; i += OBSERVE_THREADS) s.list[i] = int16_t(-1 - int(i));
+    __syncthreads();
+    if (t >= 32) return;
+    uint32_t n = s.m.n_staged, n_sinks = 0;
+    for (uint32_t from = 0; from < n_rows; from += 32) {
+        const uint32_t i = from + lane, kind = i < n_rows ? s.kind[i] : SKIP;
+        const uint32_t enter = __ballot_sync(ALL_LANES, kind == ROW), sink = __ballot_sync(ALL_LANES, kind == SINK);
+        const uint32_t before = (1u << lane) - 1, at = n + __popc(enter & before);
+        if (kind == ROW) s.list[at] = int16_t(i);
+        if (kind == SINK) s.sink_row[n_sinks + __popc(sink & before)] = uint16_t(i), s.sink_at[n_sinks + __popc(sink & before)] = uint16_t(at);
+        n += __popc(enter), n_sinks += __popc(sink);
+    }
+    if (lane == 0) s.n_list = n, s.n_sinks = n_sinks;
+}
+
+// Whether the rows that wait are let in before a fit: where one is due. Queries follow the keys, which went first.
+__device__ inline bool fit_is_due(const ObserveShared& s, const DqObserve& p, uint32_t kind, uint32_t head) {
+    if (kind < 2) return s.m.rows + s.m.n_staged >= s.m.due;
+    const DqMoments& keys = *Unit(p.k, head).head;
+    return keys.learns && keys.rows >= keys.due;
 }
 
 __device__ __forceinline__ void observe(const DqObserve& p) {
     __shared__ ObserveShared s;
-    const uint32_t head = blockIdx.x, kind = blockIdx.y, t = threadIdx.x;
-    const DqUnits& units = kind == 0 ? p.k : kind == 1 ? p.v : p.q;
-    const DqRows& rows = kind == 0 ? p.k_rows : kind == 1 ? p.v_rows : p.q_rows;
-    if (units.data == nullptr || rows.data == nullptr) return;
+    const uint32_t head = blockIdx.x, kind = blockIdx.y + (p.flush == 2 ? 2 : 0), t = threadIdx.x;
+    const DqUnits& units = units_of(p, kind);
+    Entered& entered = entered_of(p, kind, head);
+    if (t == 0) entered.turns = 0;
+    if (units.data == nullptr || (!p.flush && rows_of(p, kind).data == nullptr)) return;
     const uint32_t d = units.dim;
-    const bool with_second = units.with_second != 0;
+    const UnitRows rows(p, rows_of(p, kind), head, kind == 2 ? p.group : 1);
     const Unit unit(units, head);
     if (t == 0) s.m = *unit.head;
     __syncthreads();
     if (!s.m.learns && !s.m.takes_sinks) return;
-    for (uint32_t c = t; c < d; c += OBSERVE_THREADS) {
-        s.sum[c] = unit.sum[c], s.reference[c] = unit.reference[c];
-        for (uint32_t r = 0; r < s.m.n_staged; r++) s.staged[r][c] = unit.staged[r * d + c];
-    }
+    for (uint32_t c = t; c < d; c += OBSERVE_THREADS) s.sum[c] = unit.sum[c], s.reference[c] = unit.reference[c];
+
+    // Phase 1: rows by themselves, and the lists.
+    __syncthreads();
+    if (s.m.learns) measure(s, rows, d);
+    sort_rows(s, p, rows, kind < 2);
     __syncthreads();
 
-    if (kind == 2) {
-        for (uint32_t q = 0; q < p.group; q++) observe_rows(s, unit, p, rows, head * p.group + q, d, with_second, nullptr, nullptr);
-    } else {
+    // Phase 2: whole turns up to each sink, since a sink looks at the rows before it; then those behind the last.
+    uint32_t turns = 0;
+    for (uint32_t i = 0; i <= s.n_sinks; i++) {
+        const uint32_t end = (i < s.n_sinks ? s.sink_at[i] : s.n_list) / OBSERVE_BLOCK;
+        enter_turns(s, rows, unit, d, turns, end, OBSERVE_BLOCK);
+        add_turns(s, rows, unit, d, turns, end);
+        turns = end;
+        if (i == s.n_sinks) break;
+        for (uint32_t c = t; c < d; c += OBSERVE_THREADS) s.row[c] = rows.load(s.sink_row[i], c);
+        __syncthreads();
         DqHeadSets* sets = (kind == 0 ? p.k_heads : p.v_heads) + head;
         uint16_t* means = (kind == 0 ? p.k_means : p.v_means) + uint64_t(head) * DQ_MAX_SETS * d;
-        observe_rows(s, unit, p, rows, head, d, with_second, sets, means);
+        if (t == 0) enter_sink(s, s.row, *sets, means, d);
+        __syncthreads();
+    }
+    uint32_t left = s.n_list - turns * OBSERVE_BLOCK;
+    if (p.flush && left > 0 && fit_is_due(s, p, kind, head)) {
+        for (uint32_t i = left + t; i < OBSERVE_BLOCK; i += OBSERVE_THREADS) s.list[i] = NO_ROW;
+        enter_turns(s, rows, unit, d, 0, 1, left);
+        add_turns(s, rows, unit, d, 0, 1);
+        turns = 1, left = 0;
     }
 
+    // Phase 3: the list, and the rows that waited so far, to the second kernel; rows that wait from now on.
+    for (uint32_t i = t; i < turns * OBSERVE_BLOCK; i += OBSERVE_THREADS) (&entered.rows[0][0])[i] = s.list[i];
+    for (uint32_t i = t; turns > 0 && i < s.m.n_staged * d; i += OBSERVE_THREADS) reinterpret_cast<float*>(&entered + 1)[i] = unit.staged[i];
     __syncthreads();
-    for (uint32_t c = t; c < d; c += OBSERVE_THREADS) {
-        unit.sum[c] = s.sum[c], unit.reference[c] = s.reference[c];
-        for (uint32_t r = 0; r < s.m.n_staged; r++) unit.staged[r * d + c] = s.staged[r][c];
+    for (uint32_t i = t; i < left * d; i += OBSERVE_THREADS) {
+        // Rows that go on waiting are where they were.
+        const int16_t row = s.list[turns * OBSERVE_BLOCK + i / d];
+        if (row >= 0) unit.staged[i] = rows.load(uint32_t(row), i % d);
     }
+    for (uint32_t c = t; c < d; c += OBSERVE_THREADS) unit.sum[c] = s.sum[c], unit.reference[c] = s.reference[c];
     if (t == 0) {
+        s.m.n_staged = left;
         *unit.head = s.m;
-        if (kind < 2 && p.rows_seen != nullptr) p.rows_seen[kind * p.n_kv_heads + head] = uint32_t(s.m.rows) + s.m.n_staged;
+        entered.turns = turns;
+        if (kind < 2 && p.rows_seen != nullptr) p.rows_seen[kind * p.n_kv_heads + head] = uint32_t(s.m.rows) + left;
     }
+}
+
+// Tiles of 32 x 32 of a triangle of d rows.
+__host__ __device__ constexpr uint32_t product_tiles(uint32_t d) { return ((d + 31) / 32) * ((d + 31) / 32 + 1) / 2; }
+
+__device__ __forceinline__ void products(const DqObserve& p) {
+    constexpr int TILE = 32;
+    __shared__ __align__(8) float shared[2][OBSERVE_BLOCK][2][TILE];  // [buffer][row of the turn][rows, columns of the tile]
+    const uint32_t head = blockIdx.y, kind = blockIdx.z, t = threadIdx.x;
+    const DqUnits& units = units_of(p, kind);
+    const Entered& entered = entered_of(p, kind, head);
+    if (units.data == nullptr || !units.with_second || entered.turns == 0 || blockIdx.x >= product_tiles(units.dim)) return;
+    const uint32_t d = units.dim, turns = entered.turns;
+    const UnitRows rows(p, rows_of(p, kind), head, kind == 2 ? p.group : 1);
+    const Unit unit(units, head);
+    uint32_t tile_i = 0;
+    while ((tile_i + 1) * (tile_i + 2) / 2 <= blockIdx.x) tile_i++;
+    const uint32_t tile_j = blockIdx.x - tile_i * (tile_i + 1) / 2;
+
+    // Phase 1: a thread has two rows and two columns of the tile.
+    const uint32_t local_i = t / 16 * 2, local_j = t % 16 * 2;
+    float total[2][2];
+    auto place = [&](int a, int b) -> float* {
+        const uint32_t i = tile_i * TILE + local_i + a, j = tile_j * TILE + local_j + b;
+        return i < d && j <= i ? unit.second + i * (i + 1) / 2 + j : nullptr;
+    };
+    DQ_UNROLL
+    for (int a = 0; a < 2; a++) {
+        DQ_UNROLL
+        for (int b = 0; b < 2; b++) total[a][b] = place(a, b) ? *place(a, b) : 0.0f;
+    }
+
+    // Phase 2: turns; the next one's values are on their way while this one is added.
+    constexpr int EACH = OBSERVE_BLOCK * 2 * TILE / OBSERVE_THREADS;
+    float next[EACH];
+    auto fetch = [&](uint32_t turn) {
+        DQ_UNROLL
+        for (int k = 0; k < EACH; k++) {
+            const uint32_t at = t + k * OBSERVE_THREADS, r = at / (2 * TILE), side = at / TILE % 2;
+            const uint32_t c = (side == 0 ? tile_i : tile_j) * TILE + at % TILE;
+            const int16_t row = entered.rows[turn][r];
+            next[k] = row == NO_ROW || c >= d ? 0.0f : __fsub_rn(load_entered(rows, reinterpret_cast<const float*>(&entered + 1), d, row, c), unit.reference[c]);
+        }
+    };
+    fetch(0);
+    for (uint32_t turn = 0; turn < turns; turn++) {
+        float* buffer = &shared[turn & 1][0][0][0];
+        DQ_UNROLL
+        for (int k = 0; k < EACH; k++) buffer[t + k * OBSERVE_THREADS] = next[k];
+        __syncthreads();
+        if (turn + 1 < turns) fetch(turn + 1);
+        // Zeros in place of rows that stayed out change no bit.
+        DQ_UNROLL
+        for (int from = 0; from < OBSERVE_BLOCK; from += 8) {
+            float q[2][2][8];
+            DQ_UNROLL
+            for (int k = 0; k < 8; k++) {
+                const float2 x = *reinterpret_cast<const float2*>(&shared[turn & 1][from + k][0][local_i]);
+                const float2 y = *reinterpret_cast<const float2*>(&shared[turn & 1][from + k][1][local_j]);
+                q[0][0][k] = __fmul_rn(x.x, y.x), q[0][1][k] = __fmul_rn(x.x, y.y);
+                q[1][0][k] = __fmul_rn(x.y, y.x), q[1][1][k] = __fmul_rn(x.y, y.y);
+            }
+            DQ_UNROLL
+            for (int e = 0; e < 4; e++) {
+                const float* v = q[e / 2][e % 2];
+                const float low = __fadd_rn(__fadd_rn(v[0], v[1]), __fadd_rn(v[2], v[3]));
+                const float high = __fadd_rn(__fadd_rn(v[4], v[5]), __fadd_rn(v[6], v[7]));
+                total[e / 2][e % 2] = __fadd_rn(total[e / 2][e % 2], __fadd_rn(low, high));
+            }
+        }
+    }
+    DQ_UNROLL
+    for (int a = 0; a < 2; a++) {
+        DQ_UNROLL
+        for (int b = 0; b < 2; b++) if (place(a, b)) *place(a, b) = total[a][b];
+    }
+}
+
+// A fit comes into force, in the order of the stream: its matrices are in their places already. The device gives it an
+// id, since it gave ids to sinks meanwhile; `ids` tells the host. Grid: (KV head, side).
+__device__ __forceinline__ void publish(const DqPublish& p) {
+    const uint32_t head = blockIdx.x, side = blockIdx.y, unit = side * p.n_kv_heads + head, t = threadIdx.x;
+    const DqFit& fit = p.fits[unit];
+    if (!fit.wanted) return;
+    const DqUnits& units = side == 0 ? p.k : p.v;
+    DqHeadSets& sets = (side == 0 ? p.k_heads : p.v_heads)[head];
+    uint16_t* means = (side == 0 ? p.k_means : p.v_means) + uint64_t(head) * DQ_MAX_SETS * units.dim;
+    uint32_t id = fit.id == DQ_NO_PLACE ? 0 : fit.id;
+    for (uint32_t e = DQ_MAX_SETS - 1; e > 0 && fit.id == 0; e--) if (!(sets.present >> e & 1)) id = e;
+    const bool last = fit.last || id == 0;
+    __syncthreads();
+    if (id != 0 && fit.id == 0) {
+        for (uint32_t c = t; c < units.dim; c += blockDim.x) means[id * units.dim + c] = p.means[uint64_t(unit) * OBSERVE_DIM + c];
+    }
+    if (t != 0) return;
+    p.ids[unit] = id;
+    if (id != 0) {
+        if (fit.id == 0) sets.transform[id] = fit.transform;
+        sets.present |= uint16_t(1u << id);
+        sets.newest = uint8_t(id);
+        sets.encode_dense = fit.encode_dense;
+        for (int k = 0; k < DQ_MAX_TIERS; k++) sets.kappa[k] = fit.kappa[k];
+    }
+    DqMoments& m = *Unit(units, head).head;
+    m.due = fit.due;
+    if (!last) return;
+    m.learns = 0;
+    m.spread = fit.spread;
+    if (side == 0 && p.q.data != nullptr) Unit(p.q, head).head->learns = 0;
 }
 
 }  // namespace dq

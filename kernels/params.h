@@ -29,7 +29,7 @@ typedef struct DqFactors {
     const DqHeadSets* heads;   /* [n_kv_heads] */
     const uint16_t* means;     /* f16 [n_kv_heads][DQ_MAX_SETS][d] */
     const uint16_t* decode;    /* f16 [n_kv_heads][max_dense][channel d][latent d] */
-    const float* encode;       /* f32 [n_kv_heads][channel d][latent d], the newest fit's */
+    const float* encode;       /* f32 [n_kv_heads], each [channel d][latent d] and the feedback, the newest fit's */
     const uint32_t* rotation;  /* sign bits [latent d][(d + 31) / 32]: bit c set, entry (latent, c) is -1 / sqrt(d) */
     uint32_t max_dense;
     uint32_t reserved;
@@ -51,11 +51,12 @@ typedef struct DqStore {
 typedef struct DqAttend {
     DqStore store;
     DqFactors k, v;
-    DqRows q, out;                /* token index: stream * n_q + query */
+    DqRows q, out;                /* token index: q_starts[stream] + query, or stream * n_q + query */
     const void* mask;             /* additive [n_streams][n_q][n_kv], or null */
     uint64_t mask_query_stride, mask_stream_stride;
     const float* sink_logits;     /* [n_q_heads] or null */
     const int32_t* block_table;   /* null: slots are first_slot + stream * stream_slots + key */
+    const int32_t* q_starts;      /* [n_streams + 1]: the first token of each stream, at most n_q apart; null: n_q each */
     const int32_t* lengths;       /* keys of each stream, or null: n_kv */
     uint64_t first_slot, stream_slots, table_stride;
     uint32_t mask_type;
@@ -94,6 +95,7 @@ typedef struct DqMoments {
     uint64_t rows;                   /* in the sums */
     double energy, slack;
     double spread;                   /* of the rows when the sums were dropped */
+    uint64_t due;                    /* rows at which the next fit comes due */
     uint32_t n_staged;
     uint32_t has_reference;
     uint32_t learns;                 /* sums are kept */
@@ -107,6 +109,11 @@ typedef struct DqUnits {
     uint32_t dim, with_second;
 } DqUnits;
 
+/* Rows of a unit that one launch takes at most. A unit's rows are [head of the group][token]. */
+#define DQ_OBSERVE_ROWS 2048
+/* What the statistics kernels pass each other for a unit, observe.cuh's Entered; behind it f32 [16][d]. */
+#define DQ_ENTERED_BYTES (16 + (DQ_OBSERVE_ROWS / 16 + 1) * 32)
+
 typedef struct DqObserve {
     DqUnits k, v, q;
     DqRows k_rows, v_rows, q_rows;   /* data may be null */
@@ -116,8 +123,37 @@ typedef struct DqObserve {
     uint16_t* v_means;
     const int32_t* positions;        /* [n] or null */
     uint32_t* rows_seen;             /* host memory, [2][n_kv_heads]: rows taken in so far */
-    uint32_t n, n_kv_heads, group, reserved;
+    uint8_t* entered;                /* [K, V, queries][n_kv_heads], entered_stride bytes apart */
+    uint64_t entered_stride;
+    uint32_t n, n_kv_heads, group;
+    uint32_t flush;                  /* no new rows, those that wait go in where a fit is due: 1 K and V, then 2 queries */
+    uint32_t first, reserved;        /* rows of a unit before those of this launch, which are DQ_OBSERVE_ROWS at most */
 } DqObserve;
+
+/* A fit of one KV head and side, on its way into force. */
+#define DQ_NO_PLACE 255
+typedef struct DqFit {
+    uint8_t wanted;                  /* 0: nothing was fitted here */
+    uint8_t id;                      /* the set that has this content already; 0: a free one; DQ_NO_PLACE: none */
+    uint8_t transform, encode_dense; /* as in DqHeadSets */
+    uint8_t last;                    /* no further fit will come: sums are dropped */
+    uint8_t reserved[3];
+    float kappa[DQ_MAX_TIERS];
+    double spread;                   /* for DqMoments, when it is the last */
+    uint64_t due;
+} DqFit;
+
+typedef struct DqPublish {
+    DqUnits k, v, q;
+    DqHeadSets* k_heads;
+    DqHeadSets* v_heads;
+    uint16_t* k_means;
+    uint16_t* v_means;
+    const DqFit* fits;               /* [2][n_kv_heads] */
+    const uint16_t* means;           /* f16 [2][n_kv_heads][256] */
+    uint32_t* ids;                   /* [2][n_kv_heads]: the set's id, 0 when none was free */
+    uint32_t n_kv_heads, reserved;
+} DqPublish;
 
 typedef struct DqEncode {
     DqStore store;
@@ -131,8 +167,9 @@ typedef struct DqEncode {
 /* src/cuda/params.rs asserts the same numbers. */
 #ifdef __cplusplus
 static_assert(sizeof(DqHeadSets) == 40 && sizeof(DqFactors) == 48 && sizeof(DqRows) == 32 && sizeof(DqStore) == 24, "");
-static_assert(sizeof(DqAttend) == 360 && sizeof(DqDequantize) == 200 && sizeof(DqEncode) == 208, "");
-static_assert(sizeof(DqMoments) == 48 && sizeof(DqObserve) == 232, "");
+static_assert(sizeof(DqAttend) == 368 && sizeof(DqDequantize) == 200 && sizeof(DqEncode) == 208, "");
+static_assert(sizeof(DqFit) == 40 && sizeof(DqPublish) == 136, "");
+static_assert(sizeof(DqMoments) == 56 && sizeof(DqObserve) == 256, "");
 #endif
 
 #endif

@@ -40,8 +40,8 @@ pub struct BlockTable<'a> {
 /// What a batch is made of, before anything is checked. Names in messages are those of `dq_attend_args`.
 #[derive(Debug, Clone, Copy)]
 pub struct Batch<'a> {
-    /// `[n_streams + 1]`: where each sequence's queries begin, and where the last one's end.
-    pub q_starts: &'a [i32],
+    /// `[n_streams + 1]`: where each sequence's queries begin, and where the last one's end; `None`: `n_q` each.
+    pub q_starts: Option<&'a [i32]>,
     /// Coded keys of each sequence.
     pub kv_lengths: &'a [i32],
     /// Rows of each sequence's tail; `None`: `tail_rows` each.
@@ -75,11 +75,26 @@ fn check_lengths(name: &str, values: &[i32], limit_name: &str, limit: usize) -> 
 
 impl<'a> Sequences<'a> {
     pub fn new(batch: Batch<'a>) -> Result<Self> {
-        let starts = batch.q_starts;
         let n = batch.kv_lengths.len();
-        if starts.len() != n + 1 || batch.tail_lengths.is_some_and(|t| t.len() != n) {
+        if batch.q_starts.is_some_and(|s| s.len() != n + 1) || batch.tail_lengths.is_some_and(|t| t.len() != n) {
             return fail(format!("args->sequences: arrays of {n} sequences differ in length"));
         }
+        if let Some(starts) = batch.q_starts {
+            Self::check_starts(starts, &batch)?;
+        }
+        check_lengths("sequences.kv_lengths", batch.kv_lengths, "n_kv", batch.n_kv)?;
+        if let Some(lengths) = batch.tail_lengths {
+            check_lengths("tail.lengths", lengths, "tail.n_rows", batch.tail_rows)?;
+        }
+        let sequences = Self(batch);
+        if let Some(table) = batch.table {
+            sequences.check_table(&table)?;
+        }
+        Ok(sequences)
+    }
+
+    fn check_starts(starts: &[i32], batch: &Batch) -> Result<()> {
+        let n = starts.len() - 1;
         if starts[0] != 0 {
             return fail(format!("args->sequences.q_starts[0] is {}; it must be 0", starts[0]));
         }
@@ -101,15 +116,7 @@ impl<'a> Sequences<'a> {
                 starts[n], batch.n_tokens
             ));
         }
-        check_lengths("sequences.kv_lengths", batch.kv_lengths, "n_kv", batch.n_kv)?;
-        if let Some(lengths) = batch.tail_lengths {
-            check_lengths("tail.lengths", lengths, "tail.n_rows", batch.tail_rows)?;
-        }
-        let sequences = Self(batch);
-        if let Some(table) = batch.table {
-            sequences.check_table(&table)?;
-        }
-        Ok(sequences)
+        Ok(())
     }
 
     /// Blocks that some query sees lie in the store. Others are never looked at: an engine may have taken them back.
@@ -150,13 +157,21 @@ impl<'a> Sequences<'a> {
     /// Coded keys that some query of a sequence sees.
     fn visible_keys(&self, s: usize) -> Range<usize> {
         let n_kv = self.0.kv_lengths[s] as usize;
-        let n_q = (self.0.q_starts[s + 1] - self.0.q_starts[s]) as usize;
+        let n_q = self.queries(s).len();
         if n_q == 0 {
             return 0..0;
         }
         let n_keys = n_kv + self.tail_length(s);
         let (first, last) = (self.0.visible.keys(0, n_q, n_keys), self.0.visible.keys(n_q - 1, n_q, n_keys));
         first.start.min(n_kv)..last.end.min(n_kv)
+    }
+
+    /// Tokens of a sequence's queries.
+    pub fn queries(&self, s: usize) -> Range<usize> {
+        match self.0.q_starts {
+            Some(starts) => starts[s] as usize..starts[s + 1] as usize,
+            None => s * self.0.n_q..(s + 1) * self.0.n_q,
+        }
     }
 
     /// Rows of a sequence's tail.
@@ -195,7 +210,7 @@ impl AttendArgs<'_> {
     pub fn n_tokens(&self) -> usize {
         match &self.sequences {
             None => self.n_streams * self.n_q,
-            Some(sequences) => *sequences.0.q_starts.last().unwrap_or(&0) as usize,
+            Some(sequences) => sequences.queries(self.n_streams - 1).end,
         }
     }
 
@@ -204,15 +219,11 @@ impl AttendArgs<'_> {
             let start = tail.starts.map_or(index * tail.n_rows, |starts| starts[index] as usize);
             (tail.lengths.map_or(tail.n_rows, |lengths| lengths[index] as usize), start)
         });
-        let (first_token, n_q, n_kv) = match &self.sequences {
-            None => (index * self.n_q, self.n_q, self.n_kv),
-            Some(Sequences(b)) => (
-                b.q_starts[index] as usize,
-                (b.q_starts[index + 1] - b.q_starts[index]) as usize,
-                b.kv_lengths[index] as usize,
-            ),
+        let (queries, n_kv) = match &self.sequences {
+            None => (index * self.n_q..(index + 1) * self.n_q, self.n_kv),
+            Some(sequences) => (sequences.queries(index), sequences.0.kv_lengths[index] as usize),
         };
-        Sequence { index, first_token, n_q, n_kv, n_tail, first_tail }
+        Sequence { index, first_token: queries.start, n_q: queries.len(), n_kv, n_tail, first_tail }
     }
 
     pub fn visible(&self) -> Visible {

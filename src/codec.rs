@@ -23,6 +23,7 @@ pub struct CodecDesc {
     pub max_fits: usize,
     /// Identity of the model; factor files of another are refused.
     pub fingerprint: [u8; 32],
+    pub defers_fits: bool,
 }
 
 /// One layer.
@@ -38,6 +39,8 @@ pub struct Codec {
     pub layers: Vec<Layer>,
     pub fingerprint: [u8; 32],
     pub max_fits: usize,
+    /// compress makes no fits: refit does, when its caller likes.
+    pub defers_fits: bool,
 }
 
 /// State of a layer; see `dq_layer_info`.
@@ -49,6 +52,8 @@ pub struct LayerInfo {
     pub rows_seen: u64,
     pub factor_bytes: usize,
     pub moment_bytes: usize,
+    /// `None` when no fit will come.
+    pub rows_to_fit: Option<u64>,
 }
 
 impl Codec {
@@ -62,7 +67,7 @@ impl Codec {
         }
         let layer = |shape: LayerShape| Layer { factors: LayerFactors::new(&shape, max_fits), shape };
         let layers = desc.layers.into_iter().map(layer).collect();
-        Ok(Self { layers, fingerprint: desc.fingerprint, max_fits })
+        Ok(Self { layers, fingerprint: desc.fingerprint, max_fits, defers_fits: desc.defers_fits })
     }
 
     /// Takes statistics of new tokens, and makes sinks of rows at position 0. One unit (head and side) belongs to one
@@ -109,9 +114,11 @@ impl Codec {
             rows_seen: 0,
             factor_bytes: 0,
             moment_bytes: 0,
+            rows_to_fit: None,
         };
         for (_, _, head) in factors.units() {
             let head = head.info();
+            info.rows_to_fit = info.rows_to_fit.into_iter().chain(head.rows_to_fit).min();
             info.frozen &= head.frozen;
             info.rows_seen = info.rows_seen.max(head.rows_seen);
             info.factor_bytes += head.factor_bytes;

@@ -12,7 +12,7 @@ fn desc_of(n_layers: usize, k_plan: u32, d_v: usize) -> CodecDesc {
     let k = SideDesc { head_dim: D, plan: k_plan, gauge: Gauge::Attention };
     let v = SideDesc { head_dim: d_v, plan: 4, gauge: Gauge::Centred };
     let layers = vec![LayerShape::new(2 * KV, KV, k, v).unwrap(); n_layers];
-    CodecDesc { layers, max_fits: 0, fingerprint: [7; 32] }
+    CodecDesc { layers, max_fits: 0, fingerprint: [7; 32], defers_fits: false }
 }
 
 fn desc() -> CodecDesc {
@@ -103,6 +103,7 @@ fn observed_layers_report_themselves() {
     // The rotation, the sink and one fit for the thresholds crossed at once.
     assert_eq!((info.k_sets, info.v_sets, info.frozen, info.rows_seen), (3, 3, false, 599));
     assert!(info.factor_bytes > 0 && info.moment_bytes > 0);
+    assert_eq!(info.rows_to_fit, Some(4096 - 599));
     assert!(info.factor_bytes <= codec.max_factor_bytes(0));
     assert!(codec.has_set(0, Side::K, 2, 2) && !codec.has_set(0, Side::K, 2, 3) && !codec.has_set(0, Side::V, 3, 0));
 }
@@ -115,7 +116,7 @@ fn smollm2_fits_its_budget() {
         feed(&codec, 0, t, seed, 1);
     }
     let info = codec.info(0);
-    assert!(info.frozen && info.moment_bytes == 0);
+    assert!(info.frozen && info.moment_bytes == 0 && info.rows_to_fit.is_none());
     assert!(info.factor_bytes < 180_000, "{}", info.factor_bytes);
 }
 

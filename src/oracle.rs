@@ -116,7 +116,10 @@ fn counts(args: &AttendArgs, stream: usize) -> (usize, usize, usize, usize) {
         return (stream * args.n_q, args.n_q, args.n_kv, n_tail);
     };
     let batch = sequences.batch();
-    let (first, end) = (batch.q_starts[stream] as usize, batch.q_starts[stream + 1] as usize);
+    let (first, end) = match batch.q_starts {
+        Some(starts) => (starts[stream] as usize, starts[stream + 1] as usize),
+        None => (stream * args.n_q, (stream + 1) * args.n_q),
+    };
     (first, end - first, batch.kv_lengths[stream] as usize, n_tail)
 }
 

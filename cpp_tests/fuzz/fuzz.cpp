@@ -133,8 +133,21 @@ const std::vector<float> &noise() {
     return all;
 }
 
-// A codec that has learned from some rows.
-dq_codec *learned(const dq_layer_desc &layer, const dq_store &store) {
+// What a codec has learned from some rows, and their records. Made once: a fit is far dearer than what is fuzzed.
+struct Learned {
+    std::vector<uint8_t> factors, sets, records;
+
+    static const Learned &once(const dq_layer_desc &layer, size_t record_bytes) {
+        static const Learned all(layer, record_bytes);
+        return all;
+    }
+
+private:
+    Learned(const dq_layer_desc &layer, size_t record_bytes);
+};
+
+Learned::Learned(const dq_layer_desc &layer, size_t record_bytes) {
+    Fenced memory(record_bytes);
     dq_codec *codec = make(layer);
     int64_t slots[kTokens];
     int32_t positions[kTokens];
@@ -150,9 +163,12 @@ dq_codec *learned(const dq_layer_desc &layer, const dq_store &store) {
     tokens.v = rows(noise().data() + 99, kKvHeads);
     tokens.positions = positions;
     tokens.slots = slots;
-    tokens.store = store;
+    tokens.store = {memory.data(), kSlots, 0};
     require(dq_compress(codec, 0, &tokens, nullptr, 0, nullptr) == DQ_OK);
-    return codec;
+    require(dq_codec_save(codec, append, &factors) == DQ_OK);
+    require(dq_sets_export(codec, 0, append, &sets) == DQ_OK);
+    records.assign(memory.data(), memory.data() + memory.n);
+    dq_codec_destroy(codec);
 }
 
 // The input as edits of a valid file: (place, byte) pairs, or a cut; the checksum and length put right.
@@ -195,37 +211,47 @@ void use(dq_codec *codec, const dq_store &store) {
     require(dq_attend(codec, 0, &args, workspace.data(), bytes, nullptr) == DQ_OK);
 }
 
+dq_status load(const dq_layer_desc &layer, const std::vector<uint8_t> &file, dq_codec **codec) {
+    dq_codec_desc desc{};
+    desc.struct_size = sizeof desc;
+    desc.n_layers = 1;
+    desc.layers = &layer;
+    Reader reader{file};
+    return dq_codec_load(context(), &desc, Reader::read, &reader, codec);
+}
+
+// Records of learned rows.
 struct Scene {
     dq_layer_desc layer = layer_desc();
-    uint64_t slot_bytes = [this] {
-        dq_codec *codec = make(layer);
-        dq_layout layout{};
-        layout.struct_size = sizeof layout;
-        require(dq_codec_layout(codec, 0, 0, &layout) == DQ_OK);
-        dq_codec_destroy(codec);
-        return layout.slot_bytes;
-    }();
-    Fenced records{kSlots * slot_bytes};
+    static uint64_t slot_bytes() {
+        static const uint64_t bytes = [] {
+            dq_codec *codec = make(layer_desc());
+            dq_layout layout{};
+            layout.struct_size = sizeof layout;
+            require(dq_codec_layout(codec, 0, 0, &layout) == DQ_OK);
+            dq_codec_destroy(codec);
+            return layout.slot_bytes;
+        }();
+        return bytes;
+    }
+    Fenced records{kSlots * slot_bytes()};
     dq_store store{records.data(), kSlots, 0};
+    const Learned &learned = Learned::once(layer, records.n);
+
+    Scene() { std::memcpy(records.data(), learned.records.data(), records.n); }
+
+    // One that holds the records' sets, and is frozen.
+    dq_codec *codec() const {
+        dq_codec *made = nullptr;
+        require(load(layer, learned.factors, &made) == DQ_OK);
+        return made;
+    }
 };
 
 void factor_file(Input in) {
     Scene s;
-    dq_codec *codec = learned(s.layer, s.store);
-    static const std::vector<uint8_t> valid = [&] {
-        std::vector<uint8_t> file;
-        require(dq_codec_save(codec, append, &file) == DQ_OK);
-        return file;
-    }();
-    dq_codec_destroy(codec);
-    const auto file = edited(valid, in);
-    dq_codec_desc desc{};
-    desc.struct_size = sizeof desc;
-    desc.n_layers = 1;
-    desc.layers = &s.layer;
-    Reader reader{file};
     dq_codec *loaded = nullptr;
-    const auto status = dq_codec_load(context(), &desc, Reader::read, &reader, &loaded);
+    const auto status = load(s.layer, edited(s.learned.factors, in), &loaded);
     require((loaded != nullptr) == (status == DQ_OK));
     if (loaded) use(loaded, s.store);
     dq_codec_destroy(loaded);
@@ -233,23 +259,16 @@ void factor_file(Input in) {
 
 void set_export(Input in) {
     Scene s;
-    dq_codec *codec = learned(s.layer, s.store);
-    static const std::vector<uint8_t> valid = [&] {
-        std::vector<uint8_t> file;
-        require(dq_sets_export(codec, 0, append, &file) == DQ_OK);
-        return file;
-    }();
-    dq_codec *other = in.below(2) ? make(s.layer) : codec;
-    const auto file = edited(valid, in);
+    dq_codec *codec = in.below(2) ? make(s.layer) : s.codec();
+    const auto file = edited(s.learned.sets, in);
     Fenced map(2 * kKvHeads * DQ_MAX_SETS);
     Reader reader{file};
-    if (dq_sets_import(other, 0, Reader::read, &reader, map.data(), map.n) == DQ_OK) {
+    if (dq_sets_import(codec, 0, Reader::read, &reader, map.data(), map.n) == DQ_OK) {
         int64_t slots[kSlots];
         for (uint32_t i = 0; i < kSlots; i++) slots[i] = i;
-        dq_remap_rows(other, 0, &s.store, slots, kSlots, map.data(), map.n);
+        dq_remap_rows(codec, 0, &s.store, slots, kSlots, map.data(), map.n);
     }
-    use(other, s.store);
-    if (other != codec) dq_codec_destroy(other);
+    use(codec, s.store);
     dq_codec_destroy(codec);
 }
 
@@ -291,7 +310,8 @@ void descriptions(Input in) {
 
 void slots_and_masks(Input in) {
     Scene s;
-    dq_codec *codec = learned(s.layer, s.store);
+    // One that makes sinks of new rows, or one that holds the records' sets.
+    dq_codec *codec = in.below(2) ? make(s.layer) : s.codec();
     const bool garbage = in.below(2);
     if (garbage) {
         for (size_t i = 0; i < s.records.n; i += 3) s.records.data()[i] = in.take<uint8_t>();
@@ -351,13 +371,15 @@ void slots_and_masks(Input in) {
         }
         for (uint32_t i = 0; i < n_streams * width; i++) table.push_back(static_cast<int32_t>(in.near(kSlots / block - 1)));
         auto &q = args.sequences;
-        q.q_starts = starts.data();
+        if (in.below(4)) {
+            q.q_starts = starts.data();
+            q.n_tokens = tokens_of_q;
+        }
         // The extent of what the lengths say is the caller's word.
         for (auto &length : lengths) {
             if (length > static_cast<int32_t>(n_kv)) length = static_cast<int32_t>(n_kv) + 1;
         }
         q.kv_lengths = lengths.data();
-        q.n_tokens = tokens_of_q;
         q.visible = in.below(4);
         q.window = in.below(3) ? 0 : in.take<uint32_t>();
         q.block_table = table.data();

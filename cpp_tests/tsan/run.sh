@@ -9,7 +9,7 @@ dir=build/tsan
 # is that of the compiler in use.
 export RUSTC_BOOTSTRAP=1 CARGO_PROFILE_RELEASE_OPT_LEVEL=1
 cargo rustc --release --locked --lib --crate-type cdylib --target-dir build/sanitized -- \
-    -Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer
+    -Zsanitizer=thread --cfg dq_tsan -Cunsafe-allow-abi-mismatch=sanitizer
 mkdir -p $dir
 runtime=$(ls "$(rustc --print sysroot)/lib/rustlib/$target/lib"/librustc-*_rt.tsan.a)
 lib=$dir/lib

@@ -10,6 +10,7 @@
 set -euo pipefail
 source "$(dirname "$0")/paths.sh"
 [[ ${BUILD:-1} == 0 ]] || bash "$here/build.sh"
+export CUDA_VISIBLE_DEVICES='' # the CPU is measured, also with a build that has CUDA
 
 model=${1:-$small}
 threads=${THREADS:-$(nproc)}

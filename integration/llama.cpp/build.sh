@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Builds libdecoquant, the patched llama.cpp and its test programs. Run again after any change: only what changed is built.
 #   build.sh                the six tools and the test programs
+#   CUDA=1 build.sh         the same with llama.cpp's CUDA backend; needs the CUDA toolkit with cuBLAS
+# Environment: CUDA_ARCHS (native): architectures of llama.cpp's kernels, as CMake names them.
 set -euo pipefail
 source "$(dirname "$0")/paths.sh"
 
 bash "$here/fetch.sh"
 
 say "libdecoquant"
+[[ ${CUDA:-} ]] && export DECOQUANT_CUDA=on
 (cd "$repo" && cargo build --release --locked)
 
 say "llama.cpp with $(cd "$here/patches" && echo *.patch)"
@@ -33,14 +36,15 @@ if [[ ! -f $src/.stamp || $(<"$src/.stamp") != "$stamp" ]]; then
     echo "$stamp" >"$src/.stamp"
 fi
 
+options=(-DGGML_CUDA=OFF)
+[[ ${CUDA:-} ]] && options=(-DGGML_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=${CUDA_ARCHS:-native}")
 # GCC's header says that loading a tile configuration reads 8 bytes of it (seen in GCC 12): the other stores may be
 # dropped, and llama.cpp's AMX code ends in SIGILL.
-flags=
 if c++ --version | grep -q 'Free Software Foundation' && c++ -mno-amx-int8 -E -x c++ /dev/null >/dev/null 2>&1; then
-    flags=-mno-amx-int8
+    options+=(-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8)
 fi
 
-cmake -S "$src" -B "$work/out" -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS="$flags" \
+cmake -S "$src" -B "$work/out" -G Ninja -DCMAKE_BUILD_TYPE=Release "${options[@]}" \
     -DDECOQUANT_DIR="$repo" \
     -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF \
     >"$work/cmake.log" || { cat "$work/cmake.log" >&2; exit 1; }

@@ -6,6 +6,7 @@
 set -euo pipefail
 source "$(dirname "$0")/paths.sh"
 bash "$here/build.sh"
+export CUDA_VISIBLE_DEVICES='' # the CPU is measured, also with a build that has CUDA
 
 model=${1:-$small}
 depth=${DEPTH:-4096}

@@ -22,7 +22,8 @@ namespace emu {
 
 enum class State : uint8_t { Runs, InWarp, InBlock, Spins, Done };
 
-// Threads run in ascending or descending order, or in a new random order each round; blocks likewise.
+// Warps run in ascending or descending order, each as far ahead of the others as barriers let it; or all threads in a new
+// random order each round. Blocks likewise.
 enum class Order : uint8_t { Ascending, Descending, Random };
 
 struct PendingCopy {
@@ -163,13 +164,20 @@ inline void run_block(Block& b, Order order, uint64_t& seed) {
     while (b.live) {
         bool ran = false, moved = false;
         arrange(turns, order, seed);
-        for (unsigned i : turns) {
-            if (b.threads[i].state == State::Spins) b.threads[i].state = State::Runs;
-            else if (b.threads[i].state != State::Runs) continue;
-            ran = true;
-            b.current = i;
-            switch_context(b.scheduler, b.threads[i].context, false);
-            moved |= b.threads[i].state != State::Spins;
+        for (size_t first = 0; first < turns.size(); first += 32) {
+            for (bool again = true, polls = true; again; polls = false) {
+                again = false;
+                for (size_t k = first; k < first + 32 && k < turns.size(); k++) {
+                    Thread& t = b.threads[turns[k]];
+                    if (t.state == State::Spins && polls) t.state = State::Runs;
+                    if (t.state != State::Runs) continue;
+                    ran = true;
+                    b.current = turns[k];
+                    switch_context(b.scheduler, t.context, false);
+                    again |= t.state != State::Spins && order != Order::Random;
+                    moved |= t.state != State::Spins;
+                }
+            }
         }
         idle_rounds = moved ? 0 : idle_rounds + 1;
         if (!ran || idle_rounds > 100) die("deadlock");

@@ -8,17 +8,18 @@ int main(int argc, char** argv) {
     std::mt19937_64 rng(1 + order);
 #ifdef DQ_FAST
     all_cases<128, 4, 128, 4>(rng, 0, 3);
-    prefill_cases<128, 4, 128, 4, 4, 3>(rng, 0, 4);
+    all_cases<128, 4, 128, 4>(rng, 8, 10);
+    prefill_cases<128, 4, 128, 4, 4, 3>(rng, 0, 5);
     // Tiers: planes of every width, groups that end early, an odd number of heads.
     all_cases<64, 104, 64, 4>(rng, 1, 4);
     all_cases<64, 103, 64, 3>(rng, 1, 4);
-    run<64, 103, 64, 3, 1, false>({"three heads", 3, 3, 1, 1, 70, 2, {2, 1}, {2, 0}, 1, true, 0, false, false, 3}, rng);
+    run<64, 103, 64, 3, 1, false>({"three heads", 3, 3, 1, 1, 70, 2, {2, 1}, {2, 0}, 1, true, 0, false, 0, 3}, rng);
     prefill_cases<128, 104, 128, 4, 4, 3>(rng, 0, 1);
     prefill_cases<64, 103, 64, 3, 4, 3>(rng, 1, 2);
 #else
     const int n = sizeof CASES / sizeof *CASES;
     all_cases<128, 4, 128, 4>(rng, 0, n);
-    run<128, 4, 128, 4, 2, true>({"wide group", 2, 7, 1, 1, 70, 2, {2, 1}, {2, 0}, 1, true, 0, false, false, 4}, rng);
+    run<128, 4, 128, 4, 2, true>({"wide group", 2, 7, 1, 1, 70, 2, {2, 1}, {2, 0}, 1, true, 0, false, 0, 4}, rng);
     all_cases<128, 3, 128, 3>(rng, 0, n);
     all_cases<64, 4, 64, 4>(rng, 0, n);
     all_cases<64, 3, 64, 3>(rng, 1, 4);
@@ -28,11 +29,12 @@ int main(int argc, char** argv) {
     all_cases<80, 4, 80, 3>(rng, 1, 4);
     all_cases<96, 3, 96, 4>(rng, 1, 4);
     all_cases<192, 4, 128, 8>(rng, 1, 3);
-    prefill_cases<128, 4, 128, 4, 4, 4>(rng, 0, 4);
+    prefill_cases<128, 4, 128, 4, 4, 4>(rng, 0, 5);
     prefill_cases<128, 3, 128, 3, 2, 2>(rng, 0, 4);
     prefill_cases<64, 3, 64, 8, 4, 2>(rng, 0, 4);
     prefill_cases<80, 4, 96, 3, 2, 3>(rng, 0, 3);
     prefill_cases<256, 2, 256, 4, 1, 4>(rng, 0, 2);
+    prefill_cases<256, 104, 256, 4, 2, 3>(rng, 0, 2);
     all_cases<128, 104, 128, 4>(rng, 0, n);
     all_cases<64, 104, 64, 4>(rng, 1, 4);
     all_cases<64, 103, 64, 3>(rng, 1, 4);

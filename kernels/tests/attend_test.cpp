@@ -18,12 +18,12 @@ struct Case {
     bool sink;
     float softcap;
     bool hostile;     // row scales over many magnitudes, stale records under the mask
-    bool paged;
+    int paged;        // 1 blocks of slots, 2 the same with uneven queries: the last stream has one, the one before none
     uint32_t most_warps;
 };
 
 template <class K, class V, int NT> __global__ void __launch_bounds__(dq::FOLD_THREADS) fold_kernel(const DqAttend p) { dq::fold_queries<K>(p); }
-template <class K, class V, int NT> __global__ void __launch_bounds__(256, NT == 1 ? 2 : 1) attend_kernel(const DqAttend p) { dq::attend_decode<K, V, NT, 3>(p); }
+template <class K, class V, int NT> __global__ void __launch_bounds__(256, NT == 1 ? 2 : 1) attend_kernel(const DqAttend p) { dq::attend_decode<K, V, NT, dq::DECODE_STAGES>(p); }
 template <class K, class V, int NT> __global__ void __launch_bounds__(256) prefill_kernel(const DqAttend p) { dq::attend_prefill<K, V, NT>(p); }
 template <class V> __global__ void __launch_bounds__(512) merge_kernel(const DqAttend p) { dq::attend_merge<V>(p); }
 
@@ -72,7 +72,9 @@ void run(const Case& c, std::mt19937_64& rng) {
         }
     }
     // Queries small enough that many keys count.
-    const uint32_t n_tokens = c.n_streams * c.n_q;
+    std::vector<int32_t> starts{0};
+    for (uint32_t s = 0; s < c.n_streams; s++) starts.push_back(starts.back() + (c.paged < 2 || s == 0 ? c.n_q : s + 1 == c.n_streams));
+    const uint32_t n_tokens = starts.back();
     std::vector<float> q(size_t(n_tokens) * n_heads * DK);
     for (auto& x : q) x = float(normal(rng)) * 0.6f;
     if (c.hostile) for (int i = 0; i < DK; i += 7) q[i] *= 30;
@@ -94,7 +96,14 @@ void run(const Case& c, std::mt19937_64& rng) {
     std::vector<int32_t> table(c.n_streams * table_stride), lengths(c.n_streams);
     for (size_t i = 0; i < table.size(); i++) table[i] = int32_t(i);
     std::shuffle(table.begin(), table.end(), rng);
-    for (uint32_t s = 0; s < c.n_streams; s++) lengths[s] = s == 0 ? c.n_keys : int32_t(c.n_q + below(c.n_keys - c.n_q + 1));
+    const int window = c.hostile ? 40 : 0;
+    for (uint32_t s = 0; s < c.n_streams; s++) {
+        lengths[s] = s == 0 ? c.n_keys : int32_t(c.n_q + below(c.n_keys - c.n_q + 1));
+        // Blocks that the window has left behind belong to others by now.
+        for (uint32_t b = 0; window && int(16 * b + 16) <= lengths[s] - (starts[s + 1] - starts[s]) + 1 - window; b++) {
+            table[s * table_stride + b] = -1;
+        }
+    }
     if (c.hostile && c.mask == 1) {
         // What the mask hides from all may be anything, NaN and infinity as a scale too.
         for (uint32_t k = 0; k < c.n_keys; k += 11) {
@@ -114,7 +123,7 @@ void run(const Case& c, std::mt19937_64& rng) {
     rt::Buffer<uint8_t> d_store(store);
     rt::Buffer<float> d_q(q), d_mask(mask), d_sinks(sinks), d_out(size_t(n_tokens) * n_heads * DV);
     rt::Buffer<uint16_t> d_mask_half(mask_half);
-    rt::Buffer<int32_t> d_table(table), d_lengths(lengths);
+    rt::Buffer<int32_t> d_table(table), d_lengths(lengths), d_starts(starts);
     DqAttend p{};
     p.store = {d_store.get(), stride, n_slots};
     p.k = dk.params(), p.v = dv.params();
@@ -129,7 +138,8 @@ void run(const Case& c, std::mt19937_64& rng) {
     if (c.sink) p.sink_logits = d_sinks.get();
     if (c.paged) {
         p.block_table = d_table.get(), p.lengths = d_lengths.get();
-        p.table_stride = table_stride, p.block_shift = 4, p.causal = 1, p.window = c.hostile ? 40 : 0;
+        p.table_stride = table_stride, p.block_shift = 4, p.causal = 1, p.window = window;
+        if (c.paged == 2) p.q_starts = d_starts.get();
     }
     p.stream_slots = stream_slots;
     p.n_kv_heads = c.n_kv, p.group = c.group, p.n_streams = c.n_streams, p.n_q = c.n_q, p.n_kv = c.n_keys;
@@ -147,13 +157,13 @@ void run(const Case& c, std::mt19937_64& rng) {
     p.folded = folded.get(), p.folded_scales = scales.get(), p.constants = constants.get();
     p.partial = partial.get(), p.partial_sums = partial_sums.get();
 
-    rt::launch(fold_kernel<K, V, NT>, dim3(c.n_kv * DQ_MAX_TRANSFORMS, n_tiles, c.n_streams), dq::FOLD_THREADS, 0, p);
+    rt::launch(fold_kernel<K, V, NT>, dim3(c.n_kv * DQ_MAX_TRANSFORMS, n_tiles, (c.n_streams + 1) / 2), dq::FOLD_THREADS, 0, p);
     if constexpr (PREFILL > 0) {
         rt::launch(prefill_kernel<K, V, NT>, dim3(p.n_splits, c.n_kv * ((p.row_tiles + PREFILL - 1) / PREFILL), c.n_streams * p.v_transforms), 32 * PREFILL,
                    dq::prefill_shared_bytes<K, V, NT>(p, PREFILL), p);
     } else rt::launch(attend_kernel<K, V, NT>, dim3(p.n_splits, c.n_kv / p.heads_per_block * p.row_tiles, c.n_streams * p.v_transforms),
-               32 * p.heads_per_block * p.key_warps, dq::attend_shared_bytes<K, V, NT, 3>(p), p);
-    rt::launch(merge_kernel<V>, dim3(rows), parts > 4 ? 512 : 64, 0, p);
+               32 * p.heads_per_block * p.key_warps, dq::attend_shared_bytes<K, V, NT, dq::DECODE_STAGES>(p), p);
+    rt::launch(merge_kernel<V>, dim3(rows), parts > 4 ? 512 : parts > 2 ? 64 : 32, 0, p);
     rt::sync();
     auto out = d_out.take();
 
@@ -164,6 +174,7 @@ void run(const Case& c, std::mt19937_64& rng) {
         for (uint32_t h = 0; h < c.n_kv; h++) {
             ref::Vec k(size_t(n) * DK), v(size_t(n) * DV);
             for (int t = 0; t < n; t++) {
+                if (c.paged && table[s * table_stride + t / 16] < 0) continue;  // nobody sees it
                 uint32_t slot = c.paged ? table[s * table_stride + t / 16] * 16 + t % 16 : s * stream_slots + t;
                 const uint8_t* record = &store[slot * stride];
                 auto kr = kf.decode_row(h, ref::header_of(l.k, h, record), ref::unpack(l.k, h, record), l.k);
@@ -171,14 +182,15 @@ void run(const Case& c, std::mt19937_64& rng) {
                 std::copy(kr.begin(), kr.end(), k.begin() + size_t(t) * DK);
                 std::copy(vr.begin(), vr.end(), v.begin() + size_t(t) * DV);
             }
-            for (uint32_t i = 0; i < c.n_q * c.group; i++) {
-                uint32_t token = s * c.n_q + i / c.group, head = h * c.group + i % c.group;
+            const int n_q = starts[s + 1] - starts[s];
+            for (uint32_t i = 0; i < n_q * c.group; i++) {
+                uint32_t token = starts[s] + i / c.group, head = h * c.group + i % c.group;
                 ref::Vec q64(DK), want, magnitude;
                 for (int x = 0; x < DK; x++) q64[x] = q[(size_t(token) * n_heads + head) * DK + x];
                 std::vector<double> m(n, 0.0);
                 for (int t = 0; t < n; t++) {
                     if (c.mask) m[t] = c.mask == 2 ? ref::half_value(mask_half[size_t(token) * mask_row + t]) : mask[size_t(token) * mask_row + t];
-                    int position = n - int(c.n_q) + int(i / c.group);
+                    int position = n - n_q + int(i / c.group);
                     if (c.paged && (t > position || (p.window && t + p.window <= position))) m[t] = -INFINITY;
                 }
                 double sink = sinks[head];
@@ -199,22 +211,24 @@ void run(const Case& c, std::mt19937_64& rng) {
 
 const Case CASES[] = {
     //  name         kv grp st nq keys spl  k sets  v sets  mask sink  cap  host   paged warps
-    {"plain",        2, 4, 1, 1, 100, 2, {1, 0}, {1, 0}, 0, false, 0, false, false, 4},
-    {"long",         2, 3, 1, 1, 460, 1, {2, 1}, {2, 0}, 0, false, 0, false, false, 4},
-    {"sets",         2, 4, 2, 1, 150, 3, {2, 2}, {3, 0}, 1, true, 0, false, false, 4},
-    {"hostile",      1, 3, 2, 2, 130, 2, {3, 1}, {4, 0}, 1, false, 0, true, false, 4},
-    {"softcap",      4, 2, 1, 2, 70, 1, {1, 1}, {2, 0}, 2, true, 5, false, false, 4},
-    {"hidden",       1, 4, 1, 2, 40, 2, {1, 0}, {1, 0}, 3, false, 0, false, false, 2},
-    {"head groups",  6, 1, 1, 1, 33, 1, {2, 1}, {2, 0}, 1, false, 0, false, false, 2},
-    {"dense values", 2, 2, 1, 1, 90, 2, {1, 1}, {2, 2}, 1, true, 0, false, false, 2},
-    {"paged",        2, 4, 3, 2, 90, 3, {1, 1}, {2, 0}, 0, false, 0, true, true, 4},
+    {"plain",        2, 4, 1, 1, 100, 2, {1, 0}, {1, 0}, 0, false, 0, false, 0, 4},
+    {"long",         2, 3, 1, 1, 460, 1, {2, 1}, {2, 0}, 0, false, 0, false, 0, 4},
+    {"sets",         2, 4, 2, 1, 150, 3, {2, 2}, {3, 0}, 1, true, 0, false, 0, 4},
+    {"hostile",      1, 3, 2, 2, 130, 2, {3, 1}, {4, 0}, 1, false, 0, true, 0, 4},
+    {"softcap",      4, 2, 1, 2, 70, 1, {1, 1}, {2, 0}, 2, true, 5, false, 0, 4},
+    {"hidden",       1, 4, 1, 2, 40, 2, {1, 0}, {1, 0}, 3, false, 0, false, 0, 2},
+    {"head groups",  6, 1, 1, 1, 33, 1, {2, 1}, {2, 0}, 1, false, 0, false, 0, 2},
+    {"dense values", 2, 2, 1, 1, 90, 2, {1, 1}, {2, 2}, 1, true, 0, false, 0, 2},
+    {"paged",        2, 4, 3, 2, 90, 3, {1, 1}, {2, 0}, 0, false, 0, true, 1, 4},
+    {"uneven",       2, 4, 3, 3, 90, 2, {1, 1}, {2, 0}, 0, false, 0, true, 2, 4},
 };
 
 const Case PREFILL_CASES[] = {
-    {"chunk",         2, 4, 1, 20, 150, 1, {2, 1}, {3, 0}, 1, true, 0, false, false, 1},
-    {"chunk hostile", 1, 3, 2, 9, 130, 2, {3, 1}, {4, 0}, 1, false, 0, true, false, 1},
-    {"chunk softcap", 3, 2, 1, 11, 70, 1, {1, 1}, {2, 2}, 2, true, 5, false, false, 1},
-    {"chunk paged",   2, 4, 3, 13, 140, 2, {1, 1}, {2, 0}, 0, false, 0, true, true, 1},
+    {"chunk",         2, 4, 1, 20, 150, 1, {2, 1}, {3, 0}, 1, true, 0, false, 0, 1},
+    {"chunk hostile", 1, 3, 2, 9, 130, 2, {3, 1}, {4, 0}, 1, false, 0, true, 0, 1},
+    {"chunk softcap", 3, 2, 1, 11, 70, 1, {1, 1}, {2, 2}, 2, true, 5, false, 0, 1},
+    {"chunk paged",   2, 4, 3, 13, 140, 2, {1, 1}, {2, 0}, 0, false, 0, true, 1, 1},
+    {"chunk uneven",  2, 4, 3, 13, 140, 1, {1, 1}, {2, 0}, 0, true, 0, true, 2, 1},
 };
 
 template <int DK, int KP, int DV, int VP, int NT, int WARPS>

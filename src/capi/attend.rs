@@ -69,9 +69,9 @@ pub unsafe extern "C" fn dq_workspace_size(
 /// All of `out` is written. A slot that is hidden from every query is not looked at; a visible slot must hold a record
 /// of this codec. A query that sees no key yields zeros. NaN in q or in the mask reaches that query's output and no
 /// other; NaN in a row of the tail reaches the queries that see it.
-/// Errors: `DQ_ERROR_INVALID_ARGUMENT`, `DQ_ERROR_WORKSPACE`, and `DQ_ERROR_UNSUPPORTED` for `sequences` and `tail`
-/// outside the CPU; out and workspace are untouched then. Threads: may overlap everything but a call that writes these
-/// slots.
+/// Errors: `DQ_ERROR_INVALID_ARGUMENT`, `DQ_ERROR_WORKSPACE`, and on CUDA `DQ_ERROR_UNSUPPORTED` for a `tail` and for
+/// blocks of slots that are no power of two; out and workspace are untouched then. Threads: may overlap everything but a
+/// call that writes these slots.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dq_attend(
     codec: *const dq_codec,

@@ -131,6 +131,7 @@ pub unsafe extern "C" fn dq_codec_info(codec: *const dq_codec, layer: u32, out: 
         let mut info = handle.codec.info(layer as usize);
         if let Some(device) = &handle.device {
             info.rows_seen = info.rows_seen.max(device.rows_seen(layer as usize));
+            info.rows_to_fit = device.rows_to_fit(layer as usize);
         }
         let info = dq_layer_info {
             struct_size: 0,
@@ -140,6 +141,7 @@ pub unsafe extern "C" fn dq_codec_info(codec: *const dq_codec, layer: u32, out: 
             rows_seen: info.rows_seen,
             factor_bytes: info.factor_bytes as u64,
             moment_bytes: info.moment_bytes as u64,
+            rows_to_fit: info.rows_to_fit.unwrap_or(u64::MAX),
         };
         // SAFETY: as above.
         unsafe { convert::fill_struct("out", out, &info) }?;
@@ -152,14 +154,22 @@ pub unsafe extern "C" fn dq_codec_info(codec: *const dq_codec, layer: u32, out: 
 unsafe fn model(desc: *const dq_codec_desc) -> Result<CodecDesc> {
     // SAFETY: the caller's word.
     let desc = unsafe { convert::read_struct("desc", desc) }?;
-    if desc.flags != 0 {
-        return Err(Error::invalid(format!("desc->flags is {:#x}; it must be 0", desc.flags)));
+    if desc.flags & !DQ_CODEC_DEFER_FITS != 0 {
+        return Err(Error::invalid(format!(
+            "desc->flags is {:#x}; it must be 0 or DQ_CODEC_DEFER_FITS ({DQ_CODEC_DEFER_FITS})",
+            desc.flags
+        )));
     }
     // SAFETY: the caller's word.
     let given = unsafe { convert::layers(&desc, MAX_LAYERS as u32) }?;
     let shape = |(i, layer)| shape(layer).map_err(|e| Error::new(e.kind, format!("desc->layers[{i}].{e}")));
     let layers = given.iter().enumerate().map(shape).collect::<Result<_>>()?;
-    Ok(CodecDesc { layers, max_fits: desc.max_fits as usize, fingerprint: desc.fingerprint })
+    Ok(CodecDesc {
+        layers,
+        max_fits: desc.max_fits as usize,
+        fingerprint: desc.fingerprint,
+        defers_fits: desc.flags & DQ_CODEC_DEFER_FITS != 0,
+    })
 }
 
 fn shape(layer: &dq_layer_desc) -> Result<LayerShape> {

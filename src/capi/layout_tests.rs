@@ -24,13 +24,12 @@ fn layouts_are_those_of_c() {
         dq_codec_desc { n_layers layers max_fits flags fingerprint }
         dq_layout { alignment slot_bytes k_codes_offset v_codes_offset k_headers_offset v_headers_offset max_factor_bytes
             bits_per_value bits_per_value_with_factors }
-        dq_layer_info { k_sets v_sets frozen rows_seen factor_bytes moment_bytes }
+        dq_layer_info { k_sets v_sets frozen rows_seen factor_bytes moment_bytes rows_to_fit }
         dq_tensor { data dtype reserved token_stride head_stride }
         dq_store { data n_slots slot_stride }
         dq_tokens { n_tokens q k v positions slots store replaced_rows }
         dq_mask { data dtype reserved query_stride stream_stride }
-        dq_attend_args { n_streams n_q n_kv first_slot stream_slots store q out mask sink_logits scale softcap sequences tail
-            lengths block_table table_stride block_slots causal window reserved }
+        dq_attend_args { n_streams n_q n_kv first_slot stream_slots store q out mask sink_logits scale softcap sequences tail }
         dq_sequences { q_starts kv_lengths block_table table_stride block_slots n_tokens visible window }
         dq_tail { k v starts lengths n_rows reserved }
         dq_limits { max_tokens max_streams max_queries max_kv max_total_queries max_tail }

@@ -20,8 +20,8 @@ use crate::log;
 ///
 /// Returns `DQ_ROWS_REPLACED` when a row held NaN, infinity or values beyond f16. Such rows stay out of the statistics;
 /// all other rows are coded as if they were not there.
-/// On CUDA the number of such rows is added to `tokens->replaced_rows` instead, and the call cannot be captured while a
-/// fit is due.
+/// On CUDA the number of such rows is added to `tokens->replaced_rows` instead. Where a fit is due, the calling thread
+/// waits until it is made, and the call cannot be captured; with `DQ_CODEC_DEFER_FITS` neither.
 /// Errors: `DQ_ERROR_INVALID_ARGUMENT`, `DQ_ERROR_WORKSPACE`, `DQ_ERROR_OUT_OF_MEMORY`, `DQ_ERROR_CAPTURE`, `DQ_ERROR_CUDA`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dq_compress(
@@ -50,7 +50,9 @@ pub unsafe extern "C" fn dq_compress(
             return Ok(DQ_OK);
         };
         handle.codec.observe_shard(layer as usize, &given.tokens, 0, 1);
-        refit(handle, layer, 0, 1);
+        if !handle.codec.defers_fits {
+            refit(handle, layer, 0, 1);
+        }
         replaced(layer, encode(handle, layer, &given, 0, 1)?)
     })
 }
@@ -91,10 +93,17 @@ pub unsafe extern "C" fn dq_append(
     })
 }
 
-/// Between steps: fits the layers `[first_layer, first_layer + n_layers)` where a fit is due, so that a chat which only
-/// ever appends is fitted, too. Cheap when none is due. New sets serve the rows that are coded from then on; records
-/// stay as they are. `stream`: null on the CPU. On CUDA it sees the rows of work that has been done when it is called.
-/// Errors: `DQ_ERROR_CAPTURE` when a fit is due in a capture, `DQ_ERROR_CUDA`.
+/// Between steps, or on a thread of its own: fits the layers `[first_layer, first_layer + n_layers)` where a fit is due,
+/// so that a chat which only ever appends is fitted, too. Cheap when none is due. New sets serve the rows that are coded
+/// from then on; records stay as they are.
+///
+/// `stream`: null on the CPU. On CUDA the one that the layers' other calls go to. The fit sees the rows of the work that
+/// is on it, and comes into force in its order, between one call and the next: the stream copies, and does not wait for
+/// the fit; the calling thread does. A fit counts as due by the rows of work that has been done.
+///
+/// Errors: `DQ_ERROR_CAPTURE` when a fit is due in a capture, `DQ_ERROR_CUDA`. Threads: may overlap `dq_compress`,
+/// `dq_append` and the const calls on the same layers, but no other call; which rows the new sets serve first then
+/// depends on who was faster. On CUDA no stream may be under capture in global mode meanwhile.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dq_refit(
     codec: *mut dq_codec,

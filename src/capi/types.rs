@@ -69,6 +69,10 @@ pub const DQ_VISIBLE_CAUSAL: u32 = 1;
 /// Every query sees every key of its sequence.
 pub const DQ_VISIBLE_ALL: u32 = 2;
 
+/// `dq_compress` makes no fits. The caller makes them with `dq_refit`, between steps or on a thread of its own while the
+/// layers go on working, so that no prompt waits for one.
+pub const DQ_CODEC_DEFER_FITS: u32 = 1;
+
 /// The key half of a layer.
 pub const DQ_SIDE_K: u32 = 0;
 /// The value half of a layer.
@@ -120,8 +124,8 @@ pub struct dq_layer_desc {
     pub head_dim_v: u32,
     /// How keys are coded: a plan number, see `dq_plan_name`. 2, 3, 4 and 8 are the uniform widths in bits. Tiered plans
     /// give the strongest latent channels more bits and the weakest fewer: 104 has 6, 4 and 3 bits and 103 has 5, 3 and
-    /// 2 on a quarter, a quarter and a half of the channels, 102 has 4 and 2 on a quarter and the rest (to multiples of
-    /// 16 channels): made for keys under `DQ_GAUGE_ATTENTION`.
+    /// 2 on a quarter, a half and a quarter of the channels (4.25 and 3.25 bits), 102 has 4 and 2 on a quarter and the
+    /// rest (2.5; to multiples of 16 channels): made for keys under `DQ_GAUGE_ATTENTION`.
     pub k_plan: u32,
     /// How values are coded.
     pub v_plan: u32,
@@ -144,7 +148,7 @@ pub struct dq_codec_desc {
     /// Most fits that a head and side may hold, 1 to 7; 0 is 4. Fits come due at 16, 64, 512 and 4,096 rows, then at
     /// every eightfold; at the bound refitting stops and the statistics are dropped.
     pub max_fits: u32,
-    /// Must be 0.
+    /// 0, or `DQ_CODEC_DEFER_FITS`.
     pub flags: u32,
     /// Identity of the model whose rows are coded (weights, RoPE and adapter settings). Stored in factor files, which
     /// are refused when theirs differs. All zero is an identity like any other.
@@ -196,6 +200,10 @@ pub struct dq_layer_info {
     pub factor_bytes: u64,
     /// Bytes held now for running moments.
     pub moment_bytes: u64,
+    /// Rows until the next fit: a `dq_compress` of so many tokens or more makes it, and cannot be captured into a CUDA
+    /// graph. 0: a fit is due; `UINT64_MAX`: none will come. On CUDA, rows that stay out of the statistics count, too,
+    /// until the next fit, and rows of replayed graphs once the device has told of them.
+    pub rows_to_fit: u64,
 }
 
 /// Rows in the caller's memory: `[n_tokens][n_heads][head_dim]`, channels next to each other.
@@ -243,7 +251,8 @@ pub struct dq_tokens {
     /// Position of each token in its sequence, `[n_tokens]`. Rows at position 0 are attention sinks: they get a set of
     /// their own and stay out of the statistics. Null: no token is at position 0.
     pub positions: *const i32,
-    /// Slot of each token, `[n_tokens]`; -1 skips the token's row. Two tokens of a call must not name the same slot.
+    /// Slot of each token, `[n_tokens]`; -1 skips the token's record, not its part in the statistics. Two tokens of a call
+    /// must not name the same slot.
     pub slots: *const i64,
     /// Where the records go.
     pub store: dq_store,
@@ -271,15 +280,18 @@ pub struct dq_mask {
 /// A batch of sequences of uneven length, for paged engines: prompts, chunks of prompts and single tokens in one call.
 ///
 /// Every stream of the call is a sequence with queries, keys and who sees what of its own. A sequence's keys are its
-/// coded ones and behind them its tail; its last query is at the position of its last key. The arrays are where the
-/// records are (host memory on the CPU) and are only read.
+/// coded ones and behind them its tail; its last query is at the position of its last key.
+///
+/// Arrays lie where the records are and are only read: in host memory on the CPU, in device memory on CUDA, where the
+/// kernels read them, so that a graph may be replayed with other numbers in them. What goes by value holds for all
+/// replays. On the CPU arrays are checked before anything is done; on CUDA they must be right.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct dq_sequences {
     /// `[n_streams + 1]`, from 0, never falling: sequence `s` has the queries `[q_starts[s], q_starts[s + 1])` of q and
-    /// out, at most `n_q`. Null: this form is not used, and all fields here must be 0.
+    /// out, at most `n_q`. Null: `n_q` queries each.
     pub q_starts: *const i32,
-    /// `[n_streams]`: coded keys of each sequence, 0 to `n_kv`.
+    /// `[n_streams]`: coded keys of each sequence, 0 to `n_kv`. Null: this form is not used, and all fields here must be 0.
     pub kv_lengths: *const i32,
     /// `[n_streams][blocks]`: key `j` of sequence `s` is in slot `b * block_slots + j % block_slots`, where `b` is
     /// `block_table[s][j / block_slots]`. Sequences may share blocks. Blocks that no query sees are not looked at and may
@@ -288,9 +300,9 @@ pub struct dq_sequences {
     /// Bytes from one sequence's blocks to the next's: a multiple of 4 that holds the blocks of every sequence; 0: all
     /// sequences share one row.
     pub table_stride: u64,
-    /// Slots of a block, at least 1; any number. 0 without a table.
+    /// Slots of a block, at least 1; any number, on CUDA a power of two. 0 without a table.
     pub block_slots: u32,
-    /// Tokens in q and out: `q_starts[n_streams]` or more. Those beyond are not read, nor written.
+    /// With `q_starts`: tokens in q and out, `q_starts[n_streams]` or more. Those beyond are not read, nor written.
     pub n_tokens: u32,
     /// `DQ_VISIBLE_CAUSAL` (also 0) or `DQ_VISIBLE_ALL`.
     pub visible: u32,
@@ -319,8 +331,8 @@ pub struct dq_tail {
 
 /// Attention over coded slots: `out = softmax(softcap(scale * q k^T) + mask) v` for every query head.
 ///
-/// Keys are named in one of two ways: as stretches of slots with an additive mask, or, with `sequences`, as blocks of
-/// slots with lengths and a causal or sliding window.
+/// Keys are named in one of two ways, the same on every backend: as stretches of slots with an additive mask, or, with
+/// `sequences`, as blocks of slots with lengths and a causal or sliding window.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct dq_attend_args {
@@ -339,7 +351,7 @@ pub struct dq_attend_args {
     pub stream_slots: u64,
     /// The records. Slots that are hidden from every query are never read.
     pub store: dq_store,
-    /// Queries after RoPE, `[n_streams * n_q][n_q_heads][head_dim_k]`; with `sequences`: `[sequences.n_tokens]` of them.
+    /// Queries after RoPE, `[n_streams * n_q][n_q_heads][head_dim_k]`; with `q_starts`: `[sequences.n_tokens]` of them.
     pub q: dq_tensor,
     /// Result, `[tokens of q][n_q_heads][head_dim_v]`. A query that sees no key yields zeros.
     pub out: dq_tensor,
@@ -351,26 +363,10 @@ pub struct dq_attend_args {
     pub scale: f32,
     /// Scores become `softcap * tanh(score / softcap)` before the mask; 0: none.
     pub softcap: f32,
-    /// Uneven sequences over blocks of slots, on the CPU; all zero: none.
+    /// Uneven sequences over blocks of slots; all zero: none.
     pub sequences: dq_sequences,
-    /// Rows that are not coded, on the CPU; all zero: none.
+    /// Rows that are not coded, on the CPU only; all zero: none.
     pub tail: dq_tail,
-    /// On CUDA, here and below; null or 0 on the CPU. Keys of each stream, `[n_streams]`, at most `n_kv` each, read on the
-    /// device: a graph may be replayed with other lengths. Null: `n_kv`.
-    pub lengths: *const i32,
-    /// Where keys live when their slots do not follow each other, `[n_streams][table_stride]`: key `t` of stream `s` is in
-    /// slot `block_table[s * table_stride + t / block_slots] * block_slots + t % block_slots`. Null: `first_slot` says.
-    pub block_table: *const i32,
-    /// Entries from one stream's blocks to the next's.
-    pub table_stride: u64,
-    /// Slots of a block, a power of two.
-    pub block_slots: u32,
-    /// 1: the last query sits at the last key, and no query sees a key behind its own. Needs `lengths`.
-    pub causal: u32,
-    /// Each query sees so many keys that end with its own; 0: all. Needs `lengths`.
-    pub window: u32,
-    /// Must be 0.
-    pub reserved: u32,
 }
 
 /// Upper limits of the calls that one workspace is to serve.
@@ -388,7 +384,8 @@ pub struct dq_limits {
     /// Most keys per stream in an attend.
     pub max_kv: u32,
     /// Most queries of all streams of an attend together; 0 is `max_streams * max_queries`. A batch of one long prompt
-    /// and many single tokens needs far less than that.
+    /// and many single tokens needs far less than that. On CUDA a workspace is for `max_streams * max_queries`, whatever
+    /// this says.
     pub max_total_queries: u32,
     /// Most rows of a dense tail in an attend.
     pub max_tail: u32,

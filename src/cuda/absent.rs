@@ -46,6 +46,9 @@ impl DeviceCodec {
     pub fn rows_seen(&self, _layer: usize) -> u64 {
         match *self {}
     }
+    pub fn rows_to_fit(&self, _layer: usize) -> Option<u64> {
+        match *self {}
+    }
     pub fn pull(&self, _codec: &Codec, _layers: std::ops::Range<usize>) -> Result<()> {
         match *self {}
     }

@@ -1,26 +1,28 @@
 //! The calls on a device. Nothing here allocates or waits in append and attend, so that a graph can hold them; what
 //! varies from replay to replay (lengths, slots, factors) is read on the device.
 //!
-//! Statistics are summed on the device. Fits are made on the host: the layer's sums come down, the factors go up, and the
-//! stream is waited for, at the few calls of a model's life at which a fit is due.
+//! Statistics are summed on the device. Fits are made on the host, at the few calls of a model's life at which one is due:
+//! the layer's sums come down and the factors go up, both in the order of the stream, which does not stand still
+//! meanwhile. Only the calling thread waits; so `refit` may run on a thread of its own.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::driver::{Device, Memory, SharedWords};
+use super::driver::{Device, Kernel, Memory, SharedWords};
 use super::launch::{self, LayerKernels};
-use super::params::{self, DeviceRows};
-use super::tables::TableLayout;
+use super::params::{self, DeviceRows, OBSERVE_ROWS};
+use super::tables::{Made, TableLayout};
 use super::view::{Address, Attend, Dequantize, Rows, Stream, Tokens, Workspace};
 use super::Limits;
 use crate::codec::{Codec, Layer};
 use crate::error::{Error, ErrorKind, Result};
-use crate::shape::Side;
+use crate::factor::DueFit;
+use crate::shape::{LayerShape, Side};
 use crate::view::MaskType;
 
-/// Rows that share a block of the encode kernel, and of the dequantize kernel.
-const ENCODE_ROWS: usize = 32;
+/// Rows that share a block of the dequantize kernel.
 const DEQUANTIZE_ROWS: usize = 8;
+const OBSERVE_THREADS: usize = 256;
 
 /// A codec's memory on a device.
 #[derive(Debug)]
@@ -28,7 +30,9 @@ pub struct DeviceCodec {
     layers: Vec<DeviceLayer>,
     memory: Memory,
     rows_seen: SharedWords,
-    observe: super::driver::Kernel,
+    observe: Kernel,
+    products: Kernel,
+    publish: Kernel,
     device: Arc<Device>,
 }
 
@@ -39,6 +43,8 @@ struct DeviceLayer {
     /// Offset in the codec's memory; first word in `rows_seen`.
     at: usize,
     words: usize,
+    /// Whoever brings a layer's sums down or its sets up; taken before `state`.
+    fitting: Mutex<()>,
     state: Mutex<State>,
 }
 
@@ -80,16 +86,22 @@ impl DeviceCodec {
             };
             let tables = TableLayout::new(&layer.shape, codec.max_fits);
             let size = tables.bytes.next_multiple_of(256);
-            layers.push(DeviceLayer { kernels, tables, at: bytes, words, state: Mutex::new(State::of(layer, 0)) });
+            let state = Mutex::new(State::of(layer, 0));
+            layers.push(DeviceLayer { kernels, tables, at: bytes, words, fitting: Mutex::new(()), state });
             bytes += size;
             words += 2 * layer.shape.n_kv_heads;
         }
-        let observe = device.kernel("dq_observe")?;
+        let kernel = |name: &str| {
+            let found = device.kernel(name)?;
+            found.ok_or_else(|| Error::new(ErrorKind::Internal, format!("the kernels lack {name}")))
+        };
         let made = Self {
             layers,
             memory: Memory::new(device, bytes)?,
             rows_seen: SharedWords::new(device, words)?,
-            observe: observe.ok_or_else(|| Error::new(ErrorKind::Internal, "the kernels lack dq_observe"))?,
+            observe: kernel("dq_observe")?,
+            products: kernel("dq_products")?,
+            publish: kernel("dq_publish")?,
             device: device.clone(),
         };
         for (layer, on_device) in codec.layers.iter().zip(&made.layers) {
@@ -103,20 +115,23 @@ impl DeviceCodec {
         launch::workspace_size(&codec.layers[layer].shape, &self.layers[layer].kernels, limits)
     }
 
-    /// Statistics, a fit where one is due, records.
+    /// Statistics, a fit where one is due unless fits are deferred, records.
     pub fn compress(&self, codec: &Codec, layer: usize, tokens: &Tokens, stream: Stream) -> Result<()> {
         let _current = self.device.enter(stream)?;
-        let mut state = self.state(layer);
-        let due = state.next_fit.is_some_and(|at| self.rows_bound(layer, &state) + u64::from(tokens.n_tokens) >= at);
-        if due && self.device.is_capturing(stream)? {
-            return Err(Error::new(
-                ErrorKind::Capture,
-                format!("layer {layer}: a fit is due, which a graph cannot hold; compress outside of the capture first"),
-            ));
-        }
-        self.observe(codec, layer, &mut state, tokens, stream)?;
+        let due = {
+            let mut state = self.state(layer);
+            let due = !codec.defers_fits && self.is_due(layer, &state, u64::from(tokens.n_tokens));
+            if due && self.device.is_capturing(stream)? {
+                return Err(Error::new(
+                    ErrorKind::Capture,
+                    format!("layer {layer}: a fit is due, which a graph cannot hold; compress outside of the capture first"),
+                ));
+            }
+            self.observe(codec, layer, &mut state, tokens, stream)?;
+            due
+        };
         if due {
-            self.fit(codec, layer, &mut state, stream)?;
+            self.fit(codec, layer, stream)?;
         }
         self.encode(codec, layer, tokens, stream)
     }
@@ -135,14 +150,13 @@ impl DeviceCodec {
     pub fn refit(&self, codec: &Codec, layers: Range<usize>, stream: Stream) -> Result<()> {
         let _current = self.device.enter(stream)?;
         for layer in layers {
-            let mut state = self.state(layer);
-            if state.next_fit.is_none_or(|at| self.rows_bound(layer, &state) < at) {
+            if !self.is_due(layer, &self.state(layer), 0) {
                 continue;
             }
             if self.device.is_capturing(stream)? {
                 return Err(Error::new(ErrorKind::Capture, format!("layer {layer}: a fit is due, which a graph cannot hold")));
             }
-            self.fit(codec, layer, &mut state, stream)?;
+            self.fit(codec, layer, stream)?;
         }
         Ok(())
     }
@@ -157,7 +171,8 @@ impl DeviceCodec {
             out: (&a.out).into(),
             sink_logits: a.sink_logits,
             block_table: a.block_table,
-            lengths: a.lengths,
+            q_starts: a.q_starts,
+            lengths: a.kv_lengths,
             first_slot: a.first_slot,
             stream_slots: a.stream_slots,
             table_stride: a.table_stride,
@@ -189,8 +204,8 @@ impl DeviceCodec {
         // kernels were told.
         unsafe {
             device.launch(plan.fold.0, plan.fold.1, launch::FOLD_THREADS, 0, stream, &p)?;
-            device.launch(plan.attend.0, plan.attend.1, plan.attend_threads, plan.attend_shared, stream, &p)?;
-            device.launch(plan.merge.0, plan.merge.1, plan.merge_threads, 0, stream, &p)
+            device.launch_early(plan.attend.0, plan.attend.1, plan.attend_threads, plan.attend_shared, stream, &p)?;
+            device.launch_early(plan.merge.0, plan.merge.1, plan.merge_threads, 0, stream, &p)
         }
     }
 
@@ -220,13 +235,18 @@ impl DeviceCodec {
         (first..end).map_while(|i| self.rows_seen.try_get(i)).max().map_or(0, u64::from)
     }
 
+    /// Rows until the next fit comes due in any head, at least; `None` when none will.
+    pub fn rows_to_fit(&self, layer: usize) -> Option<u64> {
+        self.rows_left(layer, &self.state(layer))
+    }
+
     /// Brings what the device has made to the host, before it hands sets out or takes some in. Waits for the device.
     pub fn pull(&self, codec: &Codec, layers: Range<usize>) -> Result<()> {
         let _current = self.device.enter(NO_STREAM)?;
         self.device.wait_all()?;
         for layer in layers {
-            let _state = self.state(layer);
             let l = &self.layers[layer];
+            let _fitting = l.fitting();
             l.tables.pull(&self.device, &self.memory, l.at, &codec.layers[layer].factors, NO_STREAM)?;
         }
         Ok(())
@@ -235,8 +255,11 @@ impl DeviceCodec {
     /// Brings a layer's sets to the device. Waits for it.
     pub fn push(&self, codec: &Codec, layer: usize) -> Result<()> {
         let _current = self.device.enter(NO_STREAM)?;
+        let l = &self.layers[layer];
+        let _fitting = l.fitting();
+        l.tables.push(&self.device, &self.memory, l.at, &codec.layers[layer].factors, NO_STREAM)?;
         let mut state = self.state(layer);
-        self.push_layer(codec, layer, &mut state, NO_STREAM)?;
+        *state = State::of(&codec.layers[layer], state.most_rows);
         self.device.wait_all()
     }
 
@@ -257,39 +280,76 @@ impl DeviceCodec {
         self.layers[layer].tables.factors(self.base(layer), side)
     }
 
-    /// What the host counted, or what the device has told since: replays of graphs are told only by the device.
-    fn rows_bound(&self, layer: usize, state: &State) -> u64 {
-        state.most_rows.max(self.rows_seen(layer))
+    fn rows_left(&self, layer: usize, state: &State) -> Option<u64> {
+        // What the host counted, or what the device has told since: replays of graphs are told only by the device.
+        let seen = state.most_rows.max(self.rows_seen(layer));
+        state.next_fit.map(|at| at.saturating_sub(seen))
+    }
+
+    /// Whether a fit is due once `more` rows are there.
+    fn is_due(&self, layer: usize, state: &State, more: u64) -> bool {
+        self.rows_left(layer, state).is_some_and(|rows| more >= rows)
     }
 
     fn observe(&self, codec: &Codec, layer: usize, state: &mut State, tokens: &Tokens, stream: Stream) -> Result<()> {
         if state.next_fit.is_none() && !(state.takes_sinks && tokens.positions != 0) {
             return Ok(());
         }
+        let shape = &codec.layers[layer].shape;
+        // Queries are a group of rows to a token.
+        let per_token = if tokens.q.is_some() { shape.group() } else { 1 };
+        for first in (0..tokens.n_tokens as usize * per_token).step_by(OBSERVE_ROWS) {
+            let p = params::Observe {
+                k_rows: (&tokens.k).into(),
+                v_rows: (&tokens.v).into(),
+                q_rows: tokens.q.as_ref().map_or(DeviceRows::default(), DeviceRows::from),
+                positions: tokens.positions,
+                n: tokens.n_tokens,
+                first: first as u32,
+                ..self.statistics(codec, layer)
+            };
+            self.launch_observe(shape, &p, stream)?;
+        }
+        state.most_rows += u64::from(tokens.n_tokens);
+        Ok(())
+    }
+
+    /// The statistics of a layer, without rows.
+    fn statistics(&self, codec: &Codec, layer: usize) -> params::Observe {
         let (shape, l, base) = (&codec.layers[layer].shape, &self.layers[layer], self.base(layer));
         let (k, v) = (self.factors(layer, Side::K), self.factors(layer, Side::V));
-        let p = params::Observe {
+        let (entered, entered_stride) = l.tables.entered(base);
+        params::Observe {
             k: l.tables.units(base, 0),
             v: l.tables.units(base, 1),
             q: l.tables.units(base, 2),
-            k_rows: (&tokens.k).into(),
-            v_rows: (&tokens.v).into(),
-            q_rows: tokens.q.as_ref().map_or(DeviceRows::default(), DeviceRows::from),
             k_heads: k.heads,
             v_heads: v.heads,
             k_means: k.means,
             v_means: v.means,
-            positions: tokens.positions,
             rows_seen: self.rows_seen.data + 4 * l.words as u64,
-            n: tokens.n_tokens,
+            entered,
+            entered_stride,
             n_kv_heads: shape.n_kv_heads as u32,
             group: shape.group() as u32,
-            reserved: 0,
-        };
+            ..params::Observe::default()
+        }
+    }
+
+    fn launch_observe(&self, shape: &LayerShape, p: &params::Observe, stream: Stream) -> Result<()> {
+        let device = &self.device;
+        let tiles = shape.k.head_dim.max(shape.v.head_dim).div_ceil(32);
+        let (heads, tiles) = (shape.n_kv_heads, tiles * (tiles + 1) / 2);
         // SAFETY: as in attend.
-        unsafe { self.device.launch(self.observe, (shape.n_kv_heads, 3, 1), 256, 0, stream, &p) }?;
-        state.most_rows += u64::from(tokens.n_tokens);
-        Ok(())
+        unsafe {
+            if p.flush == 0 {
+                device.launch(self.observe, (heads, 3, 1), OBSERVE_THREADS, 0, stream, p)?;
+            } else {
+                device.launch(self.observe, (heads, 2, 1), OBSERVE_THREADS, 0, stream, p)?;
+                device.launch(self.observe, (heads, 1, 1), OBSERVE_THREADS, 0, stream, &params::Observe { flush: 2, ..*p })?;
+            }
+            device.launch(self.products, (tiles, heads, 3), OBSERVE_THREADS, 0, stream, p)
+        }
     }
 
     fn encode(&self, codec: &Codec, layer: usize, tokens: &Tokens, stream: Stream) -> Result<()> {
@@ -305,29 +365,42 @@ impl DeviceCodec {
             n: tokens.n_tokens,
             n_kv_heads: shape.n_kv_heads as u32,
         };
-        let grid = ((tokens.n_tokens as usize).div_ceil(ENCODE_ROWS), shape.n_kv_heads, 2);
+        let grid = ((tokens.n_tokens as usize).div_ceil(l.kernels.encode_rows), shape.n_kv_heads, 2);
         // SAFETY: as in attend.
         unsafe { self.device.launch(l.kernels.encode, grid, 256, l.kernels.encode_shared, stream, &p) }
     }
 
-    /// Sums down, a fit where one is due, factors up.
-    fn fit(&self, codec: &Codec, layer: usize, state: &mut State, stream: Stream) -> Result<()> {
-        self.device.wait(stream)?;
-        state.most_rows = self.rows_seen(layer);
-        if state.next_fit.is_none_or(|at| state.most_rows < at) {
-            return Ok(());
+    /// Sums down, fits where they are due, factors up.
+    fn fit(&self, codec: &Codec, layer: usize, stream: Stream) -> Result<()> {
+        let (l, Layer { shape, factors }) = (&self.layers[layer], &codec.layers[layer]);
+        let _fitting = l.fitting();
+        let p = params::Observe { flush: 1, ..self.statistics(codec, layer) };
+        self.launch_observe(shape, &p, stream)?;
+        l.tables.pull(&self.device, &self.memory, l.at, factors, stream)?;
+        let due: Vec<_> = factors.units().map(|(_, _, unit)| unit.take_due()).collect();
+        let rows = self.rows_seen(layer);
+        if due.iter().any(Option::is_some) {
+            crate::log::information(|| format!("layer {layer}: a fit is due after {rows} rows"));
+            let made = |due: DueFit| {
+                let (set, encode) = due.fit();
+                Made { due, set, encode }
+            };
+            let made: Vec<_> = due.into_iter().map(|due| due.map(made)).collect();
+            let ids = l.tables.publish(&self.device, self.publish, &self.memory, l.at, factors, &made, stream)?;
+            for (((_, _, unit), made), id) in factors.units().zip(made).zip(ids) {
+                if let Some(Made { due, set, encode }) = made {
+                    unit.publish((id != 0).then_some(id), set, encode, due.last);
+                }
+            }
         }
-        let l = &self.layers[layer];
-        l.tables.pull(&self.device, &self.memory, l.at, &codec.layers[layer].factors, stream)?;
-        crate::log::information(|| format!("layer {layer}: a fit is due after {} rows", state.most_rows));
-        codec.refit_shard(layer, 0, 1);
-        self.push_layer(codec, layer, state, stream)
-    }
-
-    fn push_layer(&self, codec: &Codec, layer: usize, state: &mut State, stream: Stream) -> Result<()> {
-        let l = &self.layers[layer];
-        l.tables.push(&self.device, &self.memory, l.at, &codec.layers[layer].factors, stream)?;
-        *state = State::of(&codec.layers[layer], state.most_rows);
+        let mut state = self.state(layer);
+        *state = State::of(&codec.layers[layer], rows);
         Ok(())
+    }
+}
+
+impl DeviceLayer {
+    fn fitting(&self) -> MutexGuard<'_, ()> {
+        self.fitting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -80,6 +80,7 @@ pub struct Attend {
     pub mask_stream_stride: u64,
     pub sink_logits: Address,
     pub block_table: Address,
+    pub q_starts: Address,
     pub lengths: Address,
     pub first_slot: u64,
     pub stream_slots: u64,
@@ -142,6 +143,7 @@ pub struct Moments {
     pub energy: f64,
     pub slack: f64,
     pub spread: f64,
+    pub due: u64,
     pub n_staged: u32,
     pub has_reference: u32,
     pub learns: u32,
@@ -172,15 +174,60 @@ pub struct Observe {
     pub v_means: Address,
     pub positions: Address,
     pub rows_seen: Address,
+    pub entered: Address,
+    pub entered_stride: u64,
     pub n: u32,
     pub n_kv_heads: u32,
     pub group: u32,
+    pub flush: u32,
+    pub first: u32,
+    pub reserved: u32,
+}
+
+/// Rows of a unit that one launch of the statistics takes at most.
+pub const OBSERVE_ROWS: usize = 2048;
+/// What its kernels pass each other for a unit, without the rows that waited.
+pub const ENTERED_BYTES: usize = 16 + (OBSERVE_ROWS / 16 + 1) * 32;
+
+/// As [`Fit::id`]: there is no place for the fit's matrix.
+pub const NO_PLACE: u8 = 255;
+
+/// A fit on its way into force.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Fit {
+    pub wanted: u8,
+    pub id: u8,
+    pub transform: u8,
+    pub encode_dense: u8,
+    pub last: u8,
+    pub reserved: [u8; 3],
+    pub kappa: [f32; MAX_TIERS],
+    pub spread: f64,
+    pub due: u64,
+}
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Publish {
+    pub k: Units,
+    pub v: Units,
+    pub q: Units,
+    pub k_heads: Address,
+    pub v_heads: Address,
+    pub k_means: Address,
+    pub v_means: Address,
+    pub fits: Address,
+    pub means: Address,
+    pub ids: Address,
+    pub n_kv_heads: u32,
     pub reserved: u32,
 }
 
 const _: () = {
     assert!(size_of::<HeadSets>() == 40 && size_of::<Factors>() == 48);
     assert!(size_of::<DeviceRows>() == 32 && size_of::<DeviceStore>() == 24);
-    assert!(size_of::<Attend>() == 360 && size_of::<Dequantize>() == 200 && size_of::<Encode>() == 208);
-    assert!(size_of::<Moments>() == 48 && size_of::<Observe>() == 232);
+    assert!(size_of::<Attend>() == 368 && size_of::<Dequantize>() == 200 && size_of::<Encode>() == 208);
+    assert!(size_of::<Fit>() == 40 && size_of::<Publish>() == 136);
+    assert!(size_of::<Moments>() == 56 && size_of::<Observe>() == 256);
 };

@@ -7,21 +7,31 @@
 //! One stretch of memory per layer, K then V of each part:
 //!
 //! ```text
-//! means f16 [head][16][d] | decode f16 [head][max_dense][d][d] | encode f32 [head][d][d] | rotation bits
+//! means f16 [head][16][d] | decode f16 [head][max_dense][d][d] | encode f32 [head][d][d] with its feedback | rotation bits
 //! head sets [head] | moments of K, V and queries [head]
 //! ```
 
 use half::f16;
 
 use super::driver::{Device, Memory};
-use super::params::{self, HeadSets, MAX_SETS, MAX_TRANSFORMS};
+use super::driver::Kernel;
+use super::params::{self, ENTERED_BYTES, HeadSets, MAX_SETS, MAX_TRANSFORMS};
 use super::view::{Address, Stream};
 use crate::error::Result;
-use crate::factor::{HeadFactors, LayerFactors, RawMoments, Transform, hadamard};
+use crate::factor::{DueFit, FactorSet, HeadFactors, LayerFactors, RawMoments, Transform, hadamard};
 use crate::shape::{Gauge, LayerShape, Side, SideShape};
 
 /// Rows that wait in a unit, as `crate::factor::moments::BLOCK`.
 const STAGED: usize = 16;
+/// Channels of a mean on its way to the device.
+const MEAN: usize = 256;
+
+/// A fit that was made and is to come into force.
+pub struct Made {
+    pub due: DueFit,
+    pub set: FactorSet,
+    pub encode: Option<Box<[f32]>>,
+}
 
 /// Offsets of one side's parts.
 #[derive(Debug, Clone)]
@@ -31,8 +41,17 @@ struct SideLayout {
     means: usize,
     decode: usize,
     encode: usize,
+    /// Floats of a head's matrix and feedback.
+    encode_len: usize,
     rotation: usize,
     heads: usize,
+}
+
+impl SideLayout {
+    /// Of a head's encode matrix.
+    fn encode_at(&self, head: usize) -> usize {
+        self.encode + head * self.encode_len * 4
+    }
 }
 
 /// Offset and stride of a kind of units; `None`: nothing of this kind is ever learned.
@@ -53,6 +72,13 @@ pub struct TableLayout {
     units: [Option<UnitsLayout>; 3],
     /// From here on: head sets and moments, what the device itself changes (means excepted).
     mutable: usize,
+    /// Where that ends: behind it lies what only the device uses, and fits on their way into force.
+    end: usize,
+    entered: usize,
+    entered_stride: usize,
+    fits: usize,
+    fit_means: usize,
+    fit_ids: usize,
     pub bytes: usize,
 }
 
@@ -67,6 +93,7 @@ impl TableLayout {
         };
         let mut side = |s: &SideShape| {
             let d = s.head_dim;
+            let encode_len = d * d + s.plan.feedback_len();
             // Fits of one's own, and some that come with imported rows.
             let max_dense = if s.gauge == Gauge::Attention { (max_fits + 3).min(MAX_TRANSFORMS - 1) } else { 0 };
             SideLayout {
@@ -74,7 +101,8 @@ impl TableLayout {
                 max_dense,
                 means: take(n_kv * MAX_SETS * d * 2),
                 decode: take(n_kv * max_dense * d * d * 2),
-                encode: take(if max_dense > 0 { n_kv * d * d * 4 } else { 0 }),
+                encode: take(if max_dense > 0 { n_kv * encode_len * 4 } else { 0 }),
+                encode_len,
                 rotation: take(d * d.div_ceil(32) * 4),
                 heads: 0,
             }
@@ -94,7 +122,15 @@ impl TableLayout {
             Some(UnitsLayout { at: take(n_kv * stride), stride, d, with_second })
         };
         let units = [units(&shape.k, false), units(&shape.v, false), units(&shape.k, true)];
-        Self { n_kv, sides, units, mutable, bytes: at }
+        let end = take(0);
+        let d = shape.k.head_dim.max(shape.v.head_dim);
+        let entered_stride = ENTERED_BYTES + 4 * STAGED * d;
+        let entered = take(3 * n_kv * entered_stride);
+        let fits = take(2 * n_kv * size_of::<params::Fit>());
+        let fit_means = take(2 * n_kv * 2 * MEAN);
+        let fit_ids = take(2 * n_kv * 4);
+        let bytes = take(0);
+        Self { n_kv, sides, units, mutable, end, entered, entered_stride, fits, fit_means, fit_ids, bytes }
     }
 
     fn side(&self, side: Side) -> &SideLayout {
@@ -124,6 +160,11 @@ impl TableLayout {
         })
     }
 
+    /// What the statistics kernels pass each other: address and stride.
+    pub fn entered(&self, base: Address) -> (Address, u64) {
+        (base + self.entered as u64, self.entered_stride as u64)
+    }
+
     /// Dense sets that the side's tables hold beyond those that are there.
     pub fn dense_left(&self, factors: &LayerFactors) -> usize {
         let left = |side: Side| {
@@ -136,7 +177,7 @@ impl TableLayout {
 
     /// All of it, from what the host knows.
     fn image(&self, factors: &LayerFactors) -> Vec<u8> {
-        let mut bytes = vec![0u8; self.bytes];
+        let mut bytes = vec![0u8; self.end];
         for (side, head, unit) in factors.units() {
             self.write_sets(&mut bytes, side, head, unit);
             self.write_moments(&mut bytes, side as usize, head, unit, false);
@@ -155,23 +196,13 @@ impl TableLayout {
         let d = s.d;
         let encode = unit.sets.encode();
         let mut table = HeadSets { newest: encode.set, ..HeadSets::default() };
-        // A set keeps its place among the matrices, since attention may read them meanwhile: fits take ids and places
-        // from below, imports ids and places from above.
-        let imports_from = (0..MAX_SETS as u8).rev().take_while(|id| unit.sets.get(*id).is_some()).last().unwrap_or(16);
-        let dense_from = |id: u8| unit.sets.iter().filter(|(i, s)| *i >= id && is_dense(&s.transform)).count();
-        let mut from_below = 0usize;
+        let (places, _) = places(unit, s.max_dense);
         for (id, set) in unit.sets.iter() {
             let index = usize::from(id);
             table.present |= 1 << id;
             put_halves(&mut bytes[s.means + (head * MAX_SETS + index) * d * 2..], &set.mean);
             if let Transform::Dense { decode } = &*set.transform {
-                let place = if id >= imports_from && imports_from > 0 {
-                    s.max_dense.checked_sub(dense_from(id))
-                } else {
-                    from_below += 1;
-                    Some(from_below - 1)
-                };
-                if let Some(place) = place.filter(|p| *p < s.max_dense) {
+                if let Some(place) = places[index] {
                     put_halves(&mut bytes[s.decode + (head * s.max_dense + place) * d * d * 2..], decode);
                     table.transform[index] = 1 + place as u8;
                 }
@@ -183,7 +214,7 @@ impl TableLayout {
         unit.sets.sinks().for_each(|id| table.sinks |= 1 << id);
         if let Some(matrix) = encode.matrix.as_deref().filter(|_| s.max_dense > 0) {
             table.encode_dense = 1;
-            put_floats(&mut bytes[s.encode + head * d * d * 4..], matrix);
+            put_floats(&mut bytes[s.encode_at(head)..], matrix);
         }
         put_struct(&mut bytes[s.heads + head * size_of::<HeadSets>()..], &table);
     }
@@ -193,6 +224,7 @@ impl TableLayout {
         let at = &mut bytes[u.at + head * u.stride..][..u.stride];
         let mut head = params::Moments {
             takes_sinks: u32::from(!queries && unit.takes_sinks()),
+            due: unit.next_fit_at().unwrap_or(u64::MAX),
             spread: unit.frozen_spread(),
             ..params::Moments::default()
         };
@@ -272,9 +304,86 @@ impl TableLayout {
         device.wait(stream)
     }
 
+    /// Puts fits into force, one per unit of the layer or none: matrices to their places, which nobody reads yet, but for
+    /// the encode matrices, which the order of the stream keeps from those who do; then the sets that name them. Gives the
+    /// ids that the device has chosen, 0 where none was free.
+    pub fn publish(
+        &self,
+        device: &Device,
+        kernel: Kernel,
+        memory: &Memory,
+        at: usize,
+        factors: &LayerFactors,
+        made: &[Option<Made>],
+        stream: Stream,
+    ) -> Result<Vec<u8>> {
+        let base = memory.data + at as u64;
+        let mut fits = vec![0u8; self.fit_means - self.fits];
+        let mut means = vec![0u8; self.fit_ids - self.fit_means];
+        // Copies are on their way until the wait below.
+        let mut copies: Vec<(usize, Vec<u8>)> = Vec::new();
+        for (index, ((side, head, unit), made)) in factors.units().zip(made).enumerate() {
+            let Some(Made { due, set, encode }) = made else { continue };
+            let (s, d) = (self.side(side), set.mean.len());
+            let mut fit = params::Fit {
+                wanted: 1,
+                id: unit.sets.find(set.hash).unwrap_or(0),
+                last: u8::from(due.last),
+                kappa: set.kappa,
+                spread: due.spread,
+                due: due.next_at,
+                ..params::Fit::default()
+            };
+            if let Transform::Dense { decode } = &*set.transform {
+                let (taken, place) = places(unit, s.max_dense);
+                if taken.contains(&Some(place)) || place >= s.max_dense {
+                    // Imports have taken it.
+                    fit.id = params::NO_PLACE;
+                } else {
+                    fit.transform = 1 + place as u8;
+                    copies.push((s.decode + (head * s.max_dense + place) * d * d * 2, halves(decode)));
+                }
+            }
+            if let Some(matrix) = encode.as_ref().filter(|_| fit.id != params::NO_PLACE) {
+                fit.encode_dense = 1;
+                copies.push((s.encode_at(head), matrix.iter().flat_map(|x| x.to_le_bytes()).collect()));
+            }
+            put_struct(&mut fits[index * size_of::<params::Fit>()..], &fit);
+            put_halves(&mut means[index * 2 * MEAN..], &set.mean);
+        }
+        copies.push((self.fits, fits));
+        copies.push((self.fit_means, means));
+        for (at, bytes) in &copies {
+            // SAFETY: the layer's stretch of the codec's memory.
+            unsafe { device.upload(base + *at as u64, bytes, stream) }?;
+        }
+        let (k, v) = (self.factors(base, Side::K), self.factors(base, Side::V));
+        let p = params::Publish {
+            k: self.units(base, 0),
+            v: self.units(base, 1),
+            q: self.units(base, 2),
+            k_heads: k.heads,
+            v_heads: v.heads,
+            k_means: k.means,
+            v_means: v.means,
+            fits: base + self.fits as u64,
+            means: base + self.fit_means as u64,
+            ids: base + self.fit_ids as u64,
+            n_kv_heads: self.n_kv as u32,
+            reserved: 0,
+        };
+        let mut ids = vec![0u8; 4 * made.len()];
+        // SAFETY: as above; the kernel stays within the layer's tables.
+        unsafe {
+            device.launch(kernel, (self.n_kv, 2, 1), 256, 0, stream, &p)?;
+            device.download(p.ids, &mut ids, stream)?;
+        }
+        Ok(ids.as_chunks::<4>().0.iter().map(|id| id[0]).collect())
+    }
+
     /// What the device has made to the host.
     pub fn pull(&self, device: &Device, memory: &Memory, at: usize, factors: &LayerFactors, stream: Stream) -> Result<()> {
-        let mut bytes = vec![0u8; self.bytes];
+        let mut bytes = vec![0u8; self.end];
         let base = memory.data + at as u64;
         // Matrices are the host's own.
         for s in &self.sides {
@@ -287,6 +396,24 @@ impl TableLayout {
         self.read(&bytes, factors);
         Ok(())
     }
+}
+
+/// The place of each set's matrix among a head's, and that of the next fit. A set keeps its place, since attention may read
+/// meanwhile: fits take ids and places from below, imports from above.
+fn places(unit: &HeadFactors, max_dense: usize) -> ([Option<usize>; MAX_SETS], usize) {
+    let imports_from = (1..MAX_SETS as u8).rev().take_while(|id| unit.sets.get(*id).is_some()).last().unwrap_or(16);
+    let dense_from = |id: u8| unit.sets.iter().filter(|(i, s)| *i >= id && is_dense(&s.transform)).count();
+    let (mut places, mut next) = ([None; MAX_SETS], 0);
+    for (id, _) in unit.sets.iter().filter(|(_, s)| is_dense(&s.transform)) {
+        let place = if id >= imports_from {
+            max_dense.checked_sub(dense_from(id))
+        } else {
+            next += 1;
+            Some(next - 1)
+        };
+        places[usize::from(id)] = place.filter(|p| *p < max_dense);
+    }
+    (places, next)
 }
 
 fn is_dense(transform: &Transform) -> bool {
@@ -308,6 +435,10 @@ fn put_halves(bytes: &mut [u8], values: &[f16]) {
     for (b, x) in bytes.as_chunks_mut::<2>().0.iter_mut().zip(values) {
         *b = x.to_le_bytes();
     }
+}
+
+fn halves(values: &[f16]) -> Vec<u8> {
+    values.iter().flat_map(|x| x.to_le_bytes()).collect()
 }
 
 fn put_floats(bytes: &mut [u8], values: &[f32]) {

@@ -55,8 +55,10 @@ pub struct Attend {
     pub out: Rows,
     pub mask: Option<Mask>,
     pub sink_logits: Address,
-    pub lengths: Address,
+    pub q_starts: Address,
+    pub kv_lengths: Address,
     pub block_table: Address,
+    /// In entries.
     pub table_stride: u64,
     pub block_shift: u32,
     pub window: i32,

@@ -45,6 +45,8 @@ pub struct HeadInfo {
     pub factor_bytes: usize,
     /// Bytes held for running moments.
     pub moment_bytes: usize,
+    /// Rows until the next fit; `None` when none will come.
+    pub rows_to_fit: Option<u64>,
 }
 
 /// Statistics and the plan of fits.
@@ -93,6 +95,16 @@ impl HeadFactors {
 
     /// Nothing below leaves the statistics half done, so that a poisoned lock is as good as any.
     pub(super) fn stats(&self) -> MutexGuard<'_, Stats> {
+        // A lock that must be waited for is taken inside std, where ThreadSanitizer does not look; this way it sees it.
+        #[cfg(dq_tsan)]
+        loop {
+            match self.stats.try_lock() {
+                Ok(guard) => return guard,
+                Err(std::sync::TryLockError::Poisoned(e)) => return e.into_inner(),
+                Err(std::sync::TryLockError::WouldBlock) => std::thread::yield_now(),
+            }
+        }
+        #[cfg(not(dq_tsan))]
         self.stats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -188,18 +200,28 @@ impl HeadFactors {
         stats.running.as_ref().is_some_and(|r| r.rows.rows_pushed() >= fit_due_at(r.due))
     }
 
-    /// Fits and publishes if a fit has come due. Several that came due at once make one.
+    /// Fits and publishes if a fit has come due.
     pub fn refit(&self) {
+        let Some(due) = self.take_due() else { return };
+        let (set, matrix) = due.fit();
+        let full = self.sets.push_fit(set, matrix).is_none();
+        if full || due.last {
+            self.freeze();
+        }
+    }
+
+    /// What a fit that has come due is made from; the statistics go on meanwhile. Several that came due at once make one.
+    pub fn take_due(&self) -> Option<DueFit> {
         let mut stats = self.stats();
-        let stats = &mut *stats;
-        let Some(running) = &mut stats.running else { return };
+        let Stats { gauge, tiers, running, .. } = &mut *stats;
+        let running = running.as_mut()?;
         if running.rows.rows_pushed() < fit_due_at(running.due) {
-            return;
+            return None;
         }
         running.rows.flush();
         let rows = running.rows.rows();
         if rows < fit_due_at(running.due) {
-            return; // outliers were among the rows that waited
+            return None; // outliers were among the rows that waited
         }
         while running.due < running.max_fits && rows >= fit_due_at(running.due) {
             running.due += 1;
@@ -207,11 +229,23 @@ impl HeadFactors {
         if let Some(queries) = &mut running.queries {
             queries.flush();
         }
-        let (set, matrix) = fitted_set(running, stats.gauge, &stats.tiers);
-        let full = self.sets.push_fit(set, matrix).is_none();
-        if full || running.due >= running.max_fits {
-            self.freeze_stats(stats);
+        let last = running.due >= running.max_fits;
+        Some(DueFit::new(running, *gauge, tiers, last))
+    }
+
+    /// Puts a fit into force under the id that a device gave it; `None`: it had none left, and refitting stops.
+    pub fn publish(&self, id: Option<u8>, set: FactorSet, matrix: Option<Box<[f32]>>, last: bool) {
+        if let Some(id) = id {
+            self.sets.restore(id, set, false);
+            self.sets.set_newest(id, matrix);
         }
+        if last || id.is_none() {
+            self.freeze();
+        }
+    }
+
+    fn freeze(&self) {
+        self.freeze_stats(&mut self.stats());
     }
 
     /// Puts an imported fit and its sinks (a bit per id) into force where nothing has been fitted yet: a state restored
@@ -261,6 +295,7 @@ impl HeadFactors {
             rows_seen: stats.running.as_ref().map_or(stats.rows_seen, |r| r.rows.rows_pushed()),
             factor_bytes: self.sets.bytes(),
             moment_bytes: stats.running.as_ref().map_or(0, moment_bytes),
+            rows_to_fit: stats.running.as_ref().map(|r| fit_due_at(r.due).saturating_sub(r.rows.rows_pushed())),
         }
     }
 
@@ -272,27 +307,58 @@ impl HeadFactors {
         let (fit, encode) = match shape.gauge {
             Gauge::Rotation => return fixed,
             Gauge::Centred => (2 * d, 0),
-            Gauge::Attention => (2 * d + 2 * d * d, 4 * d * d),
+            Gauge::Attention => (2 * d + 2 * d * d, 4 * (d * d + shape.plan.feedback_len())),
         };
         fixed + MAX_SINKS * 2 * d + max_fits * fit + encode
     }
 }
 
-/// A set from the moments, and its encode matrix. Falls back to the rotation about the mean.
-fn fitted_set(running: &Running, gauge: Gauge, tiers: &[Tier]) -> (FactorSet, Option<Box<[f32]>>) {
-    let mean = round_mean(running.rows.mean());
-    // So few rows say little beyond their mean, and eigenproblems would hold up the first tokens.
-    let few = running.rows.rows() < fit_due_at(1);
-    if gauge != Gauge::Attention || few {
-        return (FactorSet::rotation(mean), None);
+/// A fit to be made, apart from the statistics that it is made from.
+#[derive(Debug)]
+pub struct DueFit {
+    tiers: Vec<Tier>,
+    rows: u64,
+    mean: Box<[f16]>,
+    /// Second moments of the rows about the mean, and of the queries; `None`: no matrices are learned.
+    second: Option<(Vec<f64>, Option<Vec<f64>>)>,
+    /// No further fit will come.
+    pub last: bool,
+    /// Rows at which the next one comes due.
+    pub next_at: u64,
+    /// Mean of `|x - mean|^2`.
+    pub spread: f64,
+}
+
+impl DueFit {
+    fn new(running: &Running, gauge: Gauge, tiers: &[Tier], last: bool) -> Self {
+        let mean = round_mean(running.rows.mean());
+        let second = (gauge == Gauge::Attention).then(|| {
+            let exact: Vec<f64> = mean.iter().map(|x| x.to_f64()).collect();
+            let about_zero = vec![0.0; exact.len()];
+            (running.rows.second_about(&exact), running.queries.as_ref().map(|q| q.second_about(&about_zero)))
+        });
+        Self {
+            tiers: tiers.to_vec(),
+            rows: running.rows.rows(),
+            mean,
+            second,
+            last,
+            next_at: fit_due_at(running.due),
+            spread: running.rows.spread(),
+        }
     }
-    let exact: Vec<f64> = mean.iter().map(|x| x.to_f64()).collect();
-    let covariance = running.rows.second_about(&exact);
-    let query = running.queries.as_ref().map(|q| q.second_about(&vec![0.0; exact.len()]));
-    let rows = running.rows.rows();
-    match fit(&FitInput { rows, mean: &mean, covariance: &covariance, query: query.as_deref(), tiers }) {
-        Some(f) => (FactorSet::dense(mean, f.decode, f.kappa), Some(f.encode)),
-        None => (FactorSet::rotation(mean), None),
+
+    /// A set and its encode matrix. Falls back to the rotation about the mean.
+    pub fn fit(&self) -> (FactorSet, Option<Box<[f32]>>) {
+        let mean = self.mean.clone();
+        let Some((covariance, query)) = &self.second else {
+            return (FactorSet::rotation(mean), None);
+        };
+        let input = FitInput { rows: self.rows, mean: &mean, covariance, query: query.as_deref(), tiers: &self.tiers };
+        match fit(&input) {
+            Some(f) => (FactorSet::dense(mean, f.decode, f.kappa), Some(f.encode)),
+            None => (FactorSet::rotation(mean), None),
+        }
     }
 }
 

@@ -19,7 +19,7 @@ pub mod head;
 pub mod moments;
 pub mod sets;
 
-pub use head::{HeadFactors, HeadInfo, MAX_SINKS};
+pub use head::{DueFit, HeadFactors, HeadInfo, MAX_SINKS};
 pub use moments::{Moments, RawMoments};
 pub use sets::{Encode, FactorSet, HeadSets, ROTATION_KAPPA, ROTATION_SET, TierWeights, Transform};
 

@@ -1,8 +1,8 @@
 // Tests of the coded KV cache inside llama.cpp. They compare tokens, logits and bytes, not exit codes.
 //
-//   test-kv -m SMALL.gguf -g SWA.gguf -f TEXT [-t THREADS] [CASE...]     all cases, or those named
+//   test-kv -m SMALL.gguf -g SWA.gguf -f TEXT [-t THREADS] [-ngl LAYERS] [CASE...]     all cases, or those named
 //   test-kv archs DIR                                                    every small model in DIR: the coded cache against f16
-//   test-kv resume MODEL TYPE STATE FACTORS TOKEN POS OUT                (what the state case runs as a new process)
+//   test-kv resume MODEL TYPE STATE FACTORS TOKEN POS OUT LAYERS         (what the state case runs as a new process)
 //
 // Each case prints "ok NAME" or "FAILED NAME: why"; the last line is "N passed, M failed".
 
@@ -71,11 +71,20 @@ struct context_deleter { void operator()(llama_context * c) const { llama_free(c
 using model_ptr   = std::unique_ptr<llama_model,   model_deleter>;
 using context_ptr = std::unique_ptr<llama_context, context_deleter>;
 
-static int g_threads = 2;
+static int g_threads    = 2;
+static int g_gpu_layers = 0;
+
+// without the types that libdecoquant codes on the CPU only, if a device holds the cache
+static std::vector<ggml_type> served(std::vector<ggml_type> types) {
+    if (g_gpu_layers > 0) {
+        types.erase(std::remove(types.begin(), types.end(), GGML_TYPE_DQ8), types.end());
+    }
+    return types;
+}
 
 static model_ptr load(const std::string & path) {
     llama_model_params params = llama_model_default_params();
-    params.n_gpu_layers = 0;
+    params.n_gpu_layers = g_gpu_layers;
     model_ptr res(llama_model_load_from_file(path.c_str(), params));
     REQUIRE(res, "%s does not load", path.c_str());
     return res;
@@ -279,8 +288,11 @@ static setup frozen(const world & w) {
 }
 
 // the same rows in other cells, or in a batch of another size, are summed in another order. The model codes its activations
-// in 8 bits, so that this alone moves the output by a KLD of a few thousandths
-static const double k_order = 0.02;
+// in 8 bits, so that this alone moves the output by a KLD of a few thousandths; on a GPU, whose sums are shorter and in
+// half precision in places, by 0.017 (f16 with flash attention against f32 without)
+static double k_order() {
+    return g_gpu_layers > 0 ? 0.05 : 0.02;
+}
 
 //
 // cases
@@ -290,19 +302,19 @@ static std::string test_greedy(world & w) {
     const tokens prompt = w.slice(0, 200);
 
     std::map<ggml_type, tokens> res;
-    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_DQ8, GGML_TYPE_DQ4 }) {
+    for (ggml_type type : served({ GGML_TYPE_F16, GGML_TYPE_DQ8, GGML_TYPE_DQ4 })) {
         setup s;
         s.type = type;
         context_ptr ctx = make(w.small, s);
         res[type] = generate(ctx.get(), feed(ctx.get(), prompt, 0)[0], prompt.size(), 48);
     }
-    REQUIRE(res[GGML_TYPE_DQ8] == res[GGML_TYPE_F16], "48 greedy tokens differ between dq8 and f16");
+    REQUIRE(!res.count(GGML_TYPE_DQ8) || res[GGML_TYPE_DQ8] == res[GGML_TYPE_F16], "48 greedy tokens differ between dq8 and f16");
 
     size_t n = 0;
     while (n < 48 && res[GGML_TYPE_DQ4][n] == res[GGML_TYPE_F16][n]) {
         n++;
     }
-    return print("dq8 as f16 for 48 tokens, dq4 for %zu", n);
+    return print("%sdq4 as f16 for %zu tokens", res.count(GGML_TYPE_DQ8) ? "dq8 as f16 for 48 tokens, " : "", n);
 }
 
 static std::string test_threads(world & w) {
@@ -407,7 +419,7 @@ static std::string test_sequences(world & w) {
         const double b = mean_kld(f16[i], batch[i]);
         const double c = mean_kld(f16[i], separate[i]);
         const double d = std::max(mean_kld(alone[i], batch[i]), mean_kld(alone[i], separate[i]));
-        REQUIRE(std::max({ b, c, d }) < 2*a + k_order, "text %zu: KLD to f16: alone %.4f, in a batch %.4f, in a separate cache %.4f; among them %.4f", i, a, b, c, d);
+        REQUIRE(std::max({ b, c, d }) < 2*a + k_order(), "text %zu: KLD to f16: alone %.4f, in a batch %.4f, in a separate cache %.4f; among them %.4f", i, a, b, c, d);
         res += print("%s alone %.4f, in a batch %.4f, in a separate cache %.4f (among them up to %.4f)", i ? ";" : ":", a, b, c, d);
     }
     return res;
@@ -418,17 +430,20 @@ static std::string test_learned_sequences(world & w) {
     setup s;
     s.type = GGML_TYPE_F16;
     const auto f16 = together(w, s, passages);
-    s.type = GGML_TYPE_DQ8;
+    const bool dq8 = g_gpu_layers == 0;
+    s.type = dq8 ? GGML_TYPE_DQ8 : GGML_TYPE_DQ4;
     const auto unified = together(w, s, passages);
     s.unified = false;
     const auto separate = together(w, s, passages);
 
     const double k_unified  = worst_kld(f16, unified);
     const double k_separate = worst_kld(f16, separate);
-    REQUIRE(k_unified < k_order && k_separate < k_order, "KLD to f16: unified %.4f, separate %.4f", k_unified, k_separate);
-    REQUIRE(agreement(f16, unified) >= 90 && agreement(f16, separate) >= 90, "%d%% and %d%% of the tokens", agreement(f16, unified), agreement(f16, separate));
-    return print("dq8, learning from 4 texts at once, KLD to f16: unified %.4f (%d%% of tokens the same), separate %.4f (%d%%)",
-            k_unified, agreement(f16, unified), k_separate, agreement(f16, separate));
+    const double limit = dq8 ? k_order() : 0.1;
+    const int    least = dq8 ? 90 : 80;
+    REQUIRE(k_unified < limit && k_separate < limit, "KLD to f16: unified %.4f, separate %.4f", k_unified, k_separate);
+    REQUIRE(agreement(f16, unified) >= least && agreement(f16, separate) >= least, "%d%% and %d%% of the tokens", agreement(f16, unified), agreement(f16, separate));
+    return print("%s, learning from 4 texts at once, KLD to f16: unified %.4f (%d%% of tokens the same), separate %.4f (%d%%)",
+            ggml_type_name(s.type), k_unified, agreement(f16, unified), k_separate, agreement(f16, separate));
 }
 
 static std::string test_swa(world & w) {
@@ -437,7 +452,7 @@ static std::string test_swa(world & w) {
     const tokens next  (w.text_swa.begin() + 1500, w.text_swa.begin() + 1564);
 
     std::map<ggml_type, std::vector<logits>> res;
-    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_DQ8, GGML_TYPE_DQ4 }) {
+    for (ggml_type type : served({ GGML_TYPE_F16, GGML_TYPE_DQ8, GGML_TYPE_DQ4 })) {
         setup s;
         s.type     = type;
         s.n_ubatch = 128;
@@ -447,9 +462,9 @@ static std::string test_swa(world & w) {
             res[type].push_back(feed(ctx.get(), { next[i] }, 1500 + i)[0]);
         }
     }
-    const double k8 = mean_kld(res[GGML_TYPE_F16], res[GGML_TYPE_DQ8]);
+    const double k8 = res.count(GGML_TYPE_DQ8) ? mean_kld(res[GGML_TYPE_F16], res[GGML_TYPE_DQ8]) : 0.0;
     const double k4 = mean_kld(res[GGML_TYPE_F16], res[GGML_TYPE_DQ4]);
-    REQUIRE(k8 < k_order && k4 < 0.05, "mean KLD at 1,500 to 1,564 tokens: dq8 %.5f, dq4 %.5f", k8, k4);
+    REQUIRE(k8 < k_order() && k4 < (g_gpu_layers > 0 ? 0.08 : 0.05), "mean KLD at 1,500 to 1,564 tokens: dq8 %.5f, dq4 %.5f", k8, k4);
     return print("window of 512, 1,564 tokens: mean KLD dq8 %.5f, dq4 %.5f", k8, k4);
 }
 
@@ -479,7 +494,7 @@ static std::string test_holes(world & w) {
     REQUIRE(llama_memory_seq_rm(mem2, 0, 40, 60), "seq_rm");
     feed(ctx2.get(), w.slice(800, 50), 0, 1);
     const logits hole2 = feed(ctx2.get(), w.slice(130, 20), 130)[0];
-    REQUIRE(argmax(hole) == argmax(hole2) && kld(hole, hole2) < k_order, "KLD %.6f between a hole and one that is filled by another sequence", kld(hole, hole2));
+    REQUIRE(argmax(hole) == argmax(hole2) && kld(hole, hole2) < k_order(), "KLD %.6f between a hole and one that is filled by another sequence", kld(hole, hole2));
 
     // and against f16, which has the hole as well
     s.factors = "";
@@ -538,6 +553,7 @@ static int run(const std::vector<std::string> & args) {
 
 static int resume(const std::vector<std::string> & a) {
     world w;
+    g_gpu_layers = atoi(a[7].c_str());
     model_ptr model = load(a[0]);
     setup s;
     s.type    = (ggml_type) atoi(a[1].c_str());
@@ -578,7 +594,7 @@ static std::string test_state(world & w) {
         REQUIRE(llama_state_seq_set_data(ctx.get(), state.data(), state.size(), 2) == state.size(), "%s", g_log.c_str());
         const auto slot = go_on(ctx.get(), 2);
         const auto cont = go_on(ctx.get(), 0);
-        REQUIRE(mean_kld(cont, slot) < k_order, "%s, another slot: mean KLD %.2e", what.c_str(), mean_kld(cont, slot));
+        REQUIRE(mean_kld(cont, slot) < k_order(), "%s, another slot: mean KLD %.2e", what.c_str(), mean_kld(cont, slot));
 
         // a fresh context
         setup s1 = s;
@@ -589,7 +605,7 @@ static std::string test_state(world & w) {
             REQUIRE(state_of(fresh.get(), 0) == state, "the state saved again differs");
         }
         const auto there = go_on(fresh.get(), 0);
-        REQUIRE(mean_kld(cont, there) < k_order, "%s, a fresh context: mean KLD %.2e", what.c_str(), mean_kld(cont, there));
+        REQUIRE(mean_kld(cont, there) < k_order(), "%s, a fresh context: mean KLD %.2e", what.c_str(), mean_kld(cont, there));
 
         // a context that has other sets already
         context_ptr other = make(w.small, s1);
@@ -598,12 +614,12 @@ static std::string test_state(world & w) {
         REQUIRE(llama_state_seq_set_data(other.get(), state.data(), state.size(), 0) == state.size(), "%s", g_log.c_str());
         const auto mixed = go_on(other.get(), 0);
         // new rows coded with other fits: each coding is some 0.015 from f16, in a direction of its own
-        REQUIRE(mean_kld(cont, mixed) < (learned ? 2*k_order : k_order), "%s, a context with sets of its own: mean KLD %.2e", what.c_str(), mean_kld(cont, mixed));
+        REQUIRE(mean_kld(cont, mixed) < (learned ? 2*k_order() : k_order()), "%s, a context with sets of its own: mean KLD %.2e", what.c_str(), mean_kld(cont, mixed));
 
         // a new process: the same bits as the fresh context here
         write_file(w.dir + "/state.bin", state.data(), state.size());
         REQUIRE(run({ w.self, "resume", w.path_small, std::to_string(s.type), w.dir + "/state.bin", learned ? "-" : w.factors,
-                    std::to_string(next[0]), "300", w.dir + "/logits.bin" }) == 0, "resume");
+                    std::to_string(next[0]), "300", w.dir + "/logits.bin", std::to_string(g_gpu_layers) }) == 0, "resume");
         const auto bytes = read_file(w.dir + "/logits.bin");
         REQUIRE(bytes.size() == there[0].size()*sizeof(float) && memcmp(bytes.data(), there[0].data(), bytes.size()) == 0,
                 "%s, a new process: other logits than in a fresh context", what.c_str());
@@ -615,7 +631,7 @@ static std::string test_state(world & w) {
         REQUIRE(llama_state_set_data(whole.get(), full.data(), full.size()) == full.size(), "%s", g_log.c_str());
         const logits n0 = feed(fresh.get(), w.slice(316, 1), 316)[0];
         const logits n1 = feed(whole.get(), w.slice(316, 1), 316)[0];
-        REQUIRE(kld(n0, n1) < k_order, "%s, the whole context: KLD %.2e", what.c_str(), kld(n0, n1));
+        REQUIRE(kld(n0, n1) < k_order(), "%s, the whole context: KLD %.2e", what.c_str(), kld(n0, n1));
 
         // a damaged state changes nothing but the sequence that it was to fill
         std::vector<uint8_t> bad(state.begin(), state.begin() + state.size()/2);
@@ -631,7 +647,7 @@ static std::string test_state_mismatch(world & w) {
     feed(a.get(), w.slice(0, 50), 0);
     const auto state = state_of(a.get(), 0);
 
-    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_DQ8, GGML_TYPE_DQ3 }) {
+    for (ggml_type type : served({ GGML_TYPE_F16, GGML_TYPE_DQ8, GGML_TYPE_DQ3 })) {
         setup s;
         s.type = type;
         context_ptr b = make(w.small, s);
@@ -639,7 +655,7 @@ static std::string test_state_mismatch(world & w) {
         REQUIRE(llama_state_seq_set_data(b.get(), state.data(), state.size(), 0) == 0, "a %s cache takes a state of dq4", ggml_type_name(type));
         REQUIRE(logged("mismatched key type"), "%s", g_log.c_str());
     }
-    return "a state of dq4 is refused by f16, dq8 and dq3";
+    return "a state of dq4 is refused by caches of other types";
 }
 
 static std::string test_loaded(world & w) {
@@ -761,6 +777,11 @@ static std::string test_refusals(world & w) {
         refused(params_of(setup()), "DECOQUANT_GAUGE is 'nonsense'");
         unsetenv("DECOQUANT_GAUGE");
     }
+    if (g_gpu_layers > 0) {
+        setup s;
+        s.type = GGML_TYPE_DQ8;
+        refused(params_of(s), "use -nkvo to keep it in host memory");
+    }
 
     // auto is on, K and V may be of different dq types, context shift is off
     auto p = params_of(setup());
@@ -817,14 +838,23 @@ static std::string test_nan(world & w) {
 
         on = true;
         g_log.clear();
-        bool failed = false;
-        try {
-            feed(ctx.get(), w.slice(60, 20), 60);
-        } catch (const std::exception &) {
-            failed = true;
+        const auto fails = [&](size_t from, size_t n) {
+            try {
+                feed(ctx.get(), w.slice(from, n), from);
+            } catch (const std::exception &) {
+                return true;
+            }
+            return false;
+        };
+        bool failed = fails(60, 20);
+        if (!failed && g_gpu_layers > 0) {
+            // what a device finds is told with the next batch
+            on = false;
+            failed = fails(80, 1);
         }
         REQUIRE(failed, "llama_decode does not notice %f in K", value);
-        REQUIRE(logged("layer 7: "), "%s", g_log.c_str());
+        REQUIRE(logged(g_gpu_layers > 0 ? "holds NaN, infinity" : "layer 7: "), "%s", g_log.c_str());
+        REQUIRE(llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, 60, -1), "seq_rm");
 
         // the failure is over with the batch: the same tokens without it, as in a context that never saw it
         on = false;
@@ -931,7 +961,7 @@ static std::string test_chat(world & w) {
         g_log.clear();
     }
     const double k = mean_kld(res[GGML_TYPE_F16], res[GGML_TYPE_DQ4]);
-    REQUIRE(k < 0.03, "mean KLD %.4f", k);
+    REQUIRE(k < (g_gpu_layers > 0 ? 0.06 : 0.03), "mean KLD %.4f", k);
     REQUIRE(logged("sets of K"), "%s", g_log.c_str());
     const size_t at = g_log.find("layers: ");
     return print("30 + 370 x 1 tokens: mean KLD %.4f; %s", k, g_log.substr(at + 8, g_log.find(" rows", at) - at - 8).c_str());
@@ -1048,7 +1078,7 @@ int main(int argc, char ** argv) {
         if (args.size() == 2 && args[0] == "archs") {
             return archs(args[1]);
         }
-        if (args.size() == 8 && args[0] == "resume") {
+        if (args.size() == 9 && args[0] == "resume") {
             return resume({ args.begin() + 1, args.end() });
         }
     } catch (const std::exception & e) {
@@ -1085,6 +1115,7 @@ int main(int argc, char ** argv) {
         if      (args[i] == "-m" && more) { w.path_small = args[++i]; }
         else if (args[i] == "-g" && more) { w.path_swa   = args[++i]; }
         else if (args[i] == "-t" && more) { g_threads    = atoi(args[++i].c_str()); }
+        else if (args[i] == "-ngl" && more) { g_gpu_layers = atoi(args[++i].c_str()); }
         else if (args[i] == "-f" && more) { const auto f = read_file(args[++i]); text.assign(f.begin(), f.end()); }
         else                              { names.push_back(args[i]); }
     }

@@ -1,6 +1,6 @@
 //! `dq_attend_args`.
 
-use super::batch::{check_forms, sequences, tail};
+use super::batch::{form, sequences, tail};
 use super::memory::{Region, check_apart, elements};
 use super::rows::{Dims, input_rows, mask, name, output_rows};
 use super::slots::store;
@@ -38,13 +38,10 @@ pub unsafe fn attend_args<'a>(
 ) -> Result<Option<Attend<'a>>> {
     // SAFETY: the caller's word.
     let given = unsafe { read_struct("args", pointer) }?;
-    let n_streams = given.n_streams.max(1) as usize;
     let (n_q, n_kv) = (given.n_q as usize, given.n_kv as usize);
     let scale = check_numbers(&given, shape)?;
-    check_cpu(&given)?;
-    check_forms(&given)?;
-    let uneven = !given.sequences.q_starts.is_null();
-    let n_tokens = if uneven { given.sequences.n_tokens as usize } else { n_streams * n_q };
+    let form = form(&given)?;
+    let (n_streams, n_tokens) = (form.n_streams, form.n_tokens);
     if n_q == 0 || n_tokens == 0 {
         return Ok(None);
     }
@@ -52,9 +49,6 @@ pub unsafe fn attend_args<'a>(
     let out_dims = Dims { n_tokens, n_heads: shape.n_q_heads, head_dim: shape.v.head_dim };
     // SAFETY: the caller's word, for each of these.
     let (store, store_region) = unsafe { store("args->store", &given.store, shape) }?;
-    if given.sequences.block_table.is_null() {
-        check_slots(&given, n_streams)?;
-    }
     // SAFETY: as above.
     let (q, q_region) = unsafe { input_rows(name!("args->q"), &given.q, q_dims) }?;
     // SAFETY: as above.
@@ -64,7 +58,7 @@ pub unsafe fn attend_args<'a>(
     // SAFETY: as above.
     let sinks = unsafe { sink_logits(&given, shape) }?;
     // SAFETY: as above.
-    let (sequences, [starts, lengths, table]) = unsafe { sequences(&given, n_streams, store.n_slots()) }?;
+    let (sequences, [starts, lengths, table]) = unsafe { sequences(&given, &form, store.n_slots()) }?;
     // SAFETY: as above.
     let (tail, [tail_k, tail_v, tail_starts, tail_lengths]) = unsafe { tail(&given, n_streams, shape) }?;
     let (mask_region, sinks_region) = (mask.map_or(NONE, |m| m.1), sinks.map_or(NONE, |s| s.1));
@@ -104,21 +98,6 @@ pub unsafe fn attend_args<'a>(
     Ok(Some(attend))
 }
 
-/// What only a device reads.
-fn check_cpu(given: &dq_attend_args) -> Result<()> {
-    let Some(field) = [
-        (!given.lengths.is_null(), "lengths"),
-        (!given.block_table.is_null(), "block_table"),
-        (given.causal != 0, "causal"),
-        (given.window != 0, "window"),
-    ]
-    .into_iter()
-    .find_map(|(set, field)| set.then_some(field)) else {
-        return Ok(());
-    };
-    Err(Error::unsupported(format!("args->{field} is set; it is for CUDA only, on the CPU args->sequences or a mask says which keys a query sees")))
-}
-
 pub(super) fn check_numbers(given: &dq_attend_args, shape: &LayerShape) -> Result<f32> {
     if !given.scale.is_finite() {
         return Err(Error::invalid(format!("args->scale is {}; it must be finite", given.scale)));
@@ -127,25 +106,6 @@ pub(super) fn check_numbers(given: &dq_attend_args, shape: &LayerShape) -> Resul
         return Err(Error::invalid(format!("args->softcap is {}; it must be finite and not negative", given.softcap)));
     }
     Ok(if given.scale == 0.0 { 1.0 / (shape.k.head_dim as f32).sqrt() } else { given.scale })
-}
-
-/// The last stream's last key lies in the store.
-pub(super) fn check_slots(given: &dq_attend_args, n_streams: usize) -> Result<()> {
-    let end = (n_streams as u64 - 1)
-        .checked_mul(given.stream_slots)
-        .and_then(|s| s.checked_add(given.first_slot))
-        .and_then(|s| s.checked_add(u64::from(given.n_kv)));
-    if end.is_some_and(|end| end <= given.store.n_slots) {
-        return Ok(());
-    }
-    Err(Error::invalid(format!(
-        "args->first_slot is {}, stream_slots {}, n_streams {n_streams} and n_kv {}: slots end at {}; args->store.n_slots is {}",
-        given.first_slot,
-        given.stream_slots,
-        given.n_kv,
-        end.map_or("more than 2^64".into(), |e| e.to_string()),
-        given.store.n_slots
-    )))
 }
 
 /// # Safety

@@ -12,22 +12,51 @@ fn fail<T>(message: String) -> Result<T> {
     Err(Error::invalid(message))
 }
 
+/// What `dq_attend_args` says by value about queries and keys.
+pub struct Form {
+    pub n_streams: usize,
+    /// Tokens in q and out.
+    pub n_tokens: usize,
+    /// Who sees what in sequences; `None`: a mask may say.
+    pub visible: Option<Visible>,
+}
+
+/// Every rule that needs no look behind a pointer, for all backends.
+pub fn form(given: &dq_attend_args) -> Result<Form> {
+    let (s, n_streams) = (&given.sequences, given.n_streams.max(1) as usize);
+    check_forms(given)?;
+    if s.block_table.is_null() {
+        check_slots(given, n_streams)?;
+    } else {
+        if s.table_stride % 4 != 0 {
+            return fail(format!("args->sequences.table_stride is {}; it must be a multiple of 4", s.table_stride));
+        }
+        if s.block_slots == 0 {
+            return fail("args->sequences.block_slots is 0; it must be at least 1".into());
+        }
+    }
+    let n_tokens = if s.q_starts.is_null() { n_streams * given.n_q as usize } else { s.n_tokens as usize };
+    let visible = if s.kv_lengths.is_null() { None } else { Some(visible(s)?) };
+    Ok(Form { n_streams, n_tokens, visible })
+}
+
 /// Fields that only one of the two ways to name keys has are zero in the other.
-pub fn check_forms(given: &dq_attend_args) -> Result<()> {
+fn check_forms(given: &dq_attend_args) -> Result<()> {
     let (s, tail) = (&given.sequences, &given.tail);
-    let uneven = !s.q_starts.is_null();
     let must = |name: &str, fine: bool, rule: &str| match fine {
         true => Ok(()),
         false => fail(format!("args->{name} is given; {rule}")),
     };
-    const ALONE: &str = "it must be 0 without sequences.q_starts";
-    must("sequences.kv_lengths", uneven || s.kv_lengths.is_null(), ALONE)?;
-    must("sequences.block_table", uneven || s.block_table.is_null(), ALONE)?;
-    must("sequences.n_tokens", uneven || s.n_tokens == 0, ALONE)?;
-    must("sequences.visible", uneven || s.visible == 0, ALONE)?;
-    must("sequences.window", uneven || s.window == 0, ALONE)?;
-    must("tail.starts", uneven || tail.starts.is_null(), ALONE)?;
-    must("tail.lengths", uneven || tail.lengths.is_null(), ALONE)?;
+    const ALONE: &str = "it must be 0 without sequences.kv_lengths";
+    let batch = !s.kv_lengths.is_null();
+    must("sequences.q_starts", batch || s.q_starts.is_null(), ALONE)?;
+    must("sequences.block_table", batch || s.block_table.is_null(), ALONE)?;
+    must("sequences.visible", batch || s.visible == 0, ALONE)?;
+    must("sequences.window", batch || s.window == 0, ALONE)?;
+    must("tail.starts", batch || tail.starts.is_null(), ALONE)?;
+    must("tail.lengths", batch || tail.lengths.is_null(), ALONE)?;
+    let uneven = !s.q_starts.is_null();
+    must("sequences.n_tokens", uneven || s.n_tokens == 0, "it must be 0 without sequences.q_starts")?;
     const NO_TABLE: &str = "it must be 0 without sequences.block_table";
     let paged = !s.block_table.is_null();
     must("sequences.table_stride", paged || s.table_stride == 0, NO_TABLE)?;
@@ -35,7 +64,7 @@ pub fn check_forms(given: &dq_attend_args) -> Result<()> {
     const TABLE: &str = "it must be 0 with sequences.block_table";
     must("first_slot", !paged || given.first_slot == 0, TABLE)?;
     must("stream_slots", !paged || given.stream_slots == 0, TABLE)?;
-    must("mask", !uneven || given.mask.data.is_null(), "it must be null with sequences.q_starts")?;
+    must("mask", !batch || given.mask.data.is_null(), "it must be null with sequences.kv_lengths")?;
     const NO_ROWS: &str = "it must be 0 while tail.n_rows is 0";
     let rows = tail.n_rows > 0;
     must("tail.k.data", rows || tail.k.data.is_null(), NO_ROWS)?;
@@ -46,6 +75,25 @@ pub fn check_forms(given: &dq_attend_args) -> Result<()> {
         return fail(format!("args->tail.reserved is {}; it must be 0", tail.reserved));
     }
     Ok(())
+}
+
+/// The last stream's last key lies in the store.
+fn check_slots(given: &dq_attend_args, n_streams: usize) -> Result<()> {
+    let end = (n_streams as u64 - 1)
+        .checked_mul(given.stream_slots)
+        .and_then(|s| s.checked_add(given.first_slot))
+        .and_then(|s| s.checked_add(u64::from(given.n_kv)));
+    if end.is_some_and(|end| end <= given.store.n_slots) {
+        return Ok(());
+    }
+    fail(format!(
+        "args->first_slot is {}, stream_slots {}, n_streams {n_streams} and n_kv {}: slots end at {}; args->store.n_slots is {}",
+        given.first_slot,
+        given.stream_slots,
+        given.n_kv,
+        end.map_or("more than 2^64".into(), |e| e.to_string()),
+        given.store.n_slots
+    ))
 }
 
 fn visible(s: &dq_sequences) -> Result<Visible> {
@@ -80,16 +128,19 @@ unsafe fn numbers<'a>(name: &'static str, pointer: *const i32, count: usize) -> 
 /// The pointers, when they are not null, are valid for reads of what counts and strides span during `'a`.
 pub unsafe fn sequences<'a>(
     given: &dq_attend_args,
-    n: usize,
+    form: &Form,
     n_slots: usize,
 ) -> Result<(Option<Sequences<'a>>, [Region; 3])> {
-    let s = &given.sequences;
-    if s.q_starts.is_null() {
+    let (s, n) = (&given.sequences, form.n_streams);
+    let Some(visible) = form.visible else {
         return Ok((None, [NONE; 3]));
+    };
+    let (mut q_starts, mut starts_region) = (None, NONE);
+    if !s.q_starts.is_null() {
+        // SAFETY: the caller's word, for each of these.
+        let (numbers, region) = unsafe { numbers("args->sequences.q_starts", s.q_starts, n + 1) }?;
+        (q_starts, starts_region) = (Some(numbers), region);
     }
-    let visible = visible(s)?;
-    // SAFETY: the caller's word, for each of these.
-    let (q_starts, starts_region) = unsafe { numbers("args->sequences.q_starts", s.q_starts, n + 1) }?;
     // SAFETY: as above.
     let (kv_lengths, lengths_region) = unsafe { numbers("args->sequences.kv_lengths", s.kv_lengths, n) }?;
     let tail_lengths = match given.tail.lengths.is_null() {
@@ -99,12 +150,6 @@ pub unsafe fn sequences<'a>(
     };
     let (mut table, mut table_region) = (None, NONE);
     if !s.block_table.is_null() {
-        if s.table_stride % 4 != 0 {
-            return fail(format!("args->sequences.table_stride is {}; it must be a multiple of 4", s.table_stride));
-        }
-        if s.block_slots == 0 {
-            return fail("args->sequences.block_slots is 0; it must be at least 1".into());
-        }
         let (stride, block_slots) = ((s.table_stride / 4) as usize, s.block_slots as usize);
         // To the end of the last block that a sequence names. Lengths and strides that make no sense are refused below.
         let row_end = |(i, &length): (usize, &i32)| {

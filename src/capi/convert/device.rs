@@ -2,7 +2,8 @@
 
 use std::ffi::c_void;
 
-use super::attend::{check_numbers, check_slots};
+use super::attend::check_numbers;
+use super::batch::{Form, form};
 use super::memory::{Region, check_apart};
 use super::rows::{Dims, Name, check, check_mask, check_rows_apart, name};
 use super::slots::check_store;
@@ -84,36 +85,30 @@ pub unsafe fn device_attend(
 ) -> Result<Option<(Attend, Workspace)>> {
     // SAFETY: the caller's word.
     let given = unsafe { read_struct("args", pointer) }?;
-    let n_streams = given.n_streams.max(1) as usize;
-    let (n_q, n_kv) = (given.n_q as usize, given.n_kv as usize);
     let scale = check_numbers(&given, shape)?;
-    if !given.sequences.q_starts.is_null() || given.tail.n_rows > 0 {
-        return Err(Error::unsupported("args->sequences and args->tail are served on the CPU only"));
-    }
-    check_lengths(&given)?;
-    if n_q == 0 {
+    let form = form(&given)?;
+    let block_shift = check_served(&given, &form)?;
+    let Form { n_streams, n_tokens, visible } = form;
+    let (n_q, n_kv) = (given.n_q as usize, given.n_kv as usize);
+    if n_q == 0 || n_tokens == 0 {
         return Ok(None);
     }
     let (store, store_region) = store("args->store", &given.store, shape)?;
-    let block_shift = if given.block_table.is_null() {
-        check_slots(&given, n_streams)?;
-        0
-    } else {
-        check_blocks(&given)?
-    };
-    let dims = |head_dim| Dims { n_tokens: n_streams * n_q, n_heads: shape.n_q_heads, head_dim };
+    let dims = |head_dim| Dims { n_tokens, n_heads: shape.n_q_heads, head_dim };
     let (q, q_region) = rows(name!("args->q"), &given.q, dims(shape.k.head_dim))?;
     let (out, out_region) = rows(name!("args->out"), &given.out, dims(shape.v.head_dim))?;
     check_rows_apart(name!("args->out"), &out.shape)?;
     let mask = check_mask(&given.mask, n_streams, n_q, n_kv)?;
-    let table = (given.table_stride as usize).saturating_mul(n_streams - 1).saturating_add(n_kv >> block_shift);
+    let (s, table_stride) = (&given.sequences, given.sequences.table_stride / 4);
+    let table = (table_stride as usize).saturating_mul(n_streams - 1).saturating_add(n_kv.div_ceil(1 << block_shift));
     let reads = [
         store_region,
         q_region,
         mask.as_ref().map_or(NONE, |m| m.region),
         optional("args->sink_logits", given.sink_logits, shape.n_q_heads)?,
-        optional("args->lengths", given.lengths, n_streams)?,
-        optional("args->block_table", given.block_table, table)?,
+        optional("args->sequences.q_starts", s.q_starts, n_streams + 1)?,
+        optional("args->sequences.kv_lengths", s.kv_lengths, n_streams)?,
+        optional("args->sequences.block_table", s.block_table, table)?,
     ];
     let scratch = Region { name: "workspace", start: workspace.addr(), len: workspace_bytes as usize };
     check_apart(&[out_region, scratch], &reads)?;
@@ -133,46 +128,43 @@ pub unsafe fn device_attend(
             stream_stride: m.stream_stride as u64,
         }),
         sink_logits: address(given.sink_logits),
-        lengths: address(given.lengths),
-        block_table: address(given.block_table),
-        table_stride: given.table_stride,
+        q_starts: address(s.q_starts),
+        kv_lengths: address(s.kv_lengths),
+        block_table: address(s.block_table),
+        table_stride,
         block_shift,
-        window: given.window as i32,
-        causal: given.causal != 0,
+        // No sequence is longer than the largest window.
+        window: visible.and_then(|v| v.window).map_or(0, |w| w.min(i32::MAX as usize) as i32),
+        causal: visible.is_some_and(|v| v.causal),
         scale,
         softcap: given.softcap,
     };
     Ok(Some((attend, Workspace { data: address(workspace), bytes: workspace_bytes })))
 }
 
-fn check_lengths(given: &dq_attend_args) -> Result<()> {
-    if given.reserved != 0 || given.causal > 1 {
-        return Err(Error::invalid(format!(
-            "args->reserved is {} and causal {}; they must be 0, and 0 or 1",
-            given.reserved, given.causal
+/// What the kernels have no code for; the power of two that a block's slots are.
+fn check_served(given: &dq_attend_args, form: &Form) -> Result<u32> {
+    let s = &given.sequences;
+    if given.tail.n_rows > 0 {
+        return Err(Error::unsupported("args->tail.n_rows is given; tails are served on the CPU only"));
+    }
+    if s.block_table.is_null() {
+        return Ok(0);
+    }
+    if !s.block_slots.is_power_of_two() {
+        return Err(Error::unsupported(format!(
+            "args->sequences.block_slots is {}; on CUDA it must be a power of two",
+            s.block_slots
         )));
     }
-    if given.window > i32::MAX as u32 {
-        return Err(Error::invalid(format!("args->window is {}; it must be below 2^31", given.window)));
-    }
-    if given.lengths.is_null() && (given.causal != 0 || given.window != 0) {
-        return Err(Error::invalid("args->lengths is null; causal and window need it to know where queries sit"));
-    }
-    Ok(())
-}
-
-fn check_blocks(given: &dq_attend_args) -> Result<u32> {
-    if !given.block_slots.is_power_of_two() {
-        return Err(Error::invalid(format!("args->block_slots is {}; it must be a power of two", given.block_slots)));
-    }
-    let blocks = u64::from(given.n_kv.div_ceil(given.block_slots));
-    if given.table_stride < blocks {
+    let blocks = u64::from(given.n_kv.div_ceil(s.block_slots));
+    if s.table_stride / 4 < blocks && s.table_stride != 0 && form.n_streams > 1 {
         return Err(Error::invalid(format!(
-            "args->table_stride is {}; {} keys in blocks of {} need {blocks}",
-            given.table_stride, given.n_kv, given.block_slots
+            "args->sequences.table_stride is {} entries; on CUDA it must be 0 or hold the {blocks} blocks of n_kv keys",
+            s.table_stride / 4
         )));
     }
-    Ok(given.block_slots.trailing_zeros())
+    Ok(s.block_slots.trailing_zeros())
 }
 
 /// Arguments of `dq_dequantize`, of which there is at least one slot.

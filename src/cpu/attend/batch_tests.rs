@@ -194,8 +194,10 @@ impl Fixture {
         let n_q = case.sequences.iter().map(|s| s.0).max().unwrap();
         let tokens = *self.starts.last().unwrap() as usize;
         let n_slots = self.store.len() / self.layer.slot_bytes;
+        // As many queries in each need no starts.
+        let even = case.sequences.iter().all(|s| s.0 == n_q);
         let sequences = Sequences::new(Batch {
-            q_starts: &self.starts,
+            q_starts: (!even).then_some(&self.starts),
             kv_lengths: &self.lengths,
             tail_lengths: tail.and_then(|t| t.lengths),
             tail_rows: self.tail_rows,
@@ -381,7 +383,7 @@ fn the_size_query_bounds_uneven_batches() {
             let (mut store, mut out) = (vec![0; layer.slot_bytes], vec![]);
             let rows = Rows::from_f32(&[], n_kv_heads, d);
             let sequences = Sequences::new(Batch {
-                q_starts: &starts,
+                q_starts: Some(&starts),
                 kv_lengths: &lengths,
                 tail_lengths: Some(&tails),
                 tail_rows: 2,
