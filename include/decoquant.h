@@ -140,8 +140,8 @@ typedef struct dq_layer_desc {
     uint32_t head_dim_v;
     // How keys are coded: a plan number, see `dq_plan_name`. 2, 3, 4 and 8 are the uniform widths in bits. Tiered plans
     // give the strongest latent channels more bits and the weakest fewer: 104 has 6, 4 and 3 bits and 103 has 5, 3 and
-    // 2 on a quarter, a quarter and a half of the channels, 102 has 4 and 2 on a quarter and the rest (to multiples of
-    // 16 channels): made for keys under `DQ_GAUGE_ATTENTION`.
+    // 2 on a quarter, a half and a quarter of the channels (4.25 and 3.25 bits), 102 has 4 and 2 on a quarter and the
+    // rest (2.5; to multiples of 16 channels): made for keys under `DQ_GAUGE_ATTENTION`.
     uint32_t k_plan;
     // How values are coded.
     uint32_t v_plan;

@@ -7,8 +7,9 @@
 // Grid: (split of the keys, head group * row tiles, stream * v_transforms).
 //
 // Shared memory:
-//   stages    [STAGES][32 * key_warps] rows of `stride` bytes, an odd multiple of 16 (no bank conflicts)
-//   barriers  one per stage, for bulk copies
+//   stages    [STAGES][32 * key_warps] rows of `stride` bytes: whole records as they are where copies take several at once,
+//             else an odd multiple of 16 (no bank conflicts)
+//   barriers  one per stage, for bulk copies; how many warps are done with each stage
 //   runs      where in a record the row's parts lie
 //   sums      f32 [warp][set][4 NT]
 #pragma once
@@ -16,12 +17,16 @@
 
 namespace dq {
 
+constexpr int MOST_STAGES = 4, DECODE_STAGES = 2;
+
 template <class K, class V, int NT, int STAGES>
 __device__ __forceinline__ void attend_decode(const DqAttend& p) {
+    static_assert(STAGES <= MOST_STAGES, "");
     DQ_DYNAMIC_SHARED(shared);
 
     // Phase 1: what this block and warp work on.
-    const int t = threadIdx.x, warp = t >> 5, lane = t & 31;
+    const int t = threadIdx.x, lane = t & 31;
+    const uint32_t warp = __shfl_sync(ALL_LANES, uint32_t(t) >> 5, 0);  // in a uniform register
     const uint32_t row_tile = blockIdx.y % p.row_tiles;
     const uint32_t first_head = blockIdx.y / p.row_tiles * p.heads_per_block;
     const uint32_t head = first_head + warp % p.heads_per_block, key_warp = warp / p.heads_per_block;
@@ -38,79 +43,119 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
     const uint32_t before = keys.first / tile_keys, tiles = (keys.end + tile_keys - 1) / tile_keys - before;
     const uint32_t share = (tiles + p.n_splits - 1) / p.n_splits, end_share = blockIdx.x * share + share;
     const uint32_t first_tile = before + blockIdx.x * share, end_tile = before + (end_share < tiles ? end_share : tiles);
-    // Another head of the block may have work where this one has none, so nobody leaves before the last barrier.
-    const bool idle = !names_transform(p.v.heads[head], v_transform);
 
     RowImage<K, V> image;
     image.lay_out(p.n_kv_heads, first_head, p.heads_per_block, head, nullptr);
-    const uint32_t stride = padded_row(image.chunks), stage_bytes = tile_keys * stride;
+    // Slots that one bulk copy takes: as many as lie behind each other.
+    uint32_t together = 1;
+    if (HAS_BULK_COPY && image.runs == 1 && p.store.stride == image.chunks * 16) {
+        together = p.block_table == nullptr ? tile_keys : tile_keys & (0 - tile_keys);
+        if (p.block_table != nullptr && 1u << p.block_shift < together) together = 1u << p.block_shift;
+    }
+    const uint32_t stride = together > 1 ? image.chunks * 16 : padded_row(image.chunks), stage_bytes = tile_keys * stride;
     uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + STAGES * stage_bytes);
-    Run* runs = reinterpret_cast<Run*>(barriers + 8);
+    uint32_t* done = reinterpret_cast<uint32_t*>(barriers + MOST_STAGES);
+    Run* runs = reinterpret_cast<Run*>(done + MOST_STAGES);
     float* sums = reinterpret_cast<float*>(runs + MOST_RUNS) + warp * DQ_MAX_SETS * 4 * NT;
     if (t == 0) {
         RowImage<K, V> again;
         again.lay_out(p.n_kv_heads, first_head, p.heads_per_block, first_head, runs);
-        for (int s = 0; s < STAGES; s++) barrier_init(barriers + s, 1);
+        for (int s = 0; s < STAGES; s++) barrier_init(barriers + s, 1), done[s] = 0;
         barrier_init_done();
     }
     __syncthreads();
 
-    // Phase 2: copies of the first stages. In place of keys that nobody sees comes the nearest one once more; its score is
-    // masked.
-    auto copy_tile = [&](uint32_t tile) {
-        const uint32_t index = (tile - first_tile) % STAGES;
+    // Phase 2: copies of the first stages.
+    auto record_of = [&](uint32_t key) { return p.store.data + slot_of(p, stream, key) * p.store.stride; };
+    // By one warp, lanes share the copies. In place of keys that nobody sees a stage keeps what it had.
+    auto bulk_tile = [&](uint32_t tile) {
+        const uint32_t index = (tile - first_tile) % STAGES, first_key = tile * tile_keys;
+        const uint32_t from = keys.first > first_key ? keys.first - first_key : 0;
+        const uint32_t to = keys.end - first_key < tile_keys ? keys.end - first_key : tile_keys;
         uint8_t* stage = shared + index * stage_bytes;
-        auto record_of = [&](uint32_t row) {
-            uint32_t key = tile * tile_keys + row;
-            key = key < keys.first ? keys.first : key < keys.end ? key : keys.end - 1;
-            return p.store.data + slot_of(p, stream, key) * p.store.stride;
-        };
-        if constexpr (HAS_BULK_COPY) {
-            // A run of a row to a lane, dealt over the warps.
-            if (tile >= end_tile) return;
-            if (t == 0) barrier_expect(barriers + index, tile_keys * image.chunks * 16);
-            for (uint32_t i = lane * warps + warp; i < tile_keys * image.runs; i += 32 * warps) {
-                const uint32_t row = image.runs == 1 ? i : i / image.runs;
-                const Run run = runs[i - row * image.runs];
-                bulk_copy(stage + row * stride + 16 * run.to, record_of(row) + 16 * run.source, 16 * run.chunks, barriers + index);
+        if (lane == 0) barrier_expect(barriers + index, (to - from) * image.chunks * 16);
+        if (image.runs == 1) {
+            for (uint32_t row = lane * together; row < to; row += 32 * together) {
+                const uint32_t first = row > from ? row : from, end = row + together < to ? row + together : to;
+                if (first < end) bulk_copy(stage + first * stride, record_of(first_key + first), (end - first) * image.chunks * 16, barriers + index);
             }
         } else {
-            // A row to a warp, lanes next to each other.
-            for (uint32_t row = warp; row < tile_keys && tile < end_tile; row += warps) {
-                const uint8_t* from = record_of(row);
-                for (uint32_t r = 0; r < image.runs; r++) {
-                    const Run run = runs[r];
-                    for (uint32_t c = lane; c < run.chunks; c += 32) {
-                        cp_async_16(stage + row * stride + 16 * (run.to + c), from + 16 * (run.source + c));
-                    }
-                }
+            for (uint32_t i = from * image.runs + lane; i < to * image.runs; i += 32) {
+                const uint32_t row = i / image.runs;
+                const Run run = runs[i - row * image.runs];
+                bulk_copy(stage + row * stride + 16 * run.to, record_of(first_key + row) + 16 * run.source, 16 * run.chunks, barriers + index);
             }
-            cp_async_commit();
         }
     };
-    DQ_UNROLL
-    for (int s = 0; s < STAGES - 1; s++) copy_tile(first_tile + s);
+    // By all warps, a row to a warp, lanes next to each other. In place of keys that nobody sees comes the nearest one once
+    // more.
+    auto async_tile = [&](uint32_t tile) {
+        uint8_t* stage = shared + (tile - first_tile) % STAGES * stage_bytes;
+        for (uint32_t row = warp; row < tile_keys && tile < end_tile; row += warps) {
+            uint32_t key = tile * tile_keys + row;
+            key = key < keys.first ? keys.first : key < keys.end ? key : keys.end - 1;
+            const uint8_t* from = record_of(key);
+            for (uint32_t r = 0; r < image.runs; r++) {
+                const Run run = runs[r];
+                for (uint32_t c = lane; c < run.chunks; c += 32) {
+                    cp_async_16(stage + row * stride + 16 * (run.to + c), from + 16 * (run.source + c));
+                }
+            }
+        }
+        cp_async_commit();
+    };
+    if constexpr (HAS_BULK_COPY) {
+        if (warp == 0) {
+            for (uint32_t tile = first_tile; tile < end_tile && tile < first_tile + STAGES; tile++) bulk_tile(tile);
+        }
+    } else {
+        DQ_UNROLL
+        for (int s = 0; s < STAGES - 1; s++) async_tile(first_tile + s);
+    }
 
-    // Phase 3: the warp's state.
-    AttendWarp<K, V, NT> state(p, stream, head, row_tile, v_transform, lane, sums);
+    start_next_kernel();
 
+    // Phase 3: the warp's state. Another head of the block may have work where this one has none.
+    const bool idle = !names_transform(p.v.heads[head], v_transform);
+    using Source = FromCodes<K, V>;
+    const Tables tables;
+    wait_for_previous_kernel();
+    AttendWarp<K, V, NT, Source> state(p, stream, head, row_tile, v_transform, n_keys, lane, sums);
+
+    uint32_t index = 0, phase = 0;
     for (uint32_t tile = first_tile; tile < end_tile; tile++) {
-        // Phase 4: the tile is there for all warps, and all are done with the one whose place the next copy takes.
-        const uint32_t turn = tile - first_tile;
-        if constexpr (HAS_BULK_COPY) barrier_wait(barriers + turn % STAGES, turn / STAGES & 1);
-        else cp_async_wait<STAGES - 2>();
-        __syncthreads();
-        copy_tile(tile + STAGES - 1);
-        if (idle) continue;
-        const uint8_t* rows = shared + turn % STAGES * stage_bytes + key_warp * KEYS_PER_WARP * stride;
+        // Phase 4: the tile is there.
+        if constexpr (HAS_BULK_COPY) {
+            barrier_wait(barriers + index, phase);
+        } else {
+            cp_async_wait<STAGES - 2>();
+            __syncthreads();
+            async_tile(tile + STAGES - 1);
+        }
 
         // Phase 5: scores, softmax, weighted sums.
-        const FromCodes<K, V> source{rows, stride, image, lane};
-        state.take(source, rows, stride, image.k_headers, image.v_headers, tile * tile_keys + key_warp * KEYS_PER_WARP, n_keys);
+        const uint8_t* rows = shared + index * stage_bytes + key_warp * KEYS_PER_WARP * stride;
+        if (!idle) {
+            const Source source{rows, stride, image, tables, lane};
+            state.take(source, rows, stride, image.k_headers, image.v_headers, tile * tile_keys + key_warp * KEYS_PER_WARP, n_keys);
+        }
+
+        // Phase 6: the warp that is the last to be done with a stage fills it anew.
+        if constexpr (HAS_BULK_COPY) {
+            __syncwarp();
+            if (tile + STAGES < end_tile) {
+                const uint32_t others = lane == 0 ? count_to(done + index, warps - 1) : 0;
+                if (__shfl_sync(ALL_LANES, others, 0) == warps - 1) {
+                    __syncwarp();  // what lane 0 has learnt holds for all lanes
+                    bulk_tile(tile + STAGES);
+                }
+            }
+        }
+        if (++index == STAGES) index = 0, phase ^= 1;
     }
     if constexpr (!HAS_BULK_COPY) cp_async_wait<0>();
 
-    // Phase 6: the part's result.
+    // Phase 7: the part's result.
     state.finish((v_transform * p.n_splits + blockIdx.x) * p.key_warps + key_warp);
 }
 
@@ -121,7 +166,7 @@ uint32_t attend_shared_bytes(const DqAttend& p) {
     image.lay_out(p.n_kv_heads, 0, p.heads_per_block, 0, nullptr);
     // Groups of heads that start within a chunk can need one chunk more; room for it in every run.
     uint32_t chunks = image.chunks + (p.heads_per_block == p.n_kv_heads ? 0 : K::planes() + V::planes() + 2);
-    return STAGES * KEYS_PER_WARP * p.key_warps * padded_row(chunks) + 64 + MOST_RUNS * sizeof(Run)
+    return STAGES * KEYS_PER_WARP * p.key_warps * padded_row(chunks) + MOST_STAGES * 12 + MOST_RUNS * sizeof(Run)
         + p.heads_per_block * p.key_warps * DQ_MAX_SETS * 4 * NT * 4;
 }
 

@@ -17,11 +17,6 @@ namespace dq {
 
 constexpr int TILE_KEYS = 64;
 
-// high - low for bytes of which at least one is zero, high and low from 0 to 127.
-__device__ __forceinline__ uint32_t join_levels(uint32_t high, uint32_t low) {
-    return high | ((0x80808080u - low) ^ 0x80808080u);
-}
-
 // Levels that the block has looked up: 32 keys.
 template <class K, class V>
 struct FromFragments {
@@ -31,9 +26,12 @@ struct FromFragments {
     int lane;
 
     template <int T, int G>
-    __device__ __forceinline__ void keys(int half, uint32_t (&high)[4], uint32_t (&)[4]) const {
-        const uint4 a = fragments[(half * K::groups + K::groups_before(T) + G) * 32 + lane];
-        high[0] = a.x, high[1] = a.y, high[2] = a.z, high[3] = a.w;
+    __device__ __forceinline__ void keys(uint32_t (&high)[2][4], uint32_t (&)[2][4]) const {
+        DQ_UNROLL
+        for (int half = 0; half < 2; half++) {
+            const uint4 a = fragments[(half * K::groups + K::groups_before(T) + G) * 32 + lane];
+            high[half][0] = a.x, high[half][1] = a.y, high[half][2] = a.z, high[half][3] = a.w;
+        }
     }
     template <int T, int G>
     __device__ __forceinline__ void values(ValueFragments& f) const {
@@ -48,37 +46,37 @@ struct FromFragments {
 // This warp's share of the look-ups for 32 keys; pieces are dealt by number.
 template <class K, class V>
 __device__ __forceinline__ void look_up_tile(uint4* fragments, const FromCodes<K, V>& codes, uint32_t warp, uint32_t warps, int lane) {
-    auto join = [](const uint32_t (&h)[4], const uint32_t (&l)[4]) {
-        return make_uint4(join_levels(h[0], l[0]), join_levels(h[1], l[1]), join_levels(h[2], l[2]), join_levels(h[3], l[3]));
+    using Fragments = FromFragments<K, V>;
+    auto store = [&](auto bits, int at, const uint32_t (&h)[4], const uint32_t (&l)[4]) {
+        constexpr int BITS = decltype(bits)::value;
+        uint32_t whole[4];
+        DQ_UNROLL
+        for (int i = 0; i < 4; i++) {
+            if constexpr (Book<BITS>::two_tables) whole[i] = join_levels<BITS>(h[i], l[i]);
+            else whole[i] = h[i];
+        }
+        fragments[at * 32 + lane] = make_uint4(whole[0], whole[1], whole[2], whole[3]);
     };
     for_each<K::tiers>([&](auto tier) {
         constexpr int T = decltype(tier)::value;
         for_each<(K::channels(T) + 31) / 32>([&](auto group) {
             constexpr int G = decltype(group)::value, AT = K::groups_before(T) + G;
+            if (AT % warps != warp) return;
+            uint32_t high[2][4], low[2][4];
+            codes.template keys<T, G>(high, low);
             DQ_UNROLL
-            for (int half = 0; half < 2; half++) {
-                if ((half * K::groups + AT) % warps != warp) continue;
-                uint32_t high[4], low[4];
-                codes.template keys<T, G>(half, high, low);
-                uint4 whole = make_uint4(high[0], high[1], high[2], high[3]);
-                if constexpr (FromCodes<K, V>::template two_tables<K::bits(T)>) whole = join(high, low);
-                fragments[(half * K::groups + AT) * 32 + lane] = whole;
-            }
+            for (int half = 0; half < 2; half++) store(Int<K::bits(T)>{}, half * K::groups + AT, high[half], low[half]);
         });
     });
     for_each<V::tiers>([&](auto tier) {
         constexpr int T = decltype(tier)::value;
         for_each<(V::channels(T) + 31) / 32>([&](auto group) {
             constexpr int G = decltype(group)::value, AT = V::groups_before(T) + G;
-            if ((2 * K::groups + AT) % warps != warp) return;
+            if ((K::groups + AT) % warps != warp) return;
             ValueFragments f;
             codes.template values<T, G>(f);
             DQ_UNROLL
-            for (int e = 0; e < 2; e++) {
-                uint4 whole = make_uint4(f.high[e][0], f.high[e][1], f.high[e][2], f.high[e][3]);
-                if constexpr (FromCodes<K, V>::template two_tables<V::bits(T)>) whole = join(f.high[e], f.low[e]);
-                fragments[(FromFragments<K, V>::KEYS + 2 * AT + e) * 32 + lane] = whole;
-            }
+            for (int e = 0; e < 2; e++) store(Int<V::bits(T)>{}, Fragments::KEYS + 2 * AT + e, f.high[e], f.low[e]);
         });
     });
 }
@@ -135,8 +133,11 @@ __device__ __forceinline__ void attend_prefill(const DqAttend& p) {
         cp_async_commit();
     };
     copy_tile(first_tile);
+    start_next_kernel();
+    const Tables tables;
+    wait_for_previous_kernel();
 
-    AttendWarp<K, V, NT> state(p, stream, head, row_tile < p.row_tiles ? row_tile : 0, v_transform, lane, sums);
+    AttendWarp<K, V, NT, Fragments> state(p, stream, head, row_tile < p.row_tiles ? row_tile : 0, v_transform, n_keys, lane, sums);
     for (uint32_t tile = first_tile; tile < end_tile; tile++) {
         // Phase 3: the tile is there; nobody reads fragments or the other stage any more.
         cp_async_wait<0>();
@@ -147,7 +148,7 @@ __device__ __forceinline__ void attend_prefill(const DqAttend& p) {
         // Phase 4: levels, once for all rows.
         DQ_UNROLL_BY_1
         for (int part = 0; part < HALVES; part++) {
-            const FromCodes<K, V> codes{rows + part * KEYS_PER_WARP * stride, stride, image, lane};
+            const FromCodes<K, V> codes{rows + part * KEYS_PER_WARP * stride, stride, image, tables, lane};
             look_up_tile(fragments + part * Fragments::COUNT * 32, codes, warp, warps, lane);
         }
         __syncthreads();

@@ -19,6 +19,12 @@ constexpr float WEIGHT_RANGE = 65535.0f;
 // As float, 1.5 * 2^23: an int32 accumulator that starts from these bits reads as a float when it has counted.
 constexpr int32_t MAGIC_BITS = 0x4B400000;
 constexpr float MAGIC = 12582912.0f;
+// The running maximum may lag behind by as many powers of two.
+constexpr float HEADROOM = 8.0f;
+
+// A header's scale without the set, as the bits of an f32 that is too small by 2^112: no conversion, and never NaN.
+constexpr float SCALE_UP = 5192296858534827628530496329220096.0f;
+__device__ __forceinline__ float small_scale(uint32_t bits) { return __uint_as_float(bits << 12); }
 
 __host__ __device__ __forceinline__ uint32_t attend_parts(const DqAttend& p) { return p.v_transforms * p.n_splits * p.key_warps; }
 
@@ -31,21 +37,26 @@ struct FromCodes {
     const uint8_t* rows;
     uint32_t stride;
     const RowImage<K, V>& image;
+    const Tables& tables;
     int lane;
 
-    // A fragments of one group of channels, keys 16 half ... 16 half + 15.
+    // A fragments of one group of channels: those of the keys 0 ... 15, then 16 ... 31.
     template <int T, int G>
-    __device__ __forceinline__ void keys(int half, uint32_t (&high)[4], uint32_t (&low)[4]) const {
-        const uint8_t* upper = rows + (16 * half + (lane >> 2)) * stride;
-        Levels a0, a1, a2, a3;
-        key_levels<K, T, G>(upper, image.k_planes, lane & 3, a0, a2);
-        key_levels<K, T, G>(upper + 8 * stride, image.k_planes, lane & 3, a1, a3);
-        high[0] = a0.high, high[1] = a1.high, high[2] = a2.high, high[3] = a3.high;
-        low[0] = a0.low, low[1] = a1.low, low[2] = a2.low, low[3] = a3.low;
+    __device__ __forceinline__ void keys(uint32_t (&high)[2][4], uint32_t (&low)[2][4]) const {
+        Levels first[4], second[4];
+        key_levels<K, T, G>(tables, first, second, rows, stride, image.k_planes, lane);
+        DQ_UNROLL
+        for (int half = 0; half < 2; half++) {
+            DQ_UNROLL
+            for (int i = 0; i < 2; i++) {
+                high[half][i] = first[2 * half + i].high, high[half][2 + i] = second[2 * half + i].high;
+                low[half][i] = first[2 * half + i].low, low[half][2 + i] = second[2 * half + i].low;
+            }
+        }
     }
     template <int T, int G>
     __device__ __forceinline__ void values(ValueFragments& f) const {
-        value_levels<V, T, G>(f, rows, stride, image.v_planes, lane);
+        value_levels<V, T, G>(tables, f, rows, stride, image.v_planes, lane);
     }
 };
 
@@ -54,9 +65,13 @@ struct FromCodes {
 template <class K, int NT>
 struct Query {
     uint32_t b[NT][K::groups][2];
+    // What the ones of codes of two tables are worth (codes.cuh), as an accumulator to start from.
+    int32_t ones[NT][4];
+    // `step` counts for scales that are too small by SCALE_UP.
     float step[NT], constant[NT];
 
     // Fragments and step of a linear part.
+    template <class Source>
     __device__ __forceinline__ void load(const DqAttend& p, uint32_t stream, uint32_t head, uint32_t transform, uint32_t tile, int lane) {
         const uint32_t n_tiles = p.row_tiles * NT;
         DQ_UNROLL
@@ -68,7 +83,17 @@ struct Query {
                 b[n][g][0] = both.x, b[n][g][1] = both.y;
             }
             uint64_t at = ((uint64_t(stream) * p.n_kv_heads + head) * DQ_MAX_TRANSFORMS + transform) * n_tiles + tile + n;
-            step[n] = p.folded_scales[at * 4 + (lane & 3)];
+            step[n] = p.folded_scales[at * 4 + (lane & 3)] * SCALE_UP;
+            DQ_UNROLL
+            for (int i = 0; i < 4; i++) ones[n][i] = 0;
+            for_each<K::tiers>([&](auto tier) {
+                constexpr int T = decltype(tier)::value;
+                if constexpr (Source::template two_tables<K::bits(T)>) {
+                    const uint32_t one[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
+                    DQ_UNROLL
+                    for (int g = 0; g < (K::channels(T) + 31) / 32; g++) mma_s8_s8(ones[n], one, b[n][K::groups_before(T) + g], ones[n]);
+                }
+            });
         }
     }
 
@@ -95,7 +120,7 @@ __device__ __forceinline__ float sum_over_keys(float v) {
     return v + __shfl_xor_sync(ALL_LANES, v, 16);
 }
 
-template <class K, class V, int NT>
+template <class K, class V, int NT, class Source>
 struct AttendWarp {
     static constexpr int BLOCKS = 2 * V::groups;
 
@@ -106,24 +131,30 @@ struct AttendWarp {
     const DqHeadSets& k_sets;
     const DqHeadSets& v_sets;
     uint32_t k_set, v_set;
+    uint32_t seen_from, seen_to;  // keys that all queries see, but for a mask
     Query<K, NT> query;
-    float m[NT], sum[NT], acc[BLOCKS][2][NT];
+    // Weights count from exp2(m); no score is above m + HEADROOM. `magic` is what every acc is too large by.
+    float m[NT], sum[NT], acc[BLOCKS][2][NT], magic[NT];
     bool sums_used;
 
-    __device__ __forceinline__ AttendWarp(const DqAttend& p, uint32_t stream, uint32_t head, uint32_t row_tile, uint32_t v_transform, int lane, float* sums)
-        : p(p), stream(stream), head(head), row_tile(row_tile), v_transform(v_transform), n_q(queries_of(p, stream).count), lane(lane), g(lane >> 2), q(lane & 3),
-          sums(sums), k_sets(p.k.heads[head]), v_sets(p.v.heads[head]), sums_used(false) {
+    __device__ __forceinline__ AttendWarp(const DqAttend& p, uint32_t stream, uint32_t head, uint32_t row_tile, uint32_t v_transform, uint32_t n_keys, int lane, float* sums)
+        : p(p), stream(stream), head(head), row_tile(row_tile), v_transform(v_transform), n_q(queries_of(p, stream).count),
+          lane(lane), g(lane >> 2), q(lane & 3), sums(sums), k_sets(p.k.heads[head]), v_sets(p.v.heads[head]), seen_from(0), seen_to(n_keys), sums_used(false) {
         for (int i = lane; i < DQ_MAX_SETS * 4 * NT; i += 32) sums[i] = 0.0f;
         DQ_UNROLL
         for (int n = 0; n < NT; n++) {
-            m[n] = NEVER, sum[n] = 0.0f;
+            m[n] = NEVER, sum[n] = magic[n] = 0.0f;
             DQ_UNROLL
             for (int b = 0; b < BLOCKS; b++) acc[b][0][n] = acc[b][1][n] = 0.0f;
+        }
+        if (p.lengths != nullptr) {
+            if (p.causal) seen_to = n_keys >= n_q ? n_keys - n_q + 1 : 0;
+            if (p.window > 0 && n_keys > uint32_t(p.window)) seen_from = n_keys - p.window;
         }
         __syncwarp();
         // Most rows are in the newest sets.
         k_set = header_set(k_sets.newest), v_set = header_set(v_sets.newest);
-        query.load(p, stream, head, transform_of(k_sets, k_set), row_tile * NT, lane);
+        query.template load<Source>(p, stream, head, transform_of(k_sets, k_set), row_tile * NT, lane);
         query.load_constants(p, stream, head, k_set, row_tile * NT, lane);
     }
 
@@ -140,43 +171,95 @@ struct AttendWarp {
     }
 
     // Products of the levels of 32 keys with the folded rows: dots[n][i] for key g + 8 i, row q of n tile n.
-    template <class Source>
     __device__ __forceinline__ void dot_keys(float (&dots)[NT][4], const Source& source) const {
-        // Not unrolled: with both halves' loads in flight the registers would not suffice for two blocks to an SM.
-        DQ_UNROLL_BY_1
+        int32_t d[2][NT][4];
+        DQ_UNROLL
         for (int half = 0; half < 2; half++) {
-            int32_t high[NT][4] = {}, low[NT][4] = {};
-            for_each<K::tiers>([&](auto tier) {
-                constexpr int T = decltype(tier)::value;
-                for_each<(K::channels(T) + 31) / 32>([&](auto group) {
-                    constexpr int G = decltype(group)::value, KG = K::groups_before(T) + G;
-                    uint32_t a[4], a_low[4];
-                    source.template keys<T, G>(half, a, a_low);
-                    DQ_UNROLL
-                    for (int n = 0; n < NT; n++) mma_s8_s8(high[n], a, query.b[n][KG]);
-                    if constexpr (Source::template two_tables<K::bits(T)>) {
-                        DQ_UNROLL
-                        for (int n = 0; n < NT; n++) mma_s8_s8(low[n], a_low, query.b[n][KG]);
-                    }
-                });
-            });
-            // Columns 2q and 2q + 1 are the high and the low byte of row q.
             DQ_UNROLL
             for (int n = 0; n < NT; n++) {
-                const float upper = float((high[n][0] - low[n][0]) * 256 + (high[n][1] - low[n][1])) * query.step[n];
-                const float lower = float((high[n][2] - low[n][2]) * 256 + (high[n][3] - low[n][3])) * query.step[n];
-                if (half == 0) dots[n][0] = upper, dots[n][1] = lower;
-                else dots[n][2] = upper, dots[n][3] = lower;
+                DQ_UNROLL
+                for (int i = 0; i < 4; i++) d[half][n][i] = query.ones[n][i];
+            }
+        }
+        for_each<K::tiers>([&](auto tier) {
+            constexpr int T = decltype(tier)::value;
+            for_each<(K::channels(T) + 31) / 32>([&](auto group) {
+                constexpr int G = decltype(group)::value, KG = K::groups_before(T) + G;
+                uint32_t high[2][4], low[2][4];
+                source.template keys<T, G>(high, low);
+                DQ_UNROLL
+                for (int half = 0; half < 2; half++) {
+                    DQ_UNROLL
+                    for (int n = 0; n < NT; n++) {
+                        mma_s8_s8(d[half][n], high[half], query.b[n][KG], d[half][n]);
+                        if constexpr (Source::template two_tables<K::bits(T)>) mma_s8_s8(d[half][n], low[half], query.b[n][KG], d[half][n]);
+                    }
+                }
+            });
+        });
+        // Columns 2q and 2q + 1 are the high and the low byte of row q.
+        DQ_UNROLL
+        for (int half = 0; half < 2; half++) {
+            DQ_UNROLL
+            for (int n = 0; n < NT; n++) {
+                dots[n][2 * half] = float(d[half][n][0] * 256 + d[half][n][1]);
+                dots[n][2 * half + 1] = float(d[half][n][2] * 256 + d[half][n][3]);
+            }
+        }
+    }
+
+    // Scores of keys in several sets, one set after the other; `header` is that of key `lane`.
+    __device__ __forceinline__ void score_sets(float (&s)[NT][4], float (&dots)[NT][4], const Source& source, uint32_t header) {
+        bool fresh = false;
+        for (uint32_t left = __reduce_or_sync(ALL_LANES, 1u << header_set(header)); left != 0; left &= left - 1) {
+            const uint32_t set = __ffs(left) - 1;
+            if (set != k_set) {
+                const uint32_t transform = transform_of(k_sets, set);
+                if (transform != transform_of(k_sets, k_set)) {
+                    query.template load<Source>(p, stream, head, transform, row_tile * NT, lane);
+                    fresh = false;
+                }
+                query.load_constants(p, stream, head, set, row_tile * NT, lane);
+                k_set = set;
+            }
+            if (!fresh) dot_keys(dots, source);
+            fresh = true;
+            DQ_UNROLL
+            for (int i = 0; i < 4; i++) {
+                // Zero but for the scale where the key is in this set.
+                const uint32_t bits = __shfl_sync(ALL_LANES, header, g + 8 * i) ^ set;
+                if (header_set(bits) != 0) continue;
+                DQ_UNROLL
+                for (int n = 0; n < NT; n++) s[n][i] = __fmaf_rn(dots[n][i], small_scale(bits) * query.step[n], query.constant[n]);
+            }
+        }
+    }
+
+    // Sums of the weights of keys in several sets; `mine` is the set of key `lane`.
+    __device__ __forceinline__ void sum_sets(const float (&weight)[NT][4], uint32_t mine) {
+        for (uint32_t left = __reduce_or_sync(ALL_LANES, 1u << mine); left != 0; left &= left - 1) {
+            const uint32_t set = __ffs(left) - 1;
+            if (set != v_set) flush_sums();
+            v_set = set;
+            DQ_UNROLL
+            for (int i = 0; i < 4; i++) {
+                if (__shfl_sync(ALL_LANES, mine, g + 8 * i) != set) continue;
+                DQ_UNROLL
+                for (int n = 0; n < NT; n++) sum[n] += weight[n][i];
             }
         }
     }
 
     // Takes in 32 keys from `first_key`; their headers start at `rows`, a row every `stride` bytes.
-    template <class Source>
     __device__ __forceinline__ void take(const Source& source, const uint8_t* rows, uint32_t stride, uint32_t k_headers, uint32_t v_headers, uint32_t first_key, uint32_t n_keys) {
+        // Headers of key `lane`, but for the set expected: usually that leaves the scale alone.
+        uint32_t k_header = shared_half(rows + lane * stride + k_headers) ^ k_set;
+        uint32_t v_header = shared_half(rows + lane * stride + v_headers) ^ v_set;
+
         // What the mask adds. Where it hides everything, nothing is looked at.
-        float added[NT][4] = {};
-        if (p.mask != nullptr || p.lengths != nullptr || first_key + KEYS_PER_WARP > n_keys) {
+        const bool all_seen = p.mask == nullptr && first_key >= seen_from && first_key + KEYS_PER_WARP <= seen_to;
+        float added[NT][4];
+        if (!all_seen) {
             bool visible = false;
             DQ_UNROLL
             for (int n = 0; n < NT; n++) {
@@ -188,85 +271,51 @@ struct AttendWarp {
                 }
             }
             if (!__any_sync(ALL_LANES, visible)) return;
+            // Behind the last key there may be anything.
+            if (first_key + lane >= n_keys) k_header = v_header = 0;
         }
-
-        // Headers. Usually the whole tile is in the sets at hand.
-        uint32_t k_header[4], v_header[4], strange = 0;
-        DQ_UNROLL
-        for (int i = 0; i < 4; i++) {
-            const uint8_t* row = rows + (g + 8 * i) * stride;
-            k_header[i] = shared_half(row + k_headers);
-            v_header[i] = shared_half(row + v_headers);
-            strange |= (k_header[i] ^ k_set) | (v_header[i] ^ v_set) << 16;
-        }
-        const bool usual = __all_sync(ALL_LANES, (strange & 0x000F000F) == 0);
+        const bool usual = __all_sync(ALL_LANES, ((k_header | v_header) & 15) == 0);
 
         // Scores, in units of log2.
-        float s[NT][4];
-        {
-            uint32_t left = 1u << k_set;
-            if (!usual) {
-                uint32_t mine = 0;
-                DQ_UNROLL
-                for (int i = 0; i < 4; i++) mine |= 1u << header_set(k_header[i]);
-                left = __reduce_or_sync(ALL_LANES, mine);
-            }
-            float dots[NT][4];
-            bool fresh = false;
-            while (left != 0) {
-                const uint32_t set = __ffs(left) - 1;
-                left &= left - 1;
-                if (set != k_set) {
-                    const uint32_t transform = transform_of(k_sets, set);
-                    if (transform != transform_of(k_sets, k_set)) {
-                        query.load(p, stream, head, transform, row_tile * NT, lane);
-                        fresh = false;
-                    }
-                    query.load_constants(p, stream, head, set, row_tile * NT, lane);
-                    k_set = set;
-                }
-                if (!fresh) dot_keys(dots, source);
-                fresh = true;
-                DQ_UNROLL
-                for (int i = 0; i < 4; i++) {
-                    if (header_set(k_header[i]) != set) continue;
-                    DQ_UNROLL
-                    for (int n = 0; n < NT; n++) s[n][i] = dots[n][i] * header_scale(k_header[i]) + query.constant[n];
-                }
-            }
-        }
-        DQ_UNROLL
-        for (int n = 0; n < NT; n++) {
+        float s[NT][4], dots[NT][4];
+        if (usual) {
+            dot_keys(dots, source);
+            const float mine = small_scale(k_header);
             DQ_UNROLL
             for (int i = 0; i < 4; i++) {
-                if (p.softcap > 0.0f) s[n][i] = tanh_fast(s[n][i]) * (p.softcap * LOG2_E);
-                // A hidden key's record may hold anything; its score must not come through as NaN.
-                s[n][i] = added[n][i] == NEVER ? NEVER : s[n][i] + added[n][i];
+                const float scale = __shfl_sync(ALL_LANES, mine, g + 8 * i);
+                DQ_UNROLL
+                for (int n = 0; n < NT; n++) s[n][i] = __fmaf_rn(dots[n][i], scale * query.step[n], query.constant[n]);
+            }
+        } else {
+            k_header ^= k_set, v_header ^= v_set;
+            score_sets(s, dots, source, k_header);
+        }
+        if (p.softcap > 0.0f) {
+            DQ_UNROLL
+            for (int n = 0; n < NT; n++) {
+                DQ_UNROLL
+                for (int i = 0; i < 4; i++) s[n][i] = tanh_fast(s[n][i]) * (p.softcap * LOG2_E);
+            }
+        }
+        if (!all_seen) {
+            // A hidden key's record may hold anything; its score must not come through as NaN.
+            DQ_UNROLL
+            for (int n = 0; n < NT; n++) {
+                DQ_UNROLL
+                for (int i = 0; i < 4; i++) s[n][i] = added[n][i] == NEVER ? NEVER : s[n][i] + added[n][i];
             }
         }
 
-        // Weights relative to the running maximum.
+        // Weights relative to a maximum that moves only when it must.
+        float highest[NT];
         bool higher = false;
-        float m_old[NT];
         DQ_UNROLL
         for (int n = 0; n < NT; n++) {
-            m_old[n] = m[n];
-            m[n] = fmaxf(m[n], max_over_keys(fmaxf(fmaxf(s[n][0], s[n][1]), fmaxf(s[n][2], s[n][3]))));
-            higher |= m[n] > m_old[n];
+            highest[n] = fmaxf(fmaxf(s[n][0], s[n][1]), fmaxf(s[n][2], s[n][3]));
+            higher |= highest[n] > m[n] + HEADROOM;
         }
-        if (__any_sync(ALL_LANES, higher)) {
-            DQ_UNROLL
-            for (int n = 0; n < NT; n++) {
-                const float shrink = m[n] > m_old[n] ? exp2_fast(m_old[n] - m[n]) : 1.0f;
-                sum[n] *= shrink;
-                DQ_UNROLL
-                for (int b = 0; b < BLOCKS; b++) acc[b][0][n] *= shrink, acc[b][1][n] *= shrink;
-                if (sums_used) {
-                    for (int e = g; e < DQ_MAX_SETS; e += 8) sums[(e * NT + n) * 4 + q] *= shrink;
-                }
-            }
-            __syncwarp();
-        }
+        if (__any_sync(ALL_LANES, higher)) raise(highest);
         float weight[NT][4];
         DQ_UNROLL
         for (int n = 0; n < NT; n++) {
@@ -276,25 +325,21 @@ struct AttendWarp {
         }
 
         // Sums of weights per value set.
+        float mine;
         if (usual) {
             DQ_UNROLL
             for (int n = 0; n < NT; n++) sum[n] += (weight[n][0] + weight[n][1]) + (weight[n][2] + weight[n][3]);
+            mine = small_scale(v_header) * SCALE_UP;
+            if (p.v_transforms > 1 && transform_of(v_sets, v_set) != v_transform) mine = 0.0f;
         } else {
-            uint32_t mine = 0;
-            DQ_UNROLL
-            for (int i = 0; i < 4; i++) mine |= 1u << header_set(v_header[i]);
-            for (uint32_t left = __reduce_or_sync(ALL_LANES, mine); left != 0; left &= left - 1) {
-                const uint32_t set = __ffs(left) - 1;
-                if (set != v_set) flush_sums();
-                v_set = set;
-                DQ_UNROLL
-                for (int i = 0; i < 4; i++) {
-                    if (header_set(v_header[i]) != set) continue;
-                    DQ_UNROLL
-                    for (int n = 0; n < NT; n++) sum[n] += weight[n][i];
-                }
-            }
+            sum_sets(weight, header_set(v_header));
+            mine = small_scale(v_header & 0xFFF0) * SCALE_UP;
+            // Keys of another linear part are another block's.
+            if (p.v_transforms > 1 && transform_of(v_sets, header_set(v_header)) != v_transform) mine = 0.0f;
         }
+        float scale[4];
+        DQ_UNROLL
+        for (int i = 0; i < 4; i++) scale[i] = __shfl_sync(ALL_LANES, mine, g + 8 * i);
 
         // Weights times row scales, 16 bits, as B fragments: column 2q of the value mma is the high byte of
         // row q, column 2q + 1 the low one.
@@ -302,28 +347,50 @@ struct AttendWarp {
         float step[NT];
         DQ_UNROLL
         for (int n = 0; n < NT; n++) {
-            float largest = 0.0f;
             DQ_UNROLL
-            for (int i = 0; i < 4; i++) {
-                // A hidden key's record may hold anything: its scale must not meet a zero weight.
-                bool counts = weight[n][i] > 0.0f;
-                if (p.v_transforms > 1) counts = counts && transform_of(v_sets, header_set(v_header[i])) == v_transform;
-                weight[n][i] = counts ? weight[n][i] * header_scale(v_header[i]) : 0.0f;
-                largest = fmaxf(largest, weight[n][i]);
-            }
-            largest = max_over_keys(largest);
+            for (int i = 0; i < 4; i++) weight[n][i] *= scale[i];
+            const float largest = max_over_keys(fmaxf(fmaxf(weight[n][0], weight[n][1]), fmaxf(weight[n][2], weight[n][3])));
             const float inverse = largest > 1e-30f ? WEIGHT_RANGE * rcp_fast(largest) : 0.0f;
             step[n] = largest * (1.0f / WEIGHT_RANGE);
+            magic[n] = __fmaf_rn(step[n], MAGIC, magic[n]);
             uint32_t whole[4];
             DQ_UNROLL
             for (int i = 0; i < 4; i++) whole[i] = __float_as_uint(__fmaf_rn(weight[n][i], inverse, 8388608.0f));
             b[n][0] = movmatrix_trans(prmt(whole[0], whole[1], 0x4051));
             b[n][1] = movmatrix_trans(prmt(whole[2], whole[3], 0x4051));
         }
+        add_values(source, b, step);
+    }
 
-        // Weighted levels.
+    // The maximum moves up to that of `highest` over the lanes.
+    __device__ __forceinline__ void raise(const float (&highest)[NT]) {
+        DQ_UNROLL
+        for (int n = 0; n < NT; n++) {
+            const float before = m[n];
+            m[n] = fmaxf(before, max_over_keys(highest[n]));
+            const float shrink = m[n] > before ? exp2_fast(before - m[n]) : 1.0f;
+            sum[n] *= shrink, magic[n] *= shrink;
+            DQ_UNROLL
+            for (int b = 0; b < BLOCKS; b++) acc[b][0][n] *= shrink, acc[b][1][n] *= shrink;
+            if (sums_used) {
+                for (int e = g; e < DQ_MAX_SETS; e += 8) sums[(e * NT + n) * 4 + q] *= shrink;
+            }
+        }
+        __syncwarp();
+    }
+
+    // Adds step * (b times levels); b are the weights of 32 keys.
+    __device__ __forceinline__ void add_values(const Source& source, const uint32_t (&b)[NT][2], const float (&step)[NT]) {
+        const int32_t none[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
+        int32_t ones[NT][4];
+        DQ_UNROLL
+        for (int n = 0; n < NT; n++) {
+            const uint32_t one[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
+            mma_s8_u8(ones[n], one, b[n], none);
+        }
         for_each<V::tiers>([&](auto tier) {
             constexpr int T = decltype(tier)::value;
+            constexpr bool TWO = Source::template two_tables<V::bits(T)>;
             for_each<(V::channels(T) + 31) / 32>([&](auto group) {
                 constexpr int G = decltype(group)::value, BASE = 2 * (V::groups_before(T) + G);
                 ValueFragments f;
@@ -332,20 +399,17 @@ struct AttendWarp {
                 for (int e = 0; e < 2; e++) {
                     DQ_UNROLL
                     for (int n = 0; n < NT; n++) {
-                        int32_t high[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
-                        mma_s8_u8(high, f.high[e], b[n]);
-                        float from[4] = {MAGIC, MAGIC, MAGIC, MAGIC};
-                        if constexpr (Source::template two_tables<V::bits(T)>) {
-                            int32_t low[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
-                            mma_s8_u8(low, f.low[e], b[n]);
-                            DQ_UNROLL
-                            for (int i = 0; i < 4; i++) from[i] = __int_as_float(low[i]);
+                        int32_t d[4];
+                        if constexpr (TWO) {
+                            mma_s8_u8(d, f.high[e], b[n], ones[n]);
+                            mma_s8_u8(d, f.low[e], b[n], d);
+                        } else {
+                            mma_s8_u8(d, f.high[e], b[n], none);
                         }
                         DQ_UNROLL
                         for (int i = 0; i < 2; i++) {
-                            float& out = acc[BASE + e][i][n];
-                            out = __fmaf_rn(__int_as_float(high[2 * i]) - from[2 * i], step[n] * 256.0f, out);
-                            out = __fmaf_rn(__int_as_float(high[2 * i + 1]) - from[2 * i + 1], step[n], out);
+                            const float whole = __fmaf_rn(__int_as_float(d[2 * i]) - MAGIC, 256.0f, __int_as_float(d[2 * i + 1]));
+                            acc[BASE + e][i][n] = __fmaf_rn(whole, step[n], acc[BASE + e][i][n]);
                         }
                     }
                 }
@@ -377,7 +441,7 @@ struct AttendWarp {
                     DQ_UNROLL
                     for (int i = 0; i < 2; i++) {
                         float* pair = out + V::first(T) + 2 * unit + i * (N / 2);
-                        *reinterpret_cast<float2*>(pair) = {acc[BASE][i][n], acc[BASE + 1][i][n]};
+                        *reinterpret_cast<float2*>(pair) = {acc[BASE][i][n] - magic[n], acc[BASE + 1][i][n] - magic[n]};
                     }
                 });
             });

@@ -12,57 +12,76 @@
 
 namespace dq {
 
-// Levels that an A register holds; `low` is to be subtracted and only there for codes with two tables.
+// Levels that an A register holds. Codes of two tables: a level is high + low + 1, where one of the two is 0 or -1; the
+// tensor core adds them, and who asks for the products knows what all the ones are worth.
 struct Levels {
     uint32_t high, low;
 };
 
+// Levels as they are, for codes of two tables.
+template <int BITS>
+__device__ __forceinline__ uint32_t join_levels(uint32_t high, uint32_t low) {
+    if constexpr (BITS == 4) return high | ((low + 0x80808081u) ^ 0x80808080u);
+    // Five and six bits: high is less than 128, and low -1, or -128 for negative levels.
+    return (high ^ (~low << 1 & 0x80808080u)) + (~low & 0x01010101u);
+}
+
+// The first four entries of tables (`prmt` takes the others as immediates); those that no plan of the kernel needs cost
+// nothing.
+struct Tables {
+    uint32_t two, three, four_high, four_low, five_0, five_2, six_0, six_2, six_4, six_6, low;
+    __device__ __forceinline__ Tables()
+        : two(in_register(Book<2>::table_0)), three(in_register(Book<3>::table_0)), four_high(in_register(Book<4>::high_0)),
+          four_low(in_register(~Book<4>::low_0)), five_0(in_register(Book<5>::word(0))), five_2(in_register(Book<5>::word(2))),
+          six_0(in_register(Book<6>::word(0))), six_2(in_register(Book<6>::word(2))), six_4(in_register(Book<6>::word(4))),
+          six_6(in_register(Book<6>::word(6))), low(in_register(0x80808080u)) {}
+};
+
 // Four codes, one to a nibble of the selector's low half.
 template <int BITS>
-__device__ __forceinline__ Levels look_up(uint32_t selector, uint32_t flipped) {
+__device__ __forceinline__ Levels look_up(const Tables& t, uint32_t selector, uint32_t flipped) {
     using B = Book<BITS>;
-    if constexpr (B::two_tables) {
-        return {prmt(B::high_0, B::high_1, flipped), prmt(B::low_0, B::low_1, selector)};
-    } else {
-        return {prmt(B::table_0, B::table_1, selector), 0};
-    }
+    if constexpr (BITS == 4) return {prmt(t.four_high, B::high_1, flipped), prmt(t.four_low, ~B::low_1, selector)};
+    else return {prmt(BITS == 3 ? t.three : t.two, B::table_1, selector), 0};
 }
 
 // Eight codes, one to a nibble: those of the low half, then those of the high half.
 template <int BITS>
-__device__ __forceinline__ void look_up_word(uint32_t nibbles, Levels& first, Levels& second) {
-    uint32_t flipped = nibbles ^ 0x88888888u;
-    first = look_up<BITS>(nibbles, flipped);
-    second = look_up<BITS>(nibbles >> 16, flipped >> 16);
+__device__ __forceinline__ void look_up_word(const Tables& t, uint32_t nibbles, Levels& first, Levels& second) {
+    const uint32_t flipped = nibbles ^ 0x88888888u;
+    first = look_up<BITS>(t, nibbles, flipped);
+    second = look_up<BITS>(t, upper_half(nibbles), BITS == 4 ? upper_half(flipped) : 0);
 }
 
-// Four codes of five or six bits: `nibbles` the magnitude's low four bits, `upper` its fifth, `negative` the sign, each
-// at bit 0 of its nibble.
+// Four codes of five or six bits, a nibble each: `sign` has bit 3 set for positive levels, `index` is the magnitude's
+// number without its fifth bit, which is bit 2 of `fifth`; bit 3 of `fifth` is set.
 template <int BITS>
-__device__ __forceinline__ Levels look_up_wide(uint32_t nibbles, uint32_t upper, uint32_t negative) {
+__device__ __forceinline__ Levels look_up_wide(const Tables& t, uint32_t sign, uint32_t index, uint32_t flipped, uint32_t fifth) {
     using B = Book<BITS>;
-    constexpr uint32_t ZERO_OR_ONES = 0x0000FF00u;
-    uint32_t size = prmt(B::word(0), B::word(1), nibbles) | prmt(B::word(2), B::word(3), nibbles ^ 0x8888u);
-    if constexpr (BITS == 6) {
-        const uint32_t larger = prmt(B::word(4), B::word(5), nibbles) | prmt(B::word(6), B::word(7), nibbles ^ 0x8888u);
-        const uint32_t mask = prmt(ZERO_OR_ONES, 0, upper);
-        size = (size & ~mask) | (larger & mask);
+    // -1 for positive levels, -128 for negative ones.
+    const uint32_t low = prmt(t.low, 0x80808080u, sign);
+    uint32_t size;
+    if constexpr (BITS == 5) {
+        size = prmt(t.five_0, B::word(1), index) | prmt(t.five_2, B::word(3), flipped);
+    } else {
+        const uint32_t mask = prmt(0, 0xFFFFFFFFu, fifth);
+        size = ((prmt(t.six_0, B::word(1), index) | prmt(t.six_2, B::word(3), flipped)) & ~mask)
+            | ((prmt(t.six_4, B::word(5), index) | prmt(t.six_6, B::word(7), flipped)) & mask);
     }
-    const uint32_t mask = prmt(ZERO_OR_ONES, 0, negative);
-    return {size & ~mask, size & mask};
+    // The magnitude, or 127 less the magnitude.
+    return {size ^ ~low, low};
 }
 
 // Eight codes of five or six bits: the four upper bits, and the lower ones at bit 0 of each nibble (with anything above).
 // The book is symmetric: the codes of its negative half are those of the positive one with every bit flipped.
 template <int BITS>
-__device__ __forceinline__ void look_up_wide_word(uint32_t high, uint32_t low, Levels& first, Levels& second) {
+__device__ __forceinline__ void look_up_wide_word(const Tables& t, uint32_t high, uint32_t low, Levels& first, Levels& second) {
     constexpr int SHIFT = BITS - 4;
     constexpr uint32_t LOW = SHIFT == 1 ? 0x11111111u : 0x33333333u;
-    const uint32_t negative = (~high & 0x88888888u) >> 3, flip = negative * 15;
-    const uint32_t nibbles = ((high << SHIFT & ~LOW) | (low & LOW)) ^ flip;
-    const uint32_t upper = (high ^ flip) >> 2 & 0x11111111u;
-    first = look_up_wide<BITS>(nibbles, upper, negative);
-    second = look_up_wide<BITS>(nibbles >> 16, upper >> 16, negative >> 16);
+    const uint32_t flip = ((~high & 0x88888888u) >> 3) * 15, upper = high ^ flip;
+    const uint32_t index = pick_bits(low ^ flip, upper << SHIFT, LOW), flipped = index ^ 0x88888888u;
+    first = look_up_wide<BITS>(t, high, index, flipped, upper);
+    second = look_up_wide<BITS>(t, upper_half(high), upper_half(index), upper_half(flipped), BITS == 6 ? upper_half(upper) : 0);
 }
 
 // Puts a 2-bit plane's part and a 1-bit plane's part of a 3-bit code together; each already stands four bits apart.
@@ -79,55 +98,77 @@ __device__ __forceinline__ uint32_t shared_word(const uint8_t* at) {
 
 // ---- Keys ----
 
-// Item t = 4 group + w of a plane of BITS bits and N channels: the bits of its eight channels, shifted down so that
-// they start at bit 0 of each nibble; higher bits of the nibbles are left as they come.
+// Item t = 4 group + q of a plane of BITS bits and N channels, for 32 keys: r[i] holds the bits of its eight channels of key
+// 8 i + g, shifted down so that they start at bit 0 of each nibble; higher bits of the nibbles are left as they come.
+// `rows` is the first key's row.
 template <bool ALIGNED, int N, int BITS, int GROUP>
-__device__ __forceinline__ uint32_t key_bits(const uint8_t* plane, int w) {
+__device__ __forceinline__ void key_bits(uint32_t (&r)[4], const uint8_t* rows, uint32_t stride, uint32_t plane, int lane) {
     constexpr int BYTES = N * BITS / 8;
-    if constexpr (BITS == 4) {
-        return shared_word<ALIGNED>(plane + 16 * GROUP + 4 * w);
-    } else if constexpr (BYTES % 16 == 0) {
-        // The same word of the plane serves several groups, at another shift.
-        return shared_word<ALIGNED>(plane + 16 * GROUP % BYTES + 4 * w) >> (BITS * (16 * GROUP / BYTES));
-    } else if constexpr (BYTES % 4 == 0) {
-        int at = 16 * GROUP + 4 * w;
-        return shared_word<ALIGNED>(plane + at % BYTES) >> (BITS * (at / BYTES));
-    } else {
-        uint32_t word = 0;
-        DQ_UNROLL
-        for (int i = 0; i < 4; i++) {
-            int at = 16 * GROUP + 4 * w + i;
-            word |= (uint32_t(plane[at % BYTES]) >> (BITS * (at / BYTES)) & 0xFF) << (8 * i);
-        }
-        return word;
-    }
-}
-
-// Levels of word w of a group of one key: the two quads.
-template <class S, int TIER, int GROUP>
-__device__ __forceinline__ void key_levels(const uint8_t* row, const uint32_t* planes, int w, Levels& first, Levels& second) {
-    constexpr int N = S::channels(TIER), BITS = S::bits(TIER), P = S::plane_index(TIER, 0);
+    int w = lane & 3;
     // Beyond the tier: any codes do, the folded query is zero there.
     if constexpr (N % 32 != 0 && GROUP == N / 32) {
         if (4 * GROUP + w >= N / 8) w = 0;
     }
+    if constexpr (ALIGNED && BYTES % 16 == 0 && N % 32 == 0) {
+        // The same words of the plane serve several groups, at another shift.
+        ldmatrix(r, rows + lane * stride + plane + 16 * GROUP % BYTES);
+        constexpr int SHIFT = BITS < 4 ? BITS * (16 * GROUP / BYTES) : 0;
+        if constexpr (SHIFT > 0) {
+            DQ_UNROLL
+            for (int i = 0; i < 4; i++) r[i] >>= SHIFT;
+        }
+        return;
+    }
+    const uint8_t* key = rows + (lane >> 2) * stride + plane;
+    DQ_UNROLL
+    for (int i = 0; i < 4; i++) {
+        const uint8_t* at = key + 8 * i * stride;
+        const int first = 16 * GROUP + 4 * w;
+        if constexpr (BITS == 4 || BITS == 8) {
+            r[i] = shared_word<ALIGNED>(at + first);
+        } else if constexpr (BYTES % 4 == 0) {
+            r[i] = shared_word<ALIGNED>(at + first % BYTES) >> (BITS * (first / BYTES));
+        } else {
+            r[i] = 0;
+            DQ_UNROLL
+            for (int b = 0; b < 4; b++) {
+                r[i] |= (uint32_t(at[(first + b) % BYTES]) >> (BITS * ((first + b) / BYTES)) & 0xFF) << (8 * b);
+            }
+        }
+    }
+}
+
+// Levels of word q of a group: the two quads of key 8 i + g.
+template <class S, int TIER, int GROUP>
+__device__ __forceinline__ void key_levels(const Tables& t, Levels (&first)[4], Levels (&second)[4], const uint8_t* rows, uint32_t stride, const uint32_t* planes, int lane) {
+    constexpr int N = S::channels(TIER), BITS = S::bits(TIER), P = S::plane_index(TIER, 0);
+    uint32_t r[4];
     if constexpr (BITS == 8) {
-        const uint8_t* at = row + planes[P] + 16 * GROUP + 4 * w;
-        uint32_t here = shared_word<S::aligned>(at) ^ 0x80808080u, there = shared_word<S::aligned>(at + N / 2) ^ 0x80808080u;
-        first = {prmt(here, there, 0x5140), 0};
-        second = {prmt(here, there, 0x7362), 0};
-    } else if constexpr (BITS == 3) {
-        uint32_t two = key_bits<S::aligned, N, 2, GROUP>(row + planes[P], w);
-        uint32_t one = key_bits<S::aligned, N, 1, GROUP>(row + planes[P + 1], w);
-        look_up_word<3>(join_3(two, one), first, second);
-    } else if constexpr (BITS == 5 || BITS == 6) {
-        uint32_t high = key_bits<S::aligned, N, 4, GROUP>(row + planes[P], w);
-        uint32_t low = key_bits<S::aligned, N, BITS - 4, GROUP>(row + planes[P + 1], w);
-        look_up_wide_word<BITS>(high, low, first, second);
-    } else if constexpr (BITS == 2) {
-        look_up_word<2>(key_bits<S::aligned, N, 2, GROUP>(row + planes[P], w) & 0x33333333u, first, second);
+        uint32_t there[4];
+        key_bits<S::aligned, N, 8, GROUP>(r, rows, stride, planes[P], lane);
+        key_bits<S::aligned, N, 8, GROUP>(there, rows, stride, planes[P] + N / 2, lane);
+        DQ_UNROLL
+        for (int i = 0; i < 4; i++) {
+            const uint32_t a = r[i] ^ 0x80808080u, b = there[i] ^ 0x80808080u;
+            first[i] = {prmt(a, b, 0x5140), 0};
+            second[i] = {prmt(a, b, 0x7362), 0};
+        }
+    } else if constexpr (planes_of(BITS) == 2) {
+        uint32_t low[4];
+        key_bits<S::aligned, N, plane_bits(BITS, 0), GROUP>(r, rows, stride, planes[P], lane);
+        key_bits<S::aligned, N, plane_bits(BITS, 1), GROUP>(low, rows, stride, planes[P + 1], lane);
+        DQ_UNROLL
+        for (int i = 0; i < 4; i++) {
+            if constexpr (BITS == 3) look_up_word<3>(t, join_3(r[i], low[i]), first[i], second[i]);
+            else look_up_wide_word<BITS>(t, r[i], low[i], first[i], second[i]);
+        }
     } else {
-        look_up_word<4>(key_bits<S::aligned, N, 4, GROUP>(row + planes[P], w), first, second);
+        key_bits<S::aligned, N, BITS, GROUP>(r, rows, stride, planes[P], lane);
+        DQ_UNROLL
+        for (int i = 0; i < 4; i++) {
+            if constexpr (BITS == 2) r[i] &= 0x33333333u;
+            look_up_word<BITS>(t, r[i], first[i], second[i]);
+        }
     }
 }
 
@@ -177,14 +218,13 @@ struct ValueFragments {
 // Eight keys' worth of four nibble channels: r0 has keys 2q, 2q+1, r1 has 2q+8, 2q+9. Gathers each channel's four keys.
 //   even: low half channel nibble 0, high half nibble 2;   odd: nibbles 1 and 3
 __device__ __forceinline__ void transpose_nibbles(uint32_t r0, uint32_t r1, uint32_t& even, uint32_t& odd) {
-    uint32_t e = (r0 & 0x0F0F0F0Fu) | (r1 << 4 & 0xF0F0F0F0u);
-    uint32_t o = (r0 >> 4 & 0x0F0F0F0Fu) | (r1 & 0xF0F0F0F0u);
+    const uint32_t e = pick_bits(r0, r1 << 4, 0x0F0F0F0Fu), o = pick_bits(r0 >> 4, r1, 0x0F0F0F0Fu);
     even = prmt(e, e, 0x3120);
     odd = prmt(o, o, 0x3120);
 }
 
 template <class S, int TIER, int GROUP>
-__device__ __forceinline__ void value_levels(ValueFragments& f, const uint8_t* rows, uint32_t stride, const uint32_t* planes, int lane) {
+__device__ __forceinline__ void value_levels(const Tables& t, ValueFragments& f, const uint8_t* rows, uint32_t stride, const uint32_t* planes, int lane) {
     constexpr int N = S::channels(TIER), BITS = S::bits(TIER), P = S::plane_index(TIER, 0);
     static_assert(BITS != 5 && BITS != 6, "tiers are for keys");
     if constexpr (BITS == 8) {
@@ -220,8 +260,8 @@ __device__ __forceinline__ void value_levels(ValueFragments& f, const uint8_t* r
             uint32_t even, odd;
             transpose_nibbles(r[2 * i], r[2 * i + 1], even, odd);
             Levels a0, a1, b0, b1;
-            look_up_word<BITS>(even, a0, b0);
-            look_up_word<BITS>(odd, a1, b1);
+            look_up_word<BITS>(t, even, a0, b0);
+            look_up_word<BITS>(t, odd, a1, b1);
             f.high[0][2 * i] = a0.high, f.high[0][2 * i + 1] = a1.high;
             f.high[1][2 * i] = b0.high, f.high[1][2 * i + 1] = b1.high;
             f.low[0][2 * i] = a0.low, f.low[0][2 * i + 1] = a1.low;

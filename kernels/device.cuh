@@ -44,16 +44,22 @@ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t sel) {
     return r;
 }
 
-inline void mma_s8_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EMU_CALLER) {
-    emu::MmaPayload<int32_t> p{a, b, c};
+// d = a b + c; d and c may be the same.
+inline void mma_s8_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const int32_t (&c)[4], EMU_CALLER) {
+    for (int i = 0; i < 4; i++) d[i] = c[i];
+    emu::MmaPayload<int32_t> p{a, b, d};
     emu::meet([](emu::Lanes l, uint32_t m) { emu::need_full_warp(m); emu::run_mma<int32_t, 4>(l, emu::read_s8, emu::read_s8); },
               ALL_LANES, &p, file, line);
 }
-inline void mma_s8_u8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EMU_CALLER) {
-    emu::MmaPayload<int32_t> p{a, b, c};
+inline void mma_s8_u8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const int32_t (&c)[4], EMU_CALLER) {
+    for (int i = 0; i < 4; i++) d[i] = c[i];
+    emu::MmaPayload<int32_t> p{a, b, d};
     emu::meet([](emu::Lanes l, uint32_t m) { emu::need_full_warp(m); emu::run_mma<int32_t, 4>(l, emu::read_s8, emu::read_u8); },
               ALL_LANES, &p, file, line);
 }
+inline uint32_t upper_half(uint32_t v) { return v >> 16; }
+inline uint32_t pick_bits(uint32_t a, uint32_t b, uint32_t mask) { return (a & mask) | (b & ~mask); }
+inline uint32_t in_register(uint32_t v) { return v; }
 inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EMU_CALLER) {
     emu::MmaPayload<float> p{a, b, c};
     emu::meet([](emu::Lanes l, uint32_t m) { emu::need_full_warp(m); emu::run_mma<float, 2>(l, emu::read_half, emu::read_half); },
@@ -89,6 +95,11 @@ inline void barrier_init(uint64_t* b, uint32_t count) { emu::mbarrier_init(b, co
 inline void barrier_init_done() {}
 inline void barrier_expect(uint64_t* b, uint32_t bytes) { emu::mbarrier_arrive_expect(b, bytes); }
 inline void barrier_wait(uint64_t* b, uint32_t parity) { emu::mbarrier_wait(b, parity); }
+inline uint32_t count_to(uint32_t* counter, uint32_t last) {
+    const uint32_t old = *counter;
+    *counter = old == last ? 0 : old + 1;
+    return old;
+}
 inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* b) { emu::start_bulk_copy(shared, global, bytes, b); }
 
 inline float half_to_float(uint16_t h) { return dq_half_bits_to_float(h); }
@@ -97,6 +108,8 @@ inline float bf16_to_float(uint16_t h) { return dq_bf16_bits_to_float(h); }
 inline uint16_t float_to_bf16(float f) { return dq_float_to_bf16_bits(f); }
 
 template <class T> inline T load_global(const T* at) { return *at; }
+inline void start_next_kernel() {}
+inline void wait_for_previous_kernel() {}
 
 #else
 
@@ -113,7 +126,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 __device__ __forceinline__ float tanh_fast(float x) { return tanhf(x); }
-__device__ __forceinline__ float rcp_fast(float x) { return __frcp_rn(x); }
+// To one unit in the last place, for normal results.
+__device__ __forceinline__ float rcp_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 __device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t sel) {
     uint32_t r;
@@ -121,16 +139,40 @@ __device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t sel) {
     return r;
 }
 
+// d = a b + c; d and c may be the same.
 #define DQ_MMA_INT(name, types)                                                                                       \
-    __device__ __forceinline__ void name(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {           \
-        asm volatile("mma.sync.aligned.m16n8k32.row.col.s32." types ".s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "    \
-                     "{%0,%1,%2,%3};"                                                                                 \
-                     : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])                                                 \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                             \
+    __device__ __forceinline__ void name(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const int32_t (&c)[4]) { \
+        asm("mma.sync.aligned.m16n8k32.row.col.s32." types ".s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "             \
+            "{%10,%11,%12,%13};"                                                                                      \
+            : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                                                          \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3])); \
     }
 DQ_MMA_INT(mma_s8_s8, "s8.s8")
 DQ_MMA_INT(mma_s8_u8, "s8.u8")
 #undef DQ_MMA_INT
+
+// v >> 16 on the pipe of the multipliers: shifts, logic and `prmt` share another one, which look-ups keep busy.
+__device__ __forceinline__ uint32_t upper_half(uint32_t v) {
+    uint32_t r;
+    asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(r) : "r"(v), "r"(0x0100), "r"(0));
+    return r;
+}
+
+// Bits of a where the mask has ones, of b elsewhere: one instruction, which the compiler does not find by itself.
+__device__ __forceinline__ uint32_t pick_bits(uint32_t a, uint32_t b, uint32_t mask) {
+    uint32_t r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(r) : "r"(a), "r"(b), "r"(mask));
+    return r;
+}
+// A constant that stays in a register. `prmt` takes only its second table as an immediate, and the compiler would rather
+// move the first one in before each use; also from a uniform register, so the value must look as if lanes differed.
+__device__ __forceinline__ uint32_t in_register(uint32_t v) {
+    uint32_t below, lane, r;
+    asm("mov.u32 %0, %%lanemask_lt;" : "=r"(below));
+    asm("mov.u32 %0, %%laneid;" : "=r"(lane));
+    asm volatile("shfl.sync.bfly.b32 %0, %1, 0, 0x1f, 0xffffffff;" : "=r"(r) : "r"(v + __popc(below) - lane));
+    return r;
+}
 
 #define DQ_MMA_FLOAT(name, types)                                                                                     \
     __device__ __forceinline__ void name(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {             \
@@ -191,6 +233,12 @@ __device__ __forceinline__ void barrier_wait(uint64_t* b, uint32_t parity) {
                  "@!done bra AGAIN_%=;\n"
                  "}" ::"r"(shared_address(b)), "r"(parity) : "memory");
 }
+// Counts from 0 to `last` and around; returns the count before. Orders the block's accesses to shared memory.
+__device__ __forceinline__ uint32_t count_to(uint32_t* counter, uint32_t last) {
+    uint32_t old;
+    asm volatile("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;" : "=r"(old) : "r"(shared_address(counter)), "r"(last) : "memory");
+    return old;
+}
 __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* b) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(b)) : "memory");
@@ -201,6 +249,7 @@ __device__ __forceinline__ void barrier_init(uint64_t*, uint32_t) {}
 __device__ __forceinline__ void barrier_init_done() {}
 __device__ __forceinline__ void barrier_expect(uint64_t*, uint32_t) {}
 __device__ __forceinline__ void barrier_wait(uint64_t*, uint32_t) {}
+__device__ __forceinline__ uint32_t count_to(uint32_t*, uint32_t) { return 0; }
 __device__ __forceinline__ void bulk_copy(void*, const void*, uint32_t, uint64_t*) {}
 #endif
 
@@ -210,6 +259,19 @@ __device__ __forceinline__ float bf16_to_float(uint16_t h) { return __uint_as_fl
 __device__ __forceinline__ uint16_t float_to_bf16(float f) { return __bfloat16_as_ushort(__float2bfloat16_rn(f)); }
 
 template <class T> __device__ __forceinline__ T load_global(const T* at) { return __ldg(at); }
+
+// Kernels of one call overlap where the host launched them so: the next one may start once every block of this one has
+// said so, and reads what this one writes only after its wait, which lasts until all of this one is done.
+__device__ __forceinline__ void start_next_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 #endif
 

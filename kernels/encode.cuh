@@ -3,18 +3,25 @@
 // l, l + 16, l + 32, ...
 //
 // Grid: (runs of 16 * ROWS tokens, KV head, side), 256 threads: sixteen half warps with ROWS rows each, which share one
-// pass over the encode matrix. Shared memory: per half warp the rows, then their latents, f32 [ROWS][D]; codes [D].
+// pass over the encode matrix. Shared memory: the block's rows and their latents, f32 [16 ROWS][D] each; codes
+// [16][FEEDBACK_SCALES][D]; stages of the matrix, f32 [ENCODE_STAGES][ENCODE_CHUNK][D], then the triangles of the feedback.
 #pragma once
 #include "rows.cuh"
 
 namespace dq {
 
-constexpr int ENCODE_HALVES = 16;
+constexpr int ENCODE_HALVES = 16, ENCODE_THREADS = 16 * ENCODE_HALVES, ENCODE_CHUNK = 16, ENCODE_STAGES = 3;
 constexpr float SWITCH = 0.5f;
 constexpr float HUGE_ROW = 1e15f;
 constexpr int MAX_SINKS = 4;
-constexpr int N_MULTIPLES = 5;
-__host__ __device__ constexpr float scale_multiple(int i) { return i == 0 ? 0.8f : i == 1 ? 0.9f : i == 2 ? 1.0f : i == 3 ? 1.1f : 1.25f; }
+constexpr int N_MULTIPLES = 8, FEEDBACK_SCALES = 4;
+__host__ __device__ constexpr float scale_multiple(int i) {
+    return i < 4 ? (i == 0 ? 0.76f : i == 1 ? 0.83f : i == 2 ? 0.9f : 0.97f) : (i == 4 ? 1.04f : i == 5 ? 1.11f : i == 6 ? 1.18f : 1.26f);
+}
+__host__ __device__ constexpr float feedback_multiple(int i) { return i == 0 ? 0.94f : i == 1 ? 1.0f : i == 2 ? 1.06f : 1.12f; }
+// Bytes to a channel for stages of the matrix or triangles: the most that the latter take, but for some of plan 102.
+constexpr int ENCODE_SPARE = 200;
+static_assert(ENCODE_STAGES * ENCODE_CHUNK * 4 <= ENCODE_SPARE, "");
 
 // The mask of the sixteen lanes that work on one row: the two halves of a warp go their own ways.
 __device__ __forceinline__ uint32_t half_mask(int lane) { return lane < 16 ? 0x0000FFFFu : 0xFFFF0000u; }
@@ -134,6 +141,62 @@ __device__ __forceinline__ float nearest_level(float y, float reach) {
     return __fmul_rn(copysignf(steps, y), B::unit);
 }
 
+// ---- What the feedback reads ----
+
+// Lower triangles, one to a tier, packed by rows behind a head's encode matrix. In shared memory, where they find room,
+// rows are widened to whole runs of four.
+template <class S> struct Triangles {
+    __host__ __device__ static constexpr int row_at(int j) { return 4 * (j / 4 + 1) * (2 * (j / 4) + j % 4); }
+    __host__ __device__ static constexpr int widened_before(int t) {
+        int n = 0;
+        for (int i = 0; i < t && S::tiers > 1; i++) n += row_at(S::channels(i));
+        return n;
+    }
+    static constexpr bool fit_in = widened_before(S::tiers) * 4 <= ENCODE_SPARE * S::D;
+
+    const float* packed;
+    float* widened;
+
+    // By the whole block, a row to a warp.
+    __device__ void fetch(int t) const {
+        for_each<S::tiers>([&](auto tier) {
+            constexpr int T = decltype(tier)::value;
+            for (int j = t / 32; j < S::channels(T); j += ENCODE_THREADS / 32) {
+                const float* from = packed + S::feedback_before(T) + j * (j + 1) / 2;
+                for (int k = t % 32; k <= j; k += 32) widened[widened_before(T) + row_at(j) + k] = load_global(from + k);
+            }
+        });
+    }
+    // Entries k ... k + 3 of row j, k a multiple of four; those beyond the diagonal may be anything.
+    template <int T> __device__ float4 four(int j, int k) const {
+        if constexpr (fit_in) {
+            return *reinterpret_cast<const float4*>(widened + widened_before(T) + row_at(j) + k);
+        } else {
+            const float* at = packed + S::feedback_before(T) + j * (j + 1) / 2 + k;
+            return {load_global(at), load_global(at + 1), load_global(at + 2), load_global(at + 3)};
+        }
+    }
+};
+
+// Of each tier: levels of the positive half of its book in units of a unit row, and the edges between them.
+template <class S> struct FeedbackBooks {
+    float level[S::tiers][32], edge[S::tiers][32];
+
+    __device__ void fill(int t) {
+        for_each<S::tiers>([&](auto tier) {
+            using B = Book<S::bits(decltype(tier)::value)>;
+            constexpr int T = decltype(tier)::value, HALF = 1 << (S::bits(T) - 1);
+            if (t < 32) edge[T][t] = __builtin_huge_valf();
+            for_each<HALF>([&](auto i) {
+                constexpr int I = decltype(i)::value;
+                if (t != I) return;
+                level[T][I] = __fmul_rn(float(B::magnitude(I)), B::unit);
+                if constexpr (I + 1 < HALF) edge[T][I] = float((double(B::magnitude(I)) + double(B::magnitude(I + 1))) / 2.0 * B::exact_unit);
+            });
+        });
+    }
+};
+
 template <class S> struct RowCoder {
     static constexpr int D = S::D, PER = D / 16;
 
@@ -211,6 +274,78 @@ template <class S> struct RowCoder {
         }
     }
 
+    // Codes a row anew, latent after latent, each against what the errors before it leave to be said (src/factor/fit.rs).
+    // A few scales around the one found without; the least loss wins. Four lanes to a scale: lane c of them holds the
+    // latents c, c + 4, ... of a tier and tries every fourth edge of its book. `codes` [FEEDBACK_SCALES][D]; `slot` gets
+    // the scale that won.
+    __device__ static Header feed_back(const float* latents, Header without, uint32_t set, const float (&kappa)[S::tiers], const Triangles<S>& triangles,
+                                       const FeedbackBooks<S>& books, uint8_t* codes, int& slot, int l, uint32_t mask) {
+        const int s = l >> 2, c = l & 3;
+        const uint32_t mine = 0xFu << (threadIdx.x & 28);
+        const Header header = pack_header(__fmul_rn(header_scale(without.bits), feedback_multiple(s)), set);
+        const float scale = header_scale(header.bits), inverse = scale > 0.0f ? __fdiv_rn(1.0f, scale) : 0.0f;
+        float cost = 0.0f;
+        __syncwarp(mask);
+        for_each<S::tiers>([&](auto tier) {
+            constexpr int T = decltype(tier)::value, FIRST = S::first(T), BLOCKS = S::channels(T) / 4, HALF = 1 << (S::bits(T) - 1);
+            constexpr int EDGES = HALF < 4 ? 1 : HALF / 4;
+            float edge[EDGES], target[BLOCKS], lost = 0.0f;
+            DQ_UNROLL
+            for (int e = 0; e < EDGES; e++) edge[e] = books.edge[T][4 * e + c];
+            DQ_UNROLL
+            for (int b = 0; b < BLOCKS; b++) target[b] = latents[FIRST + 4 * b + c];
+            DQ_UNROLL_BY_1
+            for (int block = 0; block < BLOCKS; block++) {
+                // Four latents, one after the other, by all lanes of the scale.
+                float four[4], error[4], weight[4][4], latent[4];
+                auto load = [](float (&to)[4], const float4& v) { to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w; };
+                load(latent, *reinterpret_cast<const float4*>(latents + FIRST + 4 * block));
+                DQ_UNROLL
+                for (int i = 0; i < 4; i++) {
+                    four[i] = __shfl_sync(mask, target[0], i, 4);
+                    load(weight[i], triangles.template four<T>(4 * block + i, 4 * block));
+                }
+                uint32_t word = 0;
+                DQ_UNROLL
+                for (int i = 0; i < 4; i++) {
+                    const float magnitude = fabsf(__fmul_rn(four[i], inverse));
+                    int above = 0;
+                    DQ_UNROLL
+                    for (int e = 0; e < EDGES; e++) above += __popc(__ballot_sync(mask, magnitude > edge[e]) & mine);
+                    const float value = __fmul_rn(scale, copysignf(books.level[T][above], four[i])), left = __fsub_rn(value, four[i]);
+                    error[i] = __fsub_rn(value, latent[i]);
+                    lost = __fadd_rn(lost, __fmul_rn(weight[i][i], __fmul_rn(left, left)));
+                    DQ_UNROLL
+                    for (int k = i + 1; k < 4; k++) four[k] = __fsub_rn(four[k], __fmul_rn(weight[k][i], error[i]));
+                    word |= uint32_t(__float_as_uint(four[i]) >> 31 ? HALF - 1 - above : HALF + above) << (8 * i);
+                }
+                if (c == 0) *reinterpret_cast<uint32_t*>(codes + s * D + FIRST + 4 * block) = word;
+                // What these four take from the later ones; the next block's moves up.
+                DQ_UNROLL
+                for (int b = 1; b < BLOCKS; b++) {
+                    if (block + b >= BLOCKS) break;
+                    load(weight[0], triangles.template four<T>(4 * (block + b) + c, 4 * block));
+                    float v = target[b];
+                    DQ_UNROLL
+                    for (int i = 0; i < 4; i++) v = __fsub_rn(v, __fmul_rn(weight[0][i], error[i]));
+                    target[b - 1] = v;
+                }
+            }
+            cost = __fadd_rn(cost, __fmul_rn(kappa[T], lost));
+        });
+        // The first one never saturates where the scale without feedback does not.
+        slot = 0;
+        Header best{__shfl_sync(mask, header.bits, 0, 16), false};
+        float best_cost = __shfl_sync(mask, cost, 0, 16);
+        DQ_UNROLL
+        for (int i = 1; i < FEEDBACK_SCALES; i++) {
+            const float other = __shfl_sync(mask, header.saturated ? __builtin_huge_valf() : cost, 4 * i, 16);
+            const uint32_t bits = __shfl_sync(mask, header.bits, 4 * i, 16);
+            if (other < best_cost) best_cost = other, best.bits = bits, slot = i;
+        }
+        return best;
+    }
+
     // Codes into the planes of a record.
     __device__ static void write(const uint8_t* codes, uint8_t* record, uint32_t side, uint32_t n_kv, uint32_t head, int l) {
         for_each<S::tiers>([&](auto tier) {
@@ -234,6 +369,57 @@ template <class S> struct RowCoder {
     }
 };
 
+// ---- Latents of the block's rows under a dense matrix ----
+
+// In place: `rows` [ROWS][D] are centred rows, then latents. The whole block takes part; a thread has four channels of
+// latents and a few rows. Products are rounded, and added in the order of the channels. Rows from `n` on are nobody's.
+template <int D, int ROWS>
+__device__ __forceinline__ void dense_latents(float* rows, const float* matrix, float* stages, uint32_t n) {
+    constexpr int GROUPS = D / 4, SHARERS = ENCODE_THREADS / GROUPS, MINE = (ROWS + SHARERS - 1) / SHARERS, CHUNKS = D / ENCODE_CHUNK;
+    const int t = threadIdx.x, channel = t % GROUPS * 4, first = t / GROUPS * MINE;
+    const bool works = first < ROWS && uint32_t(first) < n;
+    auto fetch = [&](int chunk) {
+        float* stage = stages + chunk % ENCODE_STAGES * (ENCODE_CHUNK * D);
+        for (int i = 4 * t; i < ENCODE_CHUNK * D && chunk < CHUNKS; i += 4 * ENCODE_THREADS) cp_async_16(stage + i, matrix + chunk * (ENCODE_CHUNK * D) + i);
+        cp_async_commit();
+    };
+    DQ_UNROLL
+    for (int s = 0; s < ENCODE_STAGES - 1; s++) fetch(s);
+    float4 acc[MINE] = {};
+    DQ_UNROLL_BY_1
+    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+        cp_async_wait<ENCODE_STAGES - 2>();
+        // Also: the rows are there, and nobody reads the stage that is filled next.
+        __syncthreads();
+        fetch(chunk + ENCODE_STAGES - 1);
+        if (!works) continue;
+        const float* stage = stages + chunk % ENCODE_STAGES * (ENCODE_CHUNK * D) + channel;
+        DQ_UNROLL_BY_4
+        for (int i = 0; i < ENCODE_CHUNK; i += 4) {
+            float4 weight[4];
+            DQ_UNROLL
+            for (int k = 0; k < 4; k++) weight[k] = *reinterpret_cast<const float4*>(stage + (i + k) * D);
+            DQ_UNROLL
+            for (int r = 0; r < MINE; r++) {
+                if (ROWS % MINE != 0 && first + r >= ROWS) continue;
+                const float4 x = *reinterpret_cast<const float4*>(rows + (first + r) * D + chunk * ENCODE_CHUNK + i);
+                auto add = [&](float v, const float4& w) {
+                    acc[r].x = __fadd_rn(acc[r].x, __fmul_rn(v, w.x)), acc[r].y = __fadd_rn(acc[r].y, __fmul_rn(v, w.y));
+                    acc[r].z = __fadd_rn(acc[r].z, __fmul_rn(v, w.z)), acc[r].w = __fadd_rn(acc[r].w, __fmul_rn(v, w.w));
+                };
+                add(x.x, weight[0]), add(x.y, weight[1]), add(x.z, weight[2]), add(x.w, weight[3]);
+            }
+        }
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+    DQ_UNROLL
+    for (int r = 0; r < MINE; r++) {
+        if (works && (ROWS % MINE == 0 || first + r < ROWS)) *reinterpret_cast<float4*>(rows + (first + r) * D + channel) = acc[r];
+    }
+    __syncthreads();
+}
+
 // ---- The kernel's body for one side ----
 
 template <class S, int ROWS>
@@ -242,10 +428,13 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
     using Coder = RowCoder<S>;
     const int t = threadIdx.x, half = t >> 4, l = t & 15, lane = t & 31;
     const uint32_t mask = half_mask(lane), head = blockIdx.y, first = (blockIdx.x * ENCODE_HALVES + half) * ROWS;
-    float* x = reinterpret_cast<float*>(shared) + half * 2 * ROWS * D;
-    float* latents = x + ROWS * D;
-    uint8_t* codes = shared + ENCODE_HALVES * 2 * ROWS * D * 4 + half * D;
-    if (first >= p.n) return;
+    float* all_latents = reinterpret_cast<float*>(shared) + ENCODE_HALVES * ROWS * D;
+    float* x = reinterpret_cast<float*>(shared) + half * ROWS * D;
+    float* latents = all_latents + half * ROWS * D;
+    uint8_t* codes = shared + ENCODE_HALVES * 2 * ROWS * D * 4 + half * FEEDBACK_SCALES * D;
+    float* stages = reinterpret_cast<float*>(shared + ENCODE_HALVES * (2 * ROWS * D * 4 + FEEDBACK_SCALES * D));
+    constexpr bool FEEDBACK = S::tiers > 1;
+    __shared__ FeedbackBooks<S> books;
 
     const DqHeadSets& sets = f.heads[head];
     const uint32_t newest = header_set(sets.newest);
@@ -278,32 +467,26 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
             }
         }
         DQ_UNROLL
-        for (int k = 0; k < PER; k++) x[r * D + l + 16 * k] = v[k];
+        for (int k = 0; k < PER; k++) {
+            x[r * D + l + 16 * k] = v[k];
+            if (sets.encode_dense) latents[r * D + l + 16 * k] = __fsub_rn(v[k], mean[k]);
+        }
     }
     __syncwarp(mask);
 
-    // Phase 2: latents under the newest set.
+    // Phase 2: latents under the newest set, and what the feedback reads.
+    const uint32_t block_first = blockIdx.x * ENCODE_HALVES * ROWS;
+    const float* matrix = f.encode + uint64_t(head) * S::encode_floats;
+    const Triangles<S> triangles{matrix + D * D, stages};
     if (sets.encode_dense) {
-        float acc[ROWS][PER] = {};
-        const float* matrix = f.encode + uint64_t(head) * D * D;
-        for (int i = 0; i < D; i++) {
-            const float m = half_to_float(load_global(means + newest * D + i));
-            float centred[ROWS];
-            DQ_UNROLL
-            for (int r = 0; r < ROWS; r++) centred[r] = __fsub_rn(x[r * D + i], m);
-            DQ_UNROLL
-            for (int k = 0; k < PER; k++) {
-                const float weight = load_global(matrix + i * D + l + 16 * k);
-                DQ_UNROLL
-                for (int r = 0; r < ROWS; r++) acc[r][k] = __fadd_rn(acc[r][k], __fmul_rn(centred[r], weight));
-            }
-        }
-        DQ_UNROLL
-        for (int r = 0; r < ROWS; r++) {
-            DQ_UNROLL
-            for (int k = 0; k < PER; k++) latents[r * D + l + 16 * k] = acc[r][k];
+        dense_latents<D, ENCODE_HALVES * ROWS>(all_latents, matrix, stages, p.n - block_first);
+        if constexpr (FEEDBACK) {
+            books.fill(t);
+            if constexpr (Triangles<S>::fit_in) triangles.fetch(t);
+            __syncthreads();
         }
     }
+    if (first >= p.n) return;
 
     float kappa[S::tiers], expected[S::tiers], ones[S::tiers], distortion = 0.0f;
     for_each<S::tiers>([&](auto tier) {
@@ -325,6 +508,7 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
         // Phase 3: which set. The newest, unless another promises less than half its error.
         bool use_other = true, bad_row = (replaced >> r & 1) != 0;
         uint32_t other = 0;
+        int slot = 0;
         Header header{};
         if (!bad_row) {
             DQ_UNROLL
@@ -345,6 +529,9 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
             if (!use_other) {
                 header = Coder::code(y, newest, kappa, codes, l, mask);
                 use_other = header.saturated;
+                if constexpr (FEEDBACK) {
+                    if (sets.encode_dense && !use_other) header = Coder::feed_back(latents + r * D, header, newest, kappa, triangles, books, codes, slot, l, mask);
+                }
             }
         }
 
@@ -367,7 +554,7 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
         __syncwarp(mask);
 
         // Phase 5: codes, header, and the pad behind the headers.
-        Coder::write(codes, record, side, p.n_kv_heads, head, l);
+        Coder::write(codes + slot * D, record, side, p.n_kv_heads, head, l);
         if (l == 0) *reinterpret_cast<uint16_t*>(record + headers + 2 * head) = uint16_t(header.bits);
         if (pad && head == 0) {
             for (uint32_t b = headers + 2 * p.n_kv_heads + l; b < slot_bytes; b += 16) record[b] = 0;
@@ -381,7 +568,7 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
 template <class K, class V, int ROWS>
 constexpr uint32_t encode_shared_bytes() {
     constexpr int D = K::D > V::D ? K::D : V::D;
-    return ENCODE_HALVES * (2 * ROWS * D * 4 + D);
+    return ENCODE_HALVES * (2 * ROWS * 4 + FEEDBACK_SCALES) * D + ENCODE_SPARE * D;
 }
 
 template <class K, class V, int ROWS>

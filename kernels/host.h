@@ -10,18 +10,18 @@ template <class K, class V>
 bool planes_aligned(uint32_t n_kv) {
     bool ok = true;
     uint32_t at = 0;
-    auto side = [&](auto s, bool keys) {
+    auto side = [&](auto s) {
         using S = decltype(s);
         for (int p = 0; p < S::planes(); p++) {
             int t = S::tier_of_plane(p);
             uint32_t bytes = S::head_bytes(t, p - S::plane_index(t, 0));
             if (bytes % 4 == 0) ok &= at % 4 == 0;
-            if (!keys && bytes % 16 == 0) ok &= at % 16 == 0;
+            if (bytes % 16 == 0) ok &= at % 16 == 0;
             at += n_kv * bytes;
         }
     };
-    side(K{}, true);
-    side(V{}, false);
+    side(K{});
+    side(V{});
     return ok;
 }
 

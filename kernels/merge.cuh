@@ -14,7 +14,7 @@ constexpr uint32_t MERGE_PARTS = 512;
 
 template <class V>
 __device__ __forceinline__ void attend_merge(const DqAttend& p) {
-    constexpr int D = V::D, WARPS = 16, PER = (D + 127) / 128;
+    constexpr int D = V::D, WARPS = 16, PER = (D + 127) / 128, AT_ONCE = 4;
     __shared__ __align__(16) float gathered[WARPS][D];
     __shared__ __align__(16) float latents[D];
     __shared__ float weights[MERGE_PARTS];
@@ -31,6 +31,9 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
     // Threads that share a channel of the output, each with a run of latents.
     constexpr uint32_t MOST_RUNS_OF_LATENTS = 4;
     const uint32_t runs = blockDim.x >= MOST_RUNS_OF_LATENTS * D && D % (8 * MOST_RUNS_OF_LATENTS) == 0 ? MOST_RUNS_OF_LATENTS : 1;
+
+    const uint32_t present = p.v.heads[head].present;
+    wait_for_previous_kernel();
 
     // Phase 1: the maximum over all parts, and the sink's logit.
     float m = p.sink_logits != nullptr ? p.sink_logits[q_head] * LOG2_E : NEVER;
@@ -60,17 +63,30 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
                 seen |= counts;
             }
             __syncthreads();
-            DQ_UNROLL_BY_4
-            for (uint32_t i = warp; i < n; i += warps) {
-                const float weight = weights[i];
-                if (weight == 0.0f) continue;
-                if (lane < DQ_MAX_SETS) set_sum += weight * p.partial_sums[(at + i) * SUMS + lane];
+            // Several parts at a time, so that their loads overlap; nothing is read of a part without weight.
+            for (uint32_t i = warp; i < n; i += AT_ONCE * warps) {
+                float weight[AT_ONCE], in_set[AT_ONCE];
+                float4 v[AT_ONCE][PER];
                 DQ_UNROLL
-                for (int k = 0; k < PER; k++) {
-                    const int c = 4 * (lane + 32 * k);
-                    if (c >= D) continue;
-                    const float4 v = *reinterpret_cast<const float4*>(p.partial + (at + i) * D + c);
-                    acc[k].x += weight * v.x, acc[k].y += weight * v.y, acc[k].z += weight * v.z, acc[k].w += weight * v.w;
+                for (int a = 0; a < AT_ONCE; a++) {
+                    const uint32_t part = i + a * warps;
+                    weight[a] = part < n ? weights[part] : 0.0f;
+                    in_set[a] = weight[a] != 0.0f && lane < DQ_MAX_SETS ? p.partial_sums[(at + part) * SUMS + lane] : 0.0f;
+                    DQ_UNROLL
+                    for (int k = 0; k < PER; k++) {
+                        const int c = 4 * (lane + 32 * k);
+                        v[a][k] = {};
+                        if (weight[a] != 0.0f && c < D) v[a][k] = *reinterpret_cast<const float4*>(p.partial + (at + part) * D + c);
+                    }
+                }
+                DQ_UNROLL
+                for (int a = 0; a < AT_ONCE; a++) {
+                    set_sum += weight[a] * in_set[a];
+                    DQ_UNROLL
+                    for (int k = 0; k < PER; k++) {
+                        acc[k].x += weight[a] * v[a][k].x, acc[k].y += weight[a] * v[a][k].y;
+                        acc[k].z += weight[a] * v[a][k].z, acc[k].w += weight[a] * v[a][k].w;
+                    }
                 }
             }
         }
@@ -90,7 +106,27 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
             latents[c] = y;
         }
         __syncthreads();
-        if (runs > 1) {
+        constexpr bool BUTTERFLIES = (D & (D - 1)) == 0;
+        if (BUTTERFLIES && transform == 0) {
+            if constexpr (BUTTERFLIES) {
+                if (warp == 0) {
+                    float v[D / 32];
+                    DQ_UNROLL
+                    for (int k = 0; k < D / 32; k++) v[k] = latents[lane + 32 * k];
+                    butterflies<D>(v, lane);
+                    DQ_UNROLL
+                    for (int k = 0; k < D / 32; k++) {
+                        const int c = lane + 32 * k;
+                        latents[c] = with_sign(v[k], rotation_sign<D>(p.v.rotation, 0, c)) * rsqrtf(float(D));
+                    }
+                }
+            }
+            __syncthreads();
+            for (uint32_t i = 0, c = t; c < D; c += blockDim.x, i++) {
+                DQ_UNROLL
+                for (int k = 0; k < 4 * PER; k++) if (k == int(i)) x[k] += latents[c];
+            }
+        } else if (runs > 1) {
             if (t < runs * D) x[0] += unfold_channel<D>(p.v, head, transform, latents, t % D, t / D * (D / runs), D / runs);
         } else {
             for (uint32_t i = 0, c = t; c < D; c += blockDim.x, i++) {
@@ -117,7 +153,8 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
     }
     __syncthreads();
     float total = any && p.sink_logits != nullptr ? exp2_fast(sink - m) : 0.0f;
-    for (int e = 0; e < DQ_MAX_SETS; e++) {
+    for (uint32_t left = present; left != 0; left &= left - 1) {
+        const uint32_t e = __ffs(left) - 1;
         const float l = weights[e];
         if (l == 0.0f) continue;
         total += l;

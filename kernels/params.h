@@ -29,7 +29,7 @@ typedef struct DqFactors {
     const DqHeadSets* heads;   /* [n_kv_heads] */
     const uint16_t* means;     /* f16 [n_kv_heads][DQ_MAX_SETS][d] */
     const uint16_t* decode;    /* f16 [n_kv_heads][max_dense][channel d][latent d] */
-    const float* encode;       /* f32 [n_kv_heads][channel d][latent d], the newest fit's */
+    const float* encode;       /* f32 [n_kv_heads], each [channel d][latent d] and the feedback, the newest fit's */
     const uint32_t* rotation;  /* sign bits [latent d][(d + 31) / 32]: bit c set, entry (latent, c) is -1 / sqrt(d) */
     uint32_t max_dense;
     uint32_t reserved;

@@ -30,8 +30,8 @@ template <int PLAN> struct PlanTiers {
         __host__ __device__ static constexpr int bits(int t) { return pick(2 * t + 1); }                              \
     }
 DQ_TIERED_PLAN(102, 2, 4, 4, 12, 2);
-DQ_TIERED_PLAN(103, 3, 4, 5, 4, 3, 8, 2);
-DQ_TIERED_PLAN(104, 3, 4, 6, 4, 4, 8, 3);
+DQ_TIERED_PLAN(103, 3, 4, 5, 8, 3, 4, 2);
+DQ_TIERED_PLAN(104, 3, 4, 6, 8, 4, 4, 3);
 #undef DQ_TIERED_PLAN
 
 __host__ __device__ constexpr int planes_of(int bits) { return bits == 3 || bits == 5 || bits == 6 ? 2 : 1; }
@@ -68,6 +68,13 @@ template <int DIM, int PLAN, bool ALIGNED> struct Side {
         return bytes;
     }
     static constexpr int row_bytes = bytes_before(Tiers::count, 0);
+    // Floats of the feedback behind a head's encode matrix, those of the tiers before this one: packed triangles.
+    __host__ __device__ static constexpr int feedback_before(int t) {
+        int n = 0;
+        for (int i = 0; i < t; i++) n += channels(i) * (channels(i) + 1) / 2;
+        return n;
+    }
+    static constexpr int encode_floats = DIM * DIM + (tiers > 1 ? feedback_before(Tiers::count) : 0);
     __host__ __device__ static constexpr int planes() {
         int n = 0;
         for (int t = 0; t < tiers; t++) n += planes_of(bits(t));

@@ -54,6 +54,28 @@ __device__ __forceinline__ float with_sign(float v, uint32_t negative) {
     return __uint_as_float(__float_as_uint(v) ^ negative << 31);
 }
 
+// Hadamard's matrix times v, D a power of two: a warp's lanes hold v[k] of channel lane + 32 k; 64 at least.
+template <int D>
+__device__ __forceinline__ void butterflies(float (&v)[D / 32], int lane) {
+    DQ_UNROLL
+    for (int d = 1; d < 32; d *= 2) {
+        DQ_UNROLL
+        for (int k = 0; k < D / 32; k++) {
+            const float other = __shfl_xor_sync(ALL_LANES, v[k], d);
+            v[k] = lane & d ? other - v[k] : v[k] + other;
+        }
+    }
+    DQ_UNROLL
+    for (int d = 1; d < D / 32; d *= 2) {
+        DQ_UNROLL
+        for (int k = 0; k < D / 32; k++) {
+            if (k & d) continue;
+            const float a = v[k], b = v[k + d];
+            v[k] = a + b, v[k + d] = a - b;
+        }
+    }
+}
+
 // The share of the latents first ... first + n in channel c of decode y, without the mean. Both multiples of eight.
 template <int D>
 __device__ __forceinline__ float unfold_channel(const DqFactors& f, uint32_t head, uint32_t transform, const float* y, int c, int first, int n) {

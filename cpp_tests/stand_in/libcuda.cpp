@@ -174,17 +174,26 @@ int cuModuleGetFunction(Handle* f, Handle, const char* name) {
 int cuFuncGetAttribute(int* v, int, Handle) { ENTER("cuFuncGetAttribute"); *v = 0; return SUCCESS; }
 int cuFuncSetAttribute(Handle, int, int) { ENTER("cuFuncSetAttribute"); return SUCCESS; }
 int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* n, Handle, int, size_t) { ENTER("cuOccupancy"); *n = 1; return SUCCESS; }
-int cuLaunchKernel(Handle f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, Handle stream, void** params, void**) {
+struct LaunchConfig {
+    unsigned grid[3], block[3], shared;
+    Handle stream;
+    const int* attributes;
+    unsigned n_attributes;
+};
+int cuLaunchKernelEx(const LaunchConfig* config, Handle f, void** params, void**) {
     ENTER("cuLaunchKernel");
     NEED_CONTEXT();
-    Stream* s = stream_of(stream);
+    Stream* s = stream_of(config->stream);
     if (s == nullptr) return INVALID_HANDLE;
-    if (gx == 0 || gy == 0 || gz == 0 || bx == 0) return INVALID_VALUE;
+    const unsigned *grid = config->grid, *block = config->block;
+    if (grid[0] == 0 || grid[1] == 0 || grid[2] == 0 || block[0] == 0) return INVALID_VALUE;
+    // The only attribute that the library knows: a kernel may overlap with the one before it.
+    if (config->n_attributes > 1 || (config->n_attributes == 1 && config->attributes[0] != 6)) return INVALID_VALUE;
     const Function* function = static_cast<Function*>(f);
     const char* bytes = static_cast<const char*>(params[0]);
     std::vector<char> copy(bytes, bytes + function->params);
     emu::Launch how;
-    how.grid = dim3(gx, gy, gz), how.block = dim3(bx, by, bz), how.shared_bytes = shared;
+    how.grid = dim3(grid[0], grid[1], grid[2]), how.block = dim3(block[0], block[1], block[2]), how.shared_bytes = config->shared;
     Launch launch = [=] { function->run(how, copy.data()); };
     if (s->capture) s->recorded.push_back(launch);
     else launch();

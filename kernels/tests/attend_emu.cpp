@@ -34,6 +34,7 @@ int main(int argc, char** argv) {
     prefill_cases<64, 3, 64, 8, 4, 2>(rng, 0, 4);
     prefill_cases<80, 4, 96, 3, 2, 3>(rng, 0, 3);
     prefill_cases<256, 2, 256, 4, 1, 4>(rng, 0, 2);
+    prefill_cases<256, 104, 256, 4, 2, 3>(rng, 0, 2);
     all_cases<128, 104, 128, 4>(rng, 0, n);
     all_cases<64, 104, 64, 4>(rng, 1, 4);
     all_cases<64, 103, 64, 3>(rng, 1, 4);

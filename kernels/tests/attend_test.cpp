@@ -23,7 +23,7 @@ struct Case {
 };
 
 template <class K, class V, int NT> __global__ void __launch_bounds__(dq::FOLD_THREADS) fold_kernel(const DqAttend p) { dq::fold_queries<K>(p); }
-template <class K, class V, int NT> __global__ void __launch_bounds__(256, NT == 1 ? 2 : 1) attend_kernel(const DqAttend p) { dq::attend_decode<K, V, NT, 3>(p); }
+template <class K, class V, int NT> __global__ void __launch_bounds__(256, NT == 1 ? 2 : 1) attend_kernel(const DqAttend p) { dq::attend_decode<K, V, NT, dq::DECODE_STAGES>(p); }
 template <class K, class V, int NT> __global__ void __launch_bounds__(256) prefill_kernel(const DqAttend p) { dq::attend_prefill<K, V, NT>(p); }
 template <class V> __global__ void __launch_bounds__(512) merge_kernel(const DqAttend p) { dq::attend_merge<V>(p); }
 
@@ -157,13 +157,13 @@ void run(const Case& c, std::mt19937_64& rng) {
     p.folded = folded.get(), p.folded_scales = scales.get(), p.constants = constants.get();
     p.partial = partial.get(), p.partial_sums = partial_sums.get();
 
-    rt::launch(fold_kernel<K, V, NT>, dim3(c.n_kv * DQ_MAX_TRANSFORMS, n_tiles, c.n_streams), dq::FOLD_THREADS, 0, p);
+    rt::launch(fold_kernel<K, V, NT>, dim3(c.n_kv * DQ_MAX_TRANSFORMS, n_tiles, (c.n_streams + 1) / 2), dq::FOLD_THREADS, 0, p);
     if constexpr (PREFILL > 0) {
         rt::launch(prefill_kernel<K, V, NT>, dim3(p.n_splits, c.n_kv * ((p.row_tiles + PREFILL - 1) / PREFILL), c.n_streams * p.v_transforms), 32 * PREFILL,
                    dq::prefill_shared_bytes<K, V, NT>(p, PREFILL), p);
     } else rt::launch(attend_kernel<K, V, NT>, dim3(p.n_splits, c.n_kv / p.heads_per_block * p.row_tiles, c.n_streams * p.v_transforms),
-               32 * p.heads_per_block * p.key_warps, dq::attend_shared_bytes<K, V, NT, 3>(p), p);
-    rt::launch(merge_kernel<V>, dim3(rows), parts > 4 ? 512 : 64, 0, p);
+               32 * p.heads_per_block * p.key_warps, dq::attend_shared_bytes<K, V, NT, dq::DECODE_STAGES>(p), p);
+    rt::launch(merge_kernel<V>, dim3(rows), parts > 4 ? 512 : parts > 2 ? 64 : 32, 0, p);
     rt::sync();
     auto out = d_out.take();
 

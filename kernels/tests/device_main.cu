@@ -113,7 +113,7 @@ template <int KP, int VP>
 void bench(const char* name, Timer& timer, double copy, bool mixed, bool brief) {
     using K = dq::Side<D, KP, true>;
     using V = dq::Side<D, VP, true>;
-    constexpr int STAGES = 3;
+    constexpr int STAGES = dq::DECODE_STAGES;
     auto l = ref::layout(N_KV, D, KP, D, VP);
     std::mt19937_64 rng(3);
     DeviceFactors kf(ref::random_factors(D, N_KV, {2, 1}, rng)), vf(ref::random_factors(D, N_KV, {3, 0}, rng));
@@ -227,12 +227,13 @@ void bench_prefill(Timer& timer, uint32_t n, uint32_t keys) {
 }
 
 // Encode of a chunk: K in the newest (dense) set, V about a mean.
-template <int ROWS>
+template <int PLAN, int ROWS>
 void bench_encode(Timer& timer, uint32_t n) {
-    using S = dq::Side<D, 4, true>;
-    auto l = ref::layout(N_KV, D, 4, D, 4);
+    using K = dq::Side<D, PLAN, true>;
+    using V = dq::Side<D, 4, true>;
+    auto l = ref::layout(N_KV, D, PLAN, D, 4);
     std::mt19937_64 rng(4);
-    DeviceFactors kf(ref::random_factors(D, N_KV, {2, 1}, rng)), vf(ref::random_factors(D, N_KV, {3, 0}, rng));
+    DeviceFactors kf(ref::random_factors(D, N_KV, {2, 1}, rng, l.k.tiers)), vf(ref::random_factors(D, N_KV, {3, 0}, rng));
     std::vector<uint16_t> half(size_t(n) * N_KV * D);
     std::normal_distribution<double> normal;
     for (auto& x : half) x = ref::to_half(normal(rng));
@@ -246,10 +247,10 @@ void bench_encode(Timer& timer, uint32_t n) {
     p.k = kf.params(), p.v = vf.params();
     p.k_rows = p.v_rows = {rows.get(), N_KV * D * 2, D * 2, DQ_TYPE_F16, 0};
     p.slots = d_slots.get(), p.n = n, p.n_kv_heads = N_KV;
-    const uint32_t shared = dq::encode_shared_bytes<S, S, ROWS>(), per_block = dq::ENCODE_HALVES * ROWS;
-    rt::check(cudaFuncSetAttribute(encode_kernel<S, S, ROWS>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
-    double us = timer.median(20, [&](int, cudaStream_t s) { encode_kernel<S, S, ROWS><<<dim3((n + per_block - 1) / per_block, N_KV, 2), 256, shared, s>>>(p); });
-    std::printf("encode, %u tokens, %d rows to a half warp: %.1f us a layer\n", n, ROWS, us);
+    const uint32_t shared = dq::encode_shared_bytes<K, V, ROWS>(), per_block = dq::ENCODE_HALVES * ROWS;
+    rt::check(cudaFuncSetAttribute(encode_kernel<K, V, ROWS>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
+    double us = timer.median(20, [&](int, cudaStream_t s) { encode_kernel<K, V, ROWS><<<dim3((n + per_block - 1) / per_block, N_KV, 2), 256, shared, s>>>(p); });
+    std::printf("encode, plan %d, %u tokens, %d rows to a half warp: %.1f us a layer\n", PLAN, n, ROWS, us);
 }
 
 }  // namespace
@@ -273,7 +274,10 @@ int main(int argc, char** argv) {
         Timer timer;
         double copy = copy_bandwidth(timer);
         std::printf("device copy, bytes read and written: %.0f GB/s\n", copy);
-        for (uint32_t n : {1u, 64u, 512u}) bench_encode<1>(timer, n), bench_encode<2>(timer, n);
+        for (uint32_t n : {1u, 64u, 512u}) {
+            bench_encode<4, 1>(timer, n), bench_encode<4, 2>(timer, n);
+            bench_encode<104, 1>(timer, n), bench_encode<104, 2>(timer, n);
+        }
         bench_prefill(timer, 512, 4096), bench_prefill(timer, 2048, 16384);
         bench<4, 4>("dq4", timer, copy, false, false);
         bench<3, 3>("dq3", timer, copy, false, false);

@@ -24,11 +24,11 @@ plant() {
 }
 
 BULK=-DDQ_EMU_BULK
-plant "missing barrier after a tile's copies" attend.cuh '/else cp_async_wait<STAGES - 2>/{n;d}'
-plant "missing barrier, bulk copies" attend.cuh '/else cp_async_wait<STAGES - 2>/{n;d}' attend_emu $BULK
+plant "missing barrier after a tile's copies" attend.cuh '/cp_async_wait<STAGES - 2>/{n;d}'
+plant "a stage filled anew before all are done with it" attend.cuh 's/others, 0) == warps - 1/others, 0) == 0/' attend_emu $BULK
 plant "wait one group short" attend.cuh 's/cp_async_wait<STAGES - 2>/cp_async_wait<STAGES - 1>/'
-plant "wait for the wrong phase" attend.cuh 's|turn / STAGES & 1|turn / STAGES + 1 \& 1|' attend_emu $BULK
-plant "fewer bytes announced than copied" attend.cuh 's|barrier_expect(barriers + index, tile_keys|barrier_expect(barriers + index, (tile_keys - 1)|' attend_emu $BULK
+plant "wait for the wrong phase" attend.cuh 's/index = 0, phase ^= 1/index = 0/' attend_emu $BULK
+plant "fewer bytes announced than copied" attend.cuh 's|barrier_expect(barriers + index, (to - from)|barrier_expect(barriers + index, (to - from - 1)|' attend_emu $BULK
 plant "maximum over the wrong lanes" attend_warp.cuh '0,/ALL_LANES, v, 8/s//ALL_LANES, v, 4/'
 plant "tail not masked" attend_rows.cuh 's/if (key >= n_keys) return NEVER/if (key > n_keys) return NEVER/'
 plant "stale merge slot" merge.cuh 's/const bool counts = any \&\& part_m > NEVER;/const bool counts = any;/'
@@ -40,7 +40,11 @@ plant "fragments read before they are all there" attend_prefill.cuh '/look_up_ti
 plant "stage overwritten while in use" attend_prefill.cuh 's/(tile \& 1) \* stage_bytes/0 * stage_bytes/'
 plant "read past the last slot" attend.cuh 's/key < keys.end ? key : keys.end - 1/key/' attend_emu "-fsanitize=address"
 plant "blocks that the window has left are read" attend.cuh 's/key = key < keys.first ? keys.first : /key = /' attend_emu "-fsanitize=address"
-plant "queries of the sequence before" fold.cuh 's/load_row(p.q, queries.first + row/load_row(p.q, uint64_t(stream) * p.n_q + row/'
+plant "blocks that the window has left are read, bulk copies" attend.cuh 's/const uint32_t from = keys.first > first_key.*/const uint32_t from = 0;/' attend_emu "-fsanitize=address $BULK"
+plant "queries of the sequence before" fold.cuh 's/p.q.data) + queries.first \* p.q/p.q.data) + uint64_t(of) * p.n_q * p.q/'
 plant "encode: other lanes' codes too early" encode.cuh '/bad_row |= header.saturated;/{n;n;d}' encode_emu
+plant "encode: the matrix before it is there" encode.cuh '/Also: the rows are there/{n;d}' encode_emu
+plant "encode: an error that the next latent does not hear of" encode.cuh 's/for (int k = i + 1; k < 4; k++) four/for (int k = i + 2; k < 4; k++) four/' encode_emu
+plant "encode: errors carried to the block before" encode.cuh 's/load(weight\[0\], triangles.template four<T>(4 \* (block + b) + c/load(weight[0], triangles.template four<T>(4 * (block + b - 1) + c/' encode_emu
 plant "encode: ties the other way" encode.cuh 's/if (magnitude > edge)/if (magnitude >= edge * 1.0001f)/' encode_emu
 exit $missed

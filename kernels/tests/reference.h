@@ -89,7 +89,7 @@ struct Layout {
 };
 inline std::vector<Tier> tiers_of(int d, int plan) {
     using Pairs = std::vector<std::pair<int, int>>;  // sixteenths, bits
-    const Pairs pairs = plan == 102 ? Pairs{{4, 4}, {12, 2}} : plan == 103 ? Pairs{{4, 5}, {4, 3}, {8, 2}} : plan == 104 ? Pairs{{4, 6}, {4, 4}, {8, 3}} : Pairs{{16, plan}};
+    const Pairs pairs = plan == 102 ? Pairs{{4, 4}, {12, 2}} : plan == 103 ? Pairs{{4, 5}, {8, 3}, {4, 2}} : plan == 104 ? Pairs{{4, 6}, {8, 4}, {4, 3}} : Pairs{{16, plan}};
     std::vector<Tier> tiers;
     int first = 0, share = 0;
     for (auto [sixteenths, bits] : pairs) {
@@ -192,8 +192,9 @@ struct Factors {
     uint32_t n_kv, max_dense;
     std::vector<DqHeadSets> heads;
     std::vector<uint16_t> means, decode;
-    std::vector<float> encode;
+    std::vector<float> encode;    // [head]: [d][d], then the feedback: of each tier the rows of a lower triangle
     std::vector<uint32_t> rotation_bits;
+    size_t encode_len;            // of a head
 
     // x - mean = matrix(e) y
     double decode_entry(uint32_t head, int set, int channel, int latent) const {
@@ -226,14 +227,16 @@ struct Factors {
 
 struct SetKinds { int rotations, dense; };
 
-// Set 0, `rotations - 1` sets over the rotation with a mean (the first of them a sink), then `dense` fits.
-inline Factors random_factors(int d, uint32_t n_kv, SetKinds kinds, std::mt19937_64& rng) {
-    Factors f{d, n_kv, std::max<uint32_t>(kinds.dense, 1), {}, {}, {}, {}, {}};
+// Set 0, `rotations - 1` sets over the rotation with a mean (the first of them a sink), then `dense` fits. Several tiers
+// have feedback.
+inline Factors random_factors(int d, uint32_t n_kv, SetKinds kinds, std::mt19937_64& rng, const std::vector<Tier>& tiers = {}) {
+    Factors f{d, n_kv, std::max<uint32_t>(kinds.dense, 1), {}, {}, {}, {}, {}, size_t(d) * d};
+    for (auto& t : tiers) if (tiers.size() > 1) f.encode_len += t.channels * (t.channels + 1) / 2;
     std::normal_distribution<double> normal;
     f.heads.resize(n_kv);
     f.means.assign(size_t(n_kv) * DQ_MAX_SETS * d, 0);
     f.decode.assign(size_t(n_kv) * f.max_dense * d * d, 0);
-    f.encode.assign(size_t(n_kv) * d * d, 0);
+    f.encode.assign(n_kv * f.encode_len, 0);
     int words = (d + 31) / 32;
     f.rotation_bits.assign(d * words, 0);
     auto r = rotation(d);
@@ -259,8 +262,16 @@ inline Factors random_factors(int d, uint32_t n_kv, SetKinds kinds, std::mt19937
                 for (int j = 0; j < d; j++) {
                     double v = g[c] * r[j][c] / std::sqrt(double(d));
                     f.decode[((size_t(h) * f.max_dense + dense) * d + c) * d + j] = to_half(v);
-                    if (e == n - 1) f.encode[(size_t(h) * d + c) * d + j] = float(r[j][c] / std::sqrt(double(d)) / g[c]);
+                    if (e == n - 1) f.encode[h * f.encode_len + c * d + j] = float(r[j][c] / std::sqrt(double(d)) / g[c]);
                 }
+            }
+        }
+        float* entry = &f.encode[h * f.encode_len] + d * d;
+        for (auto& t : tiers) {
+            if (tiers.size() < 2) break;
+            for (int j = 0; j < t.channels; j++) {
+                for (int k = 0; k < j; k++) *entry++ = float(1.5 / std::sqrt(t.channels) * normal(rng));
+                *entry++ = float(std::exp(0.5 * normal(rng)));
             }
         }
     }

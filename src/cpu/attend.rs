@@ -67,6 +67,9 @@ const LOW_STRIDE: usize = 128;
 /// outputs cost as much as some tens of keys.
 const ITEMS: usize = 32;
 const LEAST_CHUNK: usize = 256;
+/// Bytes of a chunk's records where few queries pass over them, as far as that leaves a call this many items.
+const CHUNK_BYTES: usize = 512 << 10;
+const MOST_ITEMS: usize = 512;
 
 /// All of a call in the calling thread.
 pub fn attend(layer: &LayerShape, factors: &LayerFactors, args: &AttendArgs<'_>, ws: &Workspace<'_>) -> Result<()> {

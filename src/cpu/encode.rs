@@ -28,7 +28,9 @@ const MAX_DIM: usize = 256;
 /// buys nothing and mixes sets within the tiles of attention.
 const SWITCH: f32 = 0.5;
 /// Row scales tried, as multiples of the row's rms.
-const MULTIPLES: [f32; 5] = [0.8, 0.9, 1.0, 1.1, 1.25];
+const MULTIPLES: [f32; 8] = [0.76, 0.83, 0.9, 0.97, 1.04, 1.11, 1.18, 1.26];
+/// Scales tried with feedback, as multiples of the best one without: what is carried on widens the targets.
+const FEEDBACK_MULTIPLES: [f32; LANES / BLOCK] = [0.94, 1.0, 1.06, 1.12];
 /// Beyond this a row's squares could overflow f32; its scale is far beyond f16 anyway.
 const HUGE: f32 = 1e15;
 
@@ -120,6 +122,8 @@ fn encode_run(job: &Job, first: usize, end: usize) -> u64 {
     let mut x = [[0f32; MAX_DIM]; BLOCK];
     let mut y = [[0f32; MAX_DIM]; BLOCK];
     let mut finite = [true; BLOCK];
+    let mut coded = [Coded::default(); BLOCK];
+    let mut scratch = Feedback::new();
     for base in (first..end).step_by(BLOCK) {
         let n = BLOCK.min(end - base);
         for r in 0..n {
@@ -131,6 +135,7 @@ fn encode_run(job: &Job, first: usize, end: usize) -> u64 {
             1 => job.coder.newest_latents::<1>(&x, &mut y),
             _ => job.coder.newest_latents::<BLOCK>(&x, &mut y),
         }
+        job.coder.code_block(&x, &mut y, &finite, n, &mut coded, &mut scratch);
         for r in 0..n {
             let slot = job.slots[base + r];
             if slot < 0 {
@@ -138,10 +143,39 @@ fn encode_run(job: &Job, first: usize, end: usize) -> u64 {
             }
             // SAFETY: as in encode_shard: this shard owns the token and with it the slot.
             let record = unsafe { job.store.slot_mut(slot as usize) };
-            replaced += u64::from(job.coder.write_row(&x[r][..d], &mut y[r][..d], finite[r], job.head, record));
+            job.coder.write(&coded[r], job.head, record);
+            replaced += u64::from(!finite[r] || coded[r].saturated);
         }
     }
     replaced
+}
+
+/// A coded row.
+#[derive(Clone, Copy)]
+struct Coded {
+    codes: [u8; MAX_DIM],
+    header: u16,
+    /// The scale was cut to the largest one.
+    saturated: bool,
+}
+
+impl Default for Coded {
+    fn default() -> Self {
+        Self { codes: [0; MAX_DIM], header: 0, saturated: false }
+    }
+}
+
+/// What feedback works in, `[latent][lane]`; lanes are (row, scale) pairs.
+struct Feedback {
+    /// Coded minus wanted latents of one tier.
+    errors: [[f32; LANES]; MAX_DIM],
+    codes: [[u8; LANES]; MAX_DIM],
+}
+
+impl Feedback {
+    fn new() -> Self {
+        Self { errors: [[0.0; LANES]; MAX_DIM], codes: [[0; LANES]; MAX_DIM] }
+    }
 }
 
 /// Makes a row safe to compute with: false and zeros for NaN or infinity; a row whose squares would overflow is
@@ -240,32 +274,44 @@ impl<'a> RowCoder<'a> {
         }
     }
 
-    /// Picks the set, codes the row and writes codes and header. True when the row had to be replaced or cut.
+    /// Picks each row's set and codes the first `n` rows of a block; `y` are the latents of the newest set.
     ///
     /// The error of a set is `sum over tiers of kappa_t |y_t - y^_t|^2`. For Gaussian latents a code of b bits leaves a
     /// known share of `|y_t|^2`; that expectation decides, so that only the winner is coded.
     #[inline(always)]
-    fn write_row(&self, x: &[f32], y: &mut [f32], finite: bool, head: usize, record: &mut [u8]) -> bool {
-        if !finite {
-            y.fill(0.0);
-            self.write_coded(y, ROTATION_SET, &ROTATION_KAPPA, head, record);
-            return true;
+    fn code_block(
+        &self,
+        x: &[[f32; MAX_DIM]; BLOCK],
+        y: &mut [[f32; MAX_DIM]; BLOCK],
+        finite: &[bool; BLOCK],
+        n: usize,
+        coded: &mut [Coded; BLOCK],
+        scratch: &mut Feedback,
+    ) {
+        let d = self.shape.head_dim;
+        let mut others = [None; BLOCK];
+        let mut newest = [false; BLOCK];
+        for r in 0..n {
+            let (other, distance) = self.cheapest_other(&x[r][..d]);
+            others[r] = other;
+            let cost = self.expected_error(&y[r][..d], &self.newest_kappa);
+            // Also catches a cost that overflowed.
+            newest[r] = finite[r] && !(distance * self.rotation_distortion < SWITCH * cost);
+            if newest[r] {
+                self.code(&y[r][..d], self.newest.set, &self.newest_kappa, &mut coded[r]);
+            }
         }
-        let cost = self.expected_error(y, &self.newest_kappa);
-        let (other, other_distance) = self.cheapest_other(x);
-        let other_cost = other_distance * self.rotation_distortion;
-        let mut saturated = true;
-        // Also catches a cost that overflowed.
-        let keep = !(other_cost < SWITCH * cost);
-        if keep {
-            saturated = self.write_coded(y, self.newest.set, &self.newest_kappa, head, record);
+        if newest[..n].contains(&true) {
+            self.feed_back(y, coded, scratch, newest);
         }
-        if saturated {
-            Self::rotated_latents(x, other, y);
-            let id = other.map_or(ROTATION_SET, |s| s.id);
-            saturated = self.write_coded(y, id, &ROTATION_KAPPA, head, record);
+        for r in 0..n {
+            if newest[r] && !coded[r].saturated {
+                continue;
+            }
+            let (other, y) = (others[r].filter(|_| finite[r]), &mut y[r][..d]);
+            Self::rotated_latents(&x[r][..d], other, y);
+            self.code(y, other.map_or(ROTATION_SET, |s| s.id), &ROTATION_KAPPA, &mut coded[r]);
         }
-        saturated
     }
 
     #[inline(always)]
@@ -304,19 +350,96 @@ impl<'a> RowCoder<'a> {
         hadamard::rotate(y);
     }
 
-    /// Codes latents and writes them; true when the scale saturated.
+    /// Codes latents, each by itself.
     #[inline(always)]
-    fn write_coded(&self, y: &[f32], set: u8, kappa: &TierWeights, head: usize, record: &mut [u8]) -> bool {
-        let mut codes = [0u8; MAX_DIM];
-        let (packed, saturated) = if self.shape.plan.tiers[0].bits == 8 {
-            code_uniform(y, self.books[0], set, &mut codes)
+    fn code(&self, y: &[f32], set: u8, kappa: &TierWeights, coded: &mut Coded) {
+        (coded.header, coded.saturated) = if self.shape.plan.tiers[0].bits == 8 {
+            code_uniform(y, self.books[0], set, &mut coded.codes)
         } else {
-            self.code_levels(y, set, kappa, &mut codes)
+            self.code_levels(y, set, kappa, &mut coded.codes)
         };
-        planes::pack(&self.shape.planes, head, &codes[..y.len()], record);
+    }
+
+    #[inline(always)]
+    fn write(&self, coded: &Coded, head: usize, record: &mut [u8]) {
+        planes::pack(&self.shape.planes, head, &coded.codes[..self.shape.head_dim], record);
         let at = self.shape.headers_offset + 2 * head;
-        record[at..at + 2].copy_from_slice(&packed.to_le_bytes());
-        saturated
+        record[at..at + 2].copy_from_slice(&coded.header.to_le_bytes());
+    }
+
+    /// Codes the rows of `wanted` anew, latent after latent, each against what the errors before it leave to be said (see
+    /// `factor::fit`). A few scales around the one found without; the least loss wins.
+    #[inline(always)]
+    fn feed_back(
+        &self,
+        y: &[[f32; MAX_DIM]; BLOCK],
+        coded: &mut [Coded; BLOCK],
+        scratch: &mut Feedback,
+        wanted: [bool; BLOCK],
+    ) {
+        const SCALES: usize = FEEDBACK_MULTIPLES.len();
+        let d = self.shape.head_dim;
+        let mut triangles = match &self.newest.matrix {
+            Some(matrix) if matrix.len() > d * d => &matrix[d * d..],
+            _ => return,
+        };
+        let headers: [(u16, bool); LANES] = std::array::from_fn(|l| {
+            header::pack(header::scale(coded[l / SCALES].header) * FEEDBACK_MULTIPLES[l % SCALES], self.newest.set)
+        });
+        let scale = headers.map(|(packed, _)| header::scale(packed));
+        let inverse = scale.map(|s| if s > 0.0 { 1.0 / s } else { 0.0 });
+        let mut cost = [0f32; LANES];
+        for (t, (tier, book)) in self.shape.plan.tiers.iter().zip(self.books).enumerate() {
+            let half = 1usize << (book.bits - 1);
+            let mut lost = [0f32; LANES];
+            for j in 0..tier.channels {
+                let (row, rest) = triangles.split_at(j + 1);
+                triangles = rest;
+                let latent: [f32; LANES] = std::array::from_fn(|l| y[l / SCALES][tier.first + j]);
+                let mut target = latent;
+                for (weight, error) in row[..j].iter().zip(&scratch.errors) {
+                    for l in 0..LANES {
+                        target[l] -= weight * error[l];
+                    }
+                }
+                let mut level = [f32::from(book.table[half]); LANES];
+                let mut above = [0i32; LANES];
+                let magnitude: [f32; LANES] = std::array::from_fn(|l| (target[l] * inverse[l]).abs());
+                for m in 1..half {
+                    let edge = book.edges[half - 1 + m];
+                    let step = f32::from(book.table[half + m]) - f32::from(book.table[half + m - 1]);
+                    for l in 0..LANES {
+                        level[l] += if magnitude[l] > edge { step } else { 0.0 };
+                        above[l] += i32::from(magnitude[l] > edge);
+                    }
+                }
+                for l in 0..LANES {
+                    let value = scale[l] * (level[l].copysign(target[l]) * book.unit);
+                    let left = value - target[l];
+                    scratch.errors[j][l] = value - latent[l];
+                    lost[l] += row[j] * (left * left);
+                    let half = half as i32;
+                    scratch.codes[tier.first + j][l] =
+                        if target[l].is_sign_negative() { half - 1 - above[l] } else { half + above[l] } as u8;
+                }
+            }
+            for l in 0..LANES {
+                cost[l] += self.newest_kappa[t] * lost[l];
+            }
+        }
+        for (r, coded) in coded.iter_mut().enumerate().filter(|(r, _)| wanted[*r]) {
+            let mut best = None;
+            for l in r * SCALES..(r + 1) * SCALES {
+                if !headers[l].1 && best.is_none_or(|b: usize| cost[l] < cost[b]) {
+                    best = Some(l);
+                }
+            }
+            // With all of them beyond the largest scale the row is cut already.
+            if let Some(l) = best {
+                coded.header = headers[l].0;
+                coded.codes[..d].iter_mut().zip(&scratch.codes).for_each(|(code, lanes)| *code = lanes[l]);
+            }
+        }
     }
 
     /// Codes by the nearest level for a few scales around the rms, each scale then refined by least squares; the one

@@ -35,6 +35,8 @@ pub struct Device {
     /// Shared memory that one block may have, and that all blocks of a multiprocessor share.
     pub block_shared: usize,
     pub sm_shared: usize,
+    /// A kernel may start before the one ahead of it has ended.
+    overlaps: bool,
 }
 
 // SAFETY: handles of the driver, which may be used from any thread.
@@ -103,12 +105,13 @@ pub fn open(ordinal: u32) -> Result<Arc<Device>> {
         check(sys::cuDeviceGet(&raw mut device, ordinal as i32), "cuDeviceGet")?;
         check(sys::cuDevicePrimaryCtxRetain(&raw mut context, device), "the device's context cannot be made")?;
         // From here on dropping it releases what was taken.
-        let mut opened = Device { device, context, module: std::ptr::null_mut(), sms: 0, block_shared: 0, sm_shared: 0 };
+        let mut opened = Device { device, context, module: std::ptr::null_mut(), sms: 0, block_shared: 0, sm_shared: 0, overlaps: false };
         let _current = opened.enter(Stream(std::ptr::null_mut()))?;
         use sys::CUdevice_attribute as A;
         opened.sms = opened.attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         opened.block_shared = opened.attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         opened.sm_shared = opened.attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?;
+        opened.overlaps = opened.attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? >= 9;
         let loaded = sys::cuModuleLoadData(&raw mut opened.module, image.as_ptr().cast());
         if loaded == Code::CUDA_ERROR_NO_BINARY_FOR_GPU {
             let major = opened.attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
@@ -206,29 +209,68 @@ impl Device {
         stream: Stream,
         params: &P,
     ) -> Result<()> {
+        // SAFETY: the caller's word.
+        unsafe { self.launch_with(kernel, grid, threads, shared, stream, params, false) }
+    }
+
+    /// The same for a kernel that may start before the one ahead of it in the stream has ended, where the device can do
+    /// that; it waits by itself for what it reads of that one.
+    ///
+    /// # Safety
+    /// As for `launch`.
+    pub unsafe fn launch_early<P>(
+        &self,
+        kernel: Kernel,
+        grid: (usize, usize, usize),
+        threads: usize,
+        shared: usize,
+        stream: Stream,
+        params: &P,
+    ) -> Result<()> {
+        // SAFETY: the caller's word.
+        unsafe { self.launch_with(kernel, grid, threads, shared, stream, params, self.overlaps) }
+    }
+
+    /// # Safety
+    /// As for `launch`.
+    #[expect(clippy::too_many_arguments)]
+    unsafe fn launch_with<P>(
+        &self,
+        kernel: Kernel,
+        grid: (usize, usize, usize),
+        threads: usize,
+        shared: usize,
+        stream: Stream,
+        params: &P,
+        early: bool,
+    ) -> Result<()> {
         if grid.1 > 65_535 || grid.2 > 65_535 || grid.0 > i32::MAX as usize {
             return Err(Error::unsupported(format!(
                 "this call would need a grid of {} x {} x {} blocks; CUDA has 2147483647 x 65535 x 65535",
                 grid.0, grid.1, grid.2
             )));
         }
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid.0 as u32,
+            gridDimY: grid.1 as u32,
+            gridDimZ: grid.2 as u32,
+            blockDimX: threads as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared as u32,
+            hStream: stream.0.cast(),
+            attrs: &raw mut attribute,
+            numAttrs: u32::from(early),
+        };
         let mut pointers = [(&raw const *params).cast::<c_void>().cast_mut()];
         // SAFETY: the caller's word; the driver copies the struct before it returns.
-        let code = unsafe {
-            sys::cuLaunchKernel(
-                kernel.0,
-                grid.0 as u32,
-                grid.1 as u32,
-                grid.2 as u32,
-                threads as u32,
-                1,
-                1,
-                shared as u32,
-                stream.0.cast(),
-                pointers.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
-        };
+        let code =
+            unsafe { sys::cuLaunchKernelEx(&raw const config, kernel.0, pointers.as_mut_ptr(), std::ptr::null_mut()) };
         check(code, "kernel launch")
     }
 

@@ -9,8 +9,13 @@ use crate::shape::{Gauge, LayerShape, SideShape};
 use crate::workspace::{ALIGN, Arena, size_of_pieces};
 
 const KEYS_PER_WARP: usize = 32;
-const STAGES: usize = 3;
-pub const FOLD_THREADS: usize = 512;
+const STAGES: usize = 2;
+/// A barrier and a counter for each of four stages.
+const BARRIER_BYTES: usize = 48;
+/// Streams that share a block of the fold kernel, at most; and how many (stream, KV head) make it worth it. Powers of two.
+const FOLD_STREAMS: usize = 4;
+const FOLD_HEADS: usize = 128;
+pub const FOLD_THREADS: usize = 256;
 const MOST_WARPS: usize = 8;
 const TILE_KEYS: usize = 64;
 const MOST_RUNS: usize = 16;
@@ -30,6 +35,8 @@ pub struct LayerKernels {
     /// Decode with one and two tiles of four rows, prefill.
     attend: [Variant; 3],
     pub encode_shared: usize,
+    /// Rows of a block of the encode kernel.
+    pub encode_rows: usize,
     k_groups: usize,
     v_transforms: usize,
 }
@@ -55,8 +62,8 @@ fn groups(side: &SideShape) -> usize {
 
 /// Whether all planes start where the fast loads want them.
 fn planes_aligned(shape: &LayerShape) -> bool {
-    let words = |side: &SideShape| side.planes.iter().all(|p| p.head_bytes % 4 != 0 || p.offset % 4 == 0);
-    words(&shape.k) && words(&shape.v) && shape.v.planes.iter().all(|p| p.head_bytes % 16 != 0 || p.offset % 16 == 0)
+    let fits = |bytes: usize, at: usize, to: usize| bytes % to != 0 || at % to == 0;
+    shape.k.planes.iter().chain(&shape.v.planes).all(|p| [4, 16].iter().all(|&to| fits(p.head_bytes, p.offset, to)))
 }
 
 /// Bytes from row to row in shared memory, at most: an odd number of 16-byte chunks.
@@ -93,13 +100,15 @@ impl LayerKernels {
         let n1 = Self::decode(device, shape, attend(format!("dq_attend_{d}_{k}_{v}_n1"))?, 1)?;
         let n2 = Self::decode(device, shape, attend(format!("dq_attend_{d}_{k}_{v}_n2"))?, 2)?;
         let prefill = Self::prefill(device, shape, attend(format!("dq_prefill_{d}_{k}_{v}"))?)?;
+        let encode_rows = if d <= 192 { 2 } else { 1 };
         Ok(Self {
             encode: find(format!("dq_encode_{d}_{k}_{v}"))?,
             dequantize: find(format!("dq_dequantize_{d}_{k}_{v}"))?,
             fold: find(format!("dq_fold_{d}_{k}_{v}"))?,
             merge: find(format!("dq_merge_{d}_{k}_{v}"))?,
             attend: [n1, n2, prefill],
-            encode_shared: 16 * (2 * 2 * d * 4 + d),
+            encode_shared: (16 * (2 * 4 * encode_rows + 4) + 200) * d,
+            encode_rows: 16 * encode_rows,
             k_groups: groups(&shape.k),
             v_transforms: if shape.v.gauge == Gauge::Attention { MAX_TRANSFORMS } else { 1 },
         })
@@ -112,7 +121,7 @@ impl LayerKernels {
             let heads = (1..=warps).rev().find(|h| shape.n_kv_heads % h == 0).expect("one divides all");
             let key_warps = warps / heads;
             let shared = STAGES * KEYS_PER_WARP * key_warps * row_stride(shape, heads)
-                + 64
+                + BARRIER_BYTES
                 + MOST_RUNS * RUN_BYTES
                 + heads * key_warps * MAX_SETS * 4 * nt * 4;
             (heads, key_warps, shared)
@@ -309,12 +318,16 @@ pub fn plan_attend(
         shape.n_kv_heads / v.heads_per_block * row_tiles
     };
     Ok(AttendPlan {
-        fold: (kernels.fold, (shape.n_kv_heads * MAX_TRANSFORMS, n_tiles, streams)),
+        fold: (kernels.fold, (shape.n_kv_heads * MAX_TRANSFORMS, n_tiles, streams.div_ceil((heads / FOLD_HEADS).next_power_of_two().clamp(1, FOLD_STREAMS)))),
         attend: (v.kernel, (splits, y, streams * kernels.v_transforms)),
         attend_threads: 32 * v.warps(rows),
         attend_shared: v.shared,
         merge: (kernels.merge, (heads * rows, 1, 1)),
         // Few parts and many rows: small blocks, of which many run at once.
-        merge_threads: if parts_per_transform > 16 { 512 } else { 128 },
+        merge_threads: match parts_per_transform {
+            0..=8 if kernels.v_transforms == 1 => 32,
+            0..=16 => 128,
+            _ => 512,
+        },
     })
 }

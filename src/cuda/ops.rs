@@ -20,8 +20,7 @@ use crate::factor::DueFit;
 use crate::shape::{LayerShape, Side};
 use crate::view::MaskType;
 
-/// Rows that share a block of the encode kernel, and of the dequantize kernel.
-const ENCODE_ROWS: usize = 32;
+/// Rows that share a block of the dequantize kernel.
 const DEQUANTIZE_ROWS: usize = 8;
 const OBSERVE_THREADS: usize = 256;
 
@@ -205,8 +204,8 @@ impl DeviceCodec {
         // kernels were told.
         unsafe {
             device.launch(plan.fold.0, plan.fold.1, launch::FOLD_THREADS, 0, stream, &p)?;
-            device.launch(plan.attend.0, plan.attend.1, plan.attend_threads, plan.attend_shared, stream, &p)?;
-            device.launch(plan.merge.0, plan.merge.1, plan.merge_threads, 0, stream, &p)
+            device.launch_early(plan.attend.0, plan.attend.1, plan.attend_threads, plan.attend_shared, stream, &p)?;
+            device.launch_early(plan.merge.0, plan.merge.1, plan.merge_threads, 0, stream, &p)
         }
     }
 
@@ -366,7 +365,7 @@ impl DeviceCodec {
             n: tokens.n_tokens,
             n_kv_heads: shape.n_kv_heads as u32,
         };
-        let grid = ((tokens.n_tokens as usize).div_ceil(ENCODE_ROWS), shape.n_kv_heads, 2);
+        let grid = ((tokens.n_tokens as usize).div_ceil(l.kernels.encode_rows), shape.n_kv_heads, 2);
         // SAFETY: as in attend.
         unsafe { self.device.launch(l.kernels.encode, grid, 256, l.kernels.encode_shared, stream, &p) }
     }

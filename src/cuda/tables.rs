@@ -7,7 +7,7 @@
 //! One stretch of memory per layer, K then V of each part:
 //!
 //! ```text
-//! means f16 [head][16][d] | decode f16 [head][max_dense][d][d] | encode f32 [head][d][d] | rotation bits
+//! means f16 [head][16][d] | decode f16 [head][max_dense][d][d] | encode f32 [head][d][d] with its feedback | rotation bits
 //! head sets [head] | moments of K, V and queries [head]
 //! ```
 
@@ -41,6 +41,8 @@ struct SideLayout {
     means: usize,
     decode: usize,
     encode: usize,
+    /// Floats of a head's matrix and feedback.
+    encode_len: usize,
     rotation: usize,
     heads: usize,
 }
@@ -48,7 +50,7 @@ struct SideLayout {
 impl SideLayout {
     /// Of a head's encode matrix.
     fn encode_at(&self, head: usize) -> usize {
-        self.encode + head * self.d * self.d * 4
+        self.encode + head * self.encode_len * 4
     }
 }
 
@@ -91,6 +93,7 @@ impl TableLayout {
         };
         let mut side = |s: &SideShape| {
             let d = s.head_dim;
+            let encode_len = d * d + s.plan.feedback_len();
             // Fits of one's own, and some that come with imported rows.
             let max_dense = if s.gauge == Gauge::Attention { (max_fits + 3).min(MAX_TRANSFORMS - 1) } else { 0 };
             SideLayout {
@@ -98,7 +101,8 @@ impl TableLayout {
                 max_dense,
                 means: take(n_kv * MAX_SETS * d * 2),
                 decode: take(n_kv * max_dense * d * d * 2),
-                encode: take(if max_dense > 0 { n_kv * d * d * 4 } else { 0 }),
+                encode: take(if max_dense > 0 { n_kv * encode_len * 4 } else { 0 }),
+                encode_len,
                 rotation: take(d * d.div_ceil(32) * 4),
                 heads: 0,
             }

@@ -5,7 +5,7 @@
 //! layer: query heads, KV heads, then K and V: head_dim, plan, gauge; all u32 | heads, K first
 //! head:  newest u8, sets u8, sinks u16, rows seen u64 | sets | encode | moments
 //! set:   id u8, transform u8 (0 rotation, 1 dense), kappa f32 [4], mean f16 [d], dense: decode f16 [d][d]
-//! encode: u8 (1: f32 [d][d] follows) | moments: u8 count, each: rows u64, energy f64, second u8, reference f32 [d],
+//! encode: u8 (1: f32 [d][d] and the plan's feedback f32 follow) | moments: u8 count, each: rows u64, energy f64, second u8, reference f32 [d],
 //!         sum f64 [d], with second: f32 [d (d + 1) / 2]
 //! ```
 //!
@@ -214,7 +214,7 @@ fn read_head(cursor: &mut Cursor, shape: &SideShape) -> Result<ReadHead> {
     }
     let encode = match cursor.u8()? {
         0 => None,
-        1 => Some(cursor.f32s(d * d)?),
+        1 => Some(cursor.f32s(d * d + shape.plan.feedback_len())?),
         n => return Err(Error::bad_file(format!("{n} encode matrices for one head"))),
     };
     let dense = newest_set.is_some_and(|s| matches!(*s.set.transform, Transform::Dense { .. }));

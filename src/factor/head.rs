@@ -307,7 +307,7 @@ impl HeadFactors {
         let (fit, encode) = match shape.gauge {
             Gauge::Rotation => return fixed,
             Gauge::Centred => (2 * d, 0),
-            Gauge::Attention => (2 * d + 2 * d * d, 4 * d * d),
+            Gauge::Attention => (2 * d + 2 * d * d, 4 * (d * d + shape.plan.feedback_len())),
         };
         fixed + MAX_SINKS * 2 * d + max_fits * fit + encode
     }
@@ -332,7 +332,9 @@ pub struct DueFit {
 impl DueFit {
     fn new(running: &Running, gauge: Gauge, tiers: &[Tier], last: bool) -> Self {
         let mean = round_mean(running.rows.mean());
-        let second = (gauge == Gauge::Attention).then(|| {
+        // So few rows say little beyond their mean, and eigenproblems would hold up the first tokens.
+        let few = running.rows.rows() < fit_due_at(1);
+        let second = (gauge == Gauge::Attention && !few).then(|| {
             let exact: Vec<f64> = mean.iter().map(|x| x.to_f64()).collect();
             let about_zero = vec![0.0; exact.len()];
             (running.rows.second_about(&exact), running.queries.as_ref().map(|q| q.second_about(&about_zero)))

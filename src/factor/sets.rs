@@ -94,7 +94,8 @@ fn content_hash(mean: &[f16], transform: &Transform, kappa: TierWeights) -> u128
 pub struct Encode {
     /// The set that these rows belong to.
     pub set: u8,
-    /// `[channel][latent]`, so that a row is coded by one chain over channels with lanes over latents; `None`: rotation.
+    /// `[channel][latent]`, so that a row is coded by one chain over channels with lanes over latents, then the feedback
+    /// of [`super::fit::Fitted`]; `None`: rotation.
     pub matrix: Option<Box<[f32]>>,
 }
 

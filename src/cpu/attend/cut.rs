@@ -3,7 +3,7 @@
 //! A sequence's coded keys are cut into chunks of about one length for the whole call, so that a long sequence among
 //! short ones is shared out, too. Its tail is one more part.
 
-use super::{ITEMS, LEAST_CHUNK, MAX_ROWS, MAX_TILE, ROW_FLOATS};
+use super::{CHUNK_BYTES, ITEMS, LEAST_CHUNK, MAX_ROWS, MAX_TILE, MOST_ITEMS, ROW_FLOATS};
 use crate::batch::Sequence;
 use crate::cpu::attend::lanes::row_lanes;
 use crate::error::{Error, Result};
@@ -108,7 +108,13 @@ impl Cut {
         let (heads, group) = (layer.n_kv_heads, layer.group());
         let mut cut = Self { tile, most_rows, chunk: usize::MAX, heads, group, d_v: layer.v.head_dim };
         let work: usize = cut.pieces(args).map(|piece| piece.blocks * piece.sequence.n_kv).sum();
-        cut.chunk = (work * heads).div_ceil(ITEMS).max(least_chunk(layer));
+        let mut chunk = (work * heads).div_ceil(ITEMS);
+        // Heads of a chunk follow each other: its records are then still in L2. Prompts compute too long for that to
+        // matter.
+        if cut.pieces(args).all(|piece| piece.blocks <= 1) {
+            chunk = chunk.min(CHUNK_BYTES / layer.slot_bytes).max((work * heads).div_ceil(MOST_ITEMS));
+        }
+        cut.chunk = chunk.max(least_chunk(layer));
         cut
     }
 
@@ -149,9 +155,9 @@ pub fn workspace_size(layer: &LayerShape, limits: &Limits) -> Result<usize> {
         )));
     };
     // Sequence s has B_s blocks of n_s keys in ceil(n_s / chunk) chunks, and a chunk of the call is at least the sum of
-    // B_s n_s over the heads' ITEMS. So rows in chunks are at most rows + ITEMS * a block's rows. Nor are chunks shorter
-    // than the least. The tail adds a part to every row.
-    let by_items = rows + ITEMS * block_shape(layer).0;
+    // B_s n_s over the heads' MOST_ITEMS. So rows in chunks are at most rows + MOST_ITEMS * a block's rows. Nor are
+    // chunks shorter than the least. The tail adds a part to every row.
+    let by_items = rows + MOST_ITEMS * block_shape(layer).0;
     let by_keys = rows.saturating_mul(limits.kv.div_ceil(least_chunk(layer)).max(1));
     let tail = if limits.tail > 0 { rows } else { 0 };
     Ok(size_of_pieces(|arena| lay(arena, by_items.min(by_keys) + tail, layer.v.head_dim)))
