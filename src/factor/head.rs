@@ -100,7 +100,7 @@ impl HeadFactors {
         loop {
             match self.stats.try_lock() {
                 Ok(guard) => return guard,
-                Err(std::sync::TryLockError::Poisoned(e)) => return e.into_inner(),
+                Err(std::sync::TryLockError::Poisoned(e)) => return PoisonError::into_inner(e),
                 Err(std::sync::TryLockError::WouldBlock) => std::thread::yield_now(),
             }
         }
