@@ -323,7 +323,7 @@ template <class S> struct RowCoder {
                 // What these four take from the later ones; the next block's moves up.
                 DQ_UNROLL
                 for (int b = 1; b < BLOCKS; b++) {
-                    if (block + b >= BLOCKS) break;
+                    if (block + b >= BLOCKS) continue;  // a break here puts arrays on the stack
                     load(weight[0], triangles.template four<T>(4 * (block + b) + c, 4 * block));
                     float v = target[b];
                     DQ_UNROLL
