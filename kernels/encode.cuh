@@ -58,7 +58,7 @@ template <int D> struct Rotation {
     }
 
     // `scratch` holds D floats of this row's own.
-    __device__ static void rotate(float (&x)[PER], const uint32_t* table, float* scratch, int l, uint32_t mask) {
+    __device__ __forceinline__ static void rotate(float (&x)[PER], const uint32_t* table, float* scratch, int l, uint32_t mask) {
         constexpr float INVERSE_ROOT = D == 64 ? 0.125f : D == 256 ? 0.0625f : D == 128 ? 0.088388347648318447f
             : D == 80 ? 0.1118033988749894848f : D == 96 ? 0.1020620726159657510f : 0.0721687836487032206f;
         DQ_UNROLL
@@ -158,7 +158,7 @@ template <class S> struct Triangles {
     float* widened;
 
     // By the whole block, a row to a warp.
-    __device__ void fetch(int t) const {
+    __device__ __forceinline__ void fetch(int t) const {
         for_each<S::tiers>([&](auto tier) {
             constexpr int T = decltype(tier)::value;
             for (int j = t / 32; j < S::channels(T); j += ENCODE_THREADS / 32) {
@@ -168,7 +168,7 @@ template <class S> struct Triangles {
         });
     }
     // Entries k ... k + 3 of row j, k a multiple of four; those beyond the diagonal may be anything.
-    template <int T> __device__ float4 four(int j, int k) const {
+    template <int T> __device__ __forceinline__ float4 four(int j, int k) const {
         if constexpr (fit_in) {
             return *reinterpret_cast<const float4*>(widened + widened_before(T) + row_at(j) + k);
         } else {
@@ -182,7 +182,7 @@ template <class S> struct Triangles {
 template <class S> struct FeedbackBooks {
     float level[S::tiers][32], edge[S::tiers][32];
 
-    __device__ void fill(int t) {
+    __device__ __forceinline__ void fill(int t) {
         for_each<S::tiers>([&](auto tier) {
             using B = Book<S::bits(decltype(tier)::value)>;
             constexpr int T = decltype(tier)::value, HALF = 1 << (S::bits(T) - 1);
@@ -202,7 +202,7 @@ template <class S> struct RowCoder {
 
     // sum over tiers of weight[t] * (sum over the tier's channels of term<tier>(k))
     template <class Term>
-    __device__ static float over_tiers(const float (&weights)[S::tiers], uint32_t mask, Term&& term) {
+    __device__ __forceinline__ static float over_tiers(const float (&weights)[S::tiers], uint32_t mask, Term&& term) {
         float sum = 0.0f;
         for_each<S::tiers>([&](auto tier) {
             constexpr int T = decltype(tier)::value;
@@ -213,7 +213,7 @@ template <class S> struct RowCoder {
     }
 
     // Codes latents; `codes` gets a byte to a channel.
-    __device__ static Header code(const float (&y)[PER], uint32_t set, const float (&kappa)[S::tiers], uint8_t* codes, int l, uint32_t mask) {
+    __device__ __forceinline__ static Header code(const float (&y)[PER], uint32_t set, const float (&kappa)[S::tiers], uint8_t* codes, int l, uint32_t mask) {
         if constexpr (S::bits(0) == 8) {
             // The first scale of the header's that reaches the largest latent; codes against that very scale.
             using B = Book<8>;
@@ -278,7 +278,7 @@ template <class S> struct RowCoder {
     // A few scales around the one found without; the least loss wins. Four lanes to a scale: lane c of them holds the
     // latents c, c + 4, ... of a tier and tries every fourth edge of its book. `codes` [FEEDBACK_SCALES][D]; `slot` gets
     // the scale that won.
-    __device__ static Header feed_back(const float* latents, Header without, uint32_t set, const float (&kappa)[S::tiers], const Triangles<S>& triangles,
+    __device__ __forceinline__ static Header feed_back(const float* latents, Header without, uint32_t set, const float (&kappa)[S::tiers], const Triangles<S>& triangles,
                                        const FeedbackBooks<S>& books, uint8_t* codes, int& slot, int l, uint32_t mask) {
         const int s = l >> 2, c = l & 3;
         const uint32_t mine = 0xFu << (threadIdx.x & 28);
@@ -323,7 +323,7 @@ template <class S> struct RowCoder {
                 // What these four take from the later ones; the next block's moves up.
                 DQ_UNROLL
                 for (int b = 1; b < BLOCKS; b++) {
-                    if (block + b >= BLOCKS) break;
+                    if (block + b >= BLOCKS) continue;  // a break here puts arrays on the stack
                     load(weight[0], triangles.template four<T>(4 * (block + b) + c, 4 * block));
                     float v = target[b];
                     DQ_UNROLL
@@ -347,7 +347,7 @@ template <class S> struct RowCoder {
     }
 
     // Codes into the planes of a record.
-    __device__ static void write(const uint8_t* codes, uint8_t* record, uint32_t side, uint32_t n_kv, uint32_t head, int l) {
+    __device__ __forceinline__ static void write(const uint8_t* codes, uint8_t* record, uint32_t side, uint32_t n_kv, uint32_t head, int l) {
         for_each<S::tiers>([&](auto tier) {
             constexpr int T = decltype(tier)::value;
             for_each<planes_of(S::bits(T))>([&](auto plane) {

@@ -309,7 +309,12 @@ impl<'a> RowCoder<'a> {
                 continue;
             }
             let (other, y) = (others[r].filter(|_| finite[r]), &mut y[r][..d]);
-            Self::rotated_latents(&x[r][..d], other, y);
+            if finite[r] {
+                Self::rotated_latents(&x[r][..d], other, y);
+            } else {
+                // Not the rotation's: that makes zeros of either sign.
+                y.fill(0.0);
+            }
             self.code(y, other.map_or(ROTATION_SET, |s| s.id), &ROTATION_KAPPA, &mut coded[r]);
         }
     }
