@@ -332,9 +332,7 @@ pub struct DueFit {
 impl DueFit {
     fn new(running: &Running, gauge: Gauge, tiers: &[Tier], last: bool) -> Self {
         let mean = round_mean(running.rows.mean());
-        // So few rows say little beyond their mean, and eigenproblems would hold up the first tokens.
-        let few = running.rows.rows() < fit_due_at(1);
-        let second = (gauge == Gauge::Attention && !few).then(|| {
+        let second = (gauge == Gauge::Attention).then(|| {
             let exact: Vec<f64> = mean.iter().map(|x| x.to_f64()).collect();
             let about_zero = vec![0.0; exact.len()];
             (running.rows.second_about(&exact), running.queries.as_ref().map(|q| q.second_about(&about_zero)))
