@@ -1,11 +1,12 @@
 //! One KV head and side: its sets, its statistics, when it is fitted, its sinks.
 
 use half::f16;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use super::file::ReadHead;
 use super::fit::{FitInput, fit, round_mean};
 use super::moments::Moments;
+use super::lock;
 use super::sets::{FactorSet, HeadSets, ROTATION_SET};
 use crate::error::{Error, Result};
 use crate::shape::{Gauge, Side, SideShape, Tier};
@@ -93,19 +94,8 @@ impl HeadFactors {
         Self { sets: HeadSets::rotation_only(d), stats: Mutex::new(stats) }
     }
 
-    /// Nothing below leaves the statistics half done, so that a poisoned lock is as good as any.
     pub(super) fn stats(&self) -> MutexGuard<'_, Stats> {
-        // A lock that must be waited for is taken inside std, where ThreadSanitizer does not look; this way it sees it.
-        #[cfg(dq_tsan)]
-        loop {
-            match self.stats.try_lock() {
-                Ok(guard) => return guard,
-                Err(std::sync::TryLockError::Poisoned(e)) => return PoisonError::into_inner(e),
-                Err(std::sync::TryLockError::WouldBlock) => std::thread::yield_now(),
-            }
-        }
-        #[cfg(not(dq_tsan))]
-        self.stats.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.stats)
     }
 
     /// Whether [`Self::observe`] would do anything with rows.

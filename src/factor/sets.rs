@@ -2,9 +2,10 @@
 
 use half::f16;
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use xxhash_rust::xxh3::Xxh3;
 
+use super::lock;
 use crate::shape::{MAX_SETS, MAX_TIERS};
 
 /// Set 0: the plain rotation about zero.
@@ -108,7 +109,7 @@ pub struct HeadSets {
     sets: [OnceLock<FactorSet>; MAX_SETS],
     /// Bit `id` is set when the set is a sink, i.e. a candidate for every row.
     sinks: AtomicU16,
-    encode: RwLock<Arc<Encode>>,
+    encode: Mutex<Arc<Encode>>,
     newest: AtomicU8,
 }
 
@@ -121,7 +122,7 @@ impl HeadSets {
         Self {
             sets,
             sinks: AtomicU16::new(0),
-            encode: RwLock::new(Arc::new(Encode { set: ROTATION_SET, matrix: None })),
+            encode: Mutex::new(Arc::new(Encode { set: ROTATION_SET, matrix: None })),
             newest: AtomicU8::new(ROTATION_SET),
         }
     }
@@ -154,7 +155,7 @@ impl HeadSets {
     /// How rows get into the set [`Encode::set`], which is the newest one. Take it once per call: set and matrix belong
     /// together, while `newest` may move on between two looks.
     pub fn encode(&self) -> Arc<Encode> {
-        self.encode.read().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.encode).clone()
     }
 
     /// Ids of the sinks, ascending.
@@ -209,7 +210,7 @@ impl HeadSets {
 
     /// Makes a set that is there the newest.
     pub(super) fn set_newest(&self, id: u8, matrix: Option<Box<[f32]>>) {
-        *self.encode.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Encode { set: id, matrix });
+        *lock(&self.encode) = Arc::new(Encode { set: id, matrix });
         self.newest.store(id, Ordering::Release);
     }
 

@@ -77,7 +77,8 @@ unsafe fn struct_size<T: Sized32>(name: &'static str, pointer: *const T) -> Resu
     Region::elements(name, pointer, 1)?;
     // SAFETY: not null and aligned.
     let size = unsafe { pointer.cast::<u32>().read() } as usize;
-    if !(4..=LARGEST).contains(&size) || size % 4 != 0 {
+    // A size that no compiler gives could end inside a pointer.
+    if !(4..=LARGEST).contains(&size) || size % align_of::<T>() != 0 {
         return Err(Error::invalid(format!(
             "{name}->struct_size is {size}; it must be sizeof({}), {} here",
             T::NAME,
