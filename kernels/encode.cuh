@@ -235,11 +235,13 @@ template <class S> struct RowCoder {
             }
             return h;
         } else {
-            // A few scales around the rms, each refined by least squares; the least error after rounding wins.
+            // A few scales around the rms, each then such that the coded row is as long along the row; the least error after
+            // rounding wins.
             const float rms = __fsqrt_rn(__fdiv_rn(sum_channels<0, D>(mask, [&](int k) { return __fmul_rn(y[k], y[k]); }), float(D)));
             Header best{set, false};
             float best_reach = 0.0f, best_error = 0.0f;
             if (rms > 0.0f) {
+                const float energy = over_tiers(kappa, mask, [&](auto, int k) { return __fmul_rn(y[k], y[k]); });
                 DQ_UNROLL_BY_1
                 for (int i = 0; i < N_MULTIPLES; i++) {
                     const float reach = __fdiv_rn(1.0f, __fmul_rn(rms, scale_multiple(i)));
@@ -250,8 +252,7 @@ template <class S> struct RowCoder {
                         for (int k = S::first(T) / 16; k < (S::first(T) + S::channels(T)) / 16; k++) level[k] = nearest_level<S::bits(T)>(y[k], reach);
                     });
                     const float projection = over_tiers(kappa, mask, [&](auto, int k) { return __fmul_rn(y[k], level[k]); });
-                    const float energy = over_tiers(kappa, mask, [&](auto, int k) { return __fmul_rn(level[k], level[k]); });
-                    float scale = __fdiv_rn(projection, energy);
+                    float scale = __fdiv_rn(energy, projection);
                     scale = scale < 0.0f ? 0.0f : scale > 3.402823466e38f ? 3.402823466e38f : scale;
                     const Header h = pack_header(scale, set);
                     const float kept = header_scale(h.bits);
@@ -283,12 +284,14 @@ template <class S> struct RowCoder {
         const int s = l >> 2, c = l & 3;
         const uint32_t mine = 0xFu << (threadIdx.x & 28);
         const Header header = pack_header(__fmul_rn(header_scale(without.bits), feedback_multiple(s)), set);
-        const float scale = header_scale(header.bits), inverse = scale > 0.0f ? __fdiv_rn(1.0f, scale) : 0.0f;
+        const float scale = header_scale(header.bits), narrow = scale > 0.0f ? __fdiv_rn(1.0f, scale) : 0.0f;
         float cost = 0.0f;
         __syncwarp(mask);
         for_each<S::tiers>([&](auto tier) {
             constexpr int T = decltype(tier)::value, FIRST = S::first(T), BLOCKS = S::channels(T) / 4, HALF = 1 << (S::bits(T) - 1);
             constexpr int EDGES = HALF < 4 ? 1 : HALF / 4;
+            // Codebook::widening
+            const float inverse = __fmul_rn(narrow, __fadd_rn(1.0f, Book<S::bits(T)>::distortion));
             float edge[EDGES], target[BLOCKS], lost = 0.0f;
             DQ_UNROLL
             for (int e = 0; e < EDGES; e++) edge[e] = books.edge[T][4 * e + c];
