@@ -276,7 +276,8 @@ template <class S> struct RowCoder {
     }
 
     // Codes a row anew, latent after latent, each against what the errors before it leave to be said (src/factor/fit.rs).
-    // A few scales around the one found without; the least loss wins. Four lanes to a scale: lane c of them holds the
+    // A few scales around the one found without; the least loss wins, at the scale that makes the targets' codes as long as
+    // the targets. Four lanes to a scale: lane c of them holds the
     // latents c, c + 4, ... of a tier and tries every fourth edge of its book. `codes` [FEEDBACK_SCALES][D]; `slot` gets
     // the scale that won.
     __device__ __forceinline__ static Header feed_back(const float* latents, Header without, uint32_t set, const float (&kappa)[S::tiers], const Triangles<S>& triangles,
@@ -285,14 +286,14 @@ template <class S> struct RowCoder {
         const uint32_t mine = 0xFu << (threadIdx.x & 28);
         const Header header = pack_header(__fmul_rn(header_scale(without.bits), feedback_multiple(s)), set);
         const float scale = header_scale(header.bits), narrow = scale > 0.0f ? __fdiv_rn(1.0f, scale) : 0.0f;
-        float cost = 0.0f;
+        float cost = 0.0f, size = 0.0f, along = 0.0f;
         __syncwarp(mask);
         for_each<S::tiers>([&](auto tier) {
             constexpr int T = decltype(tier)::value, FIRST = S::first(T), BLOCKS = S::channels(T) / 4, HALF = 1 << (S::bits(T) - 1);
             constexpr int EDGES = HALF < 4 ? 1 : HALF / 4;
             // Codebook::widening
             const float inverse = __fmul_rn(narrow, __fadd_rn(1.0f, Book<S::bits(T)>::distortion));
-            float edge[EDGES], target[BLOCKS], lost = 0.0f;
+            float edge[EDGES], target[BLOCKS], lost = 0.0f, tier_size = 0.0f, tier_along = 0.0f;
             DQ_UNROLL
             for (int e = 0; e < EDGES; e++) edge[e] = books.edge[T][4 * e + c];
             DQ_UNROLL
@@ -318,6 +319,8 @@ template <class S> struct RowCoder {
                     const float value = __fmul_rn(scale, copysignf(books.level[T][above], four[i])), left = __fsub_rn(value, four[i]);
                     error[i] = __fsub_rn(value, latent[i]);
                     lost = __fadd_rn(lost, __fmul_rn(weight[i][i], __fmul_rn(left, left)));
+                    tier_size = __fadd_rn(tier_size, __fmul_rn(weight[i][i], __fmul_rn(four[i], four[i])));
+                    tier_along = __fadd_rn(tier_along, __fmul_rn(weight[i][i], __fmul_rn(four[i], value)));
                     DQ_UNROLL
                     for (int k = i + 1; k < 4; k++) four[k] = __fsub_rn(four[k], __fmul_rn(weight[k][i], error[i]));
                     word |= uint32_t(__float_as_uint(four[i]) >> 31 ? HALF - 1 - above : HALF + above) << (8 * i);
@@ -335,15 +338,19 @@ template <class S> struct RowCoder {
                 }
             }
             cost = __fadd_rn(cost, __fmul_rn(kappa[T], lost));
+            size = __fadd_rn(size, __fmul_rn(kappa[T], tier_size)), along = __fadd_rn(along, __fmul_rn(kappa[T], tier_along));
         });
+        const float ratio = __fdiv_rn(size, along), unbiased = fabsf(ratio) <= 3.402823466e38f ? __fmul_rn(scale, ratio) : scale;
+        const Header longer = pack_header(unbiased > 3.402823466e38f ? 3.402823466e38f : unbiased, set);
+        const uint32_t final_bits = longer.saturated ? header.bits : longer.bits;
         // The first one never saturates where the scale without feedback does not.
         slot = 0;
-        Header best{__shfl_sync(mask, header.bits, 0, 16), false};
+        Header best{__shfl_sync(mask, final_bits, 0, 16), false};
         float best_cost = __shfl_sync(mask, cost, 0, 16);
         DQ_UNROLL
         for (int i = 1; i < FEEDBACK_SCALES; i++) {
             const float other = __shfl_sync(mask, header.saturated ? __builtin_huge_valf() : cost, 4 * i, 16);
-            const uint32_t bits = __shfl_sync(mask, header.bits, 4 * i, 16);
+            const uint32_t bits = __shfl_sync(mask, final_bits, 4 * i, 16);
             if (other < best_cost) best_cost = other, best.bits = bits, slot = i;
         }
         return best;
