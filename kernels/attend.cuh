@@ -33,12 +33,12 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
     const uint32_t warps = p.heads_per_block * p.key_warps;
     const uint32_t stream = blockIdx.z / p.v_transforms, v_transform = blockIdx.z % p.v_transforms;
     const uint32_t tile_keys = KEYS_PER_WARP * p.key_warps;
-    const uint32_t n_keys = p.lengths != nullptr ? uint32_t(p.lengths[stream]) : p.n_kv;
+    const uint32_t n_keys = coded_keys(p, stream), n_all = n_keys + tail_of(p, stream).count;
     // A tile of rows that this stream does not have.
     const uint32_t n_q = queries_of(p, stream).count, n_rows = n_q * p.group, first_row = row_tile * 4 * NT;
     if (first_row >= n_rows) return;
     const uint32_t end_row = first_row + 4 * NT < n_rows ? first_row + 4 * NT : n_rows;
-    const Keys keys = keys_of(p, n_keys, n_q, first_row / p.group, (end_row + p.group - 1) / p.group);
+    const Keys keys = keys_of(p, n_keys, n_all, n_q, first_row / p.group, (end_row + p.group - 1) / p.group);
     // Tiles before the first key that is seen are left out; they are counted from key 0, so that runs start on whole ones.
     const uint32_t before = keys.first / tile_keys, tiles = (keys.end + tile_keys - 1) / tile_keys - before;
     const uint32_t share = (tiles + p.n_splits - 1) / p.n_splits, end_share = blockIdx.x * share + share;

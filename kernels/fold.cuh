@@ -98,19 +98,13 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
         constexpr int AT_ONCE = FOLD_THREADS / D;
         const int c = t % D, rows = t < AT_ONCE * D ? streams * ROWS : 0;
         const float factor = fold_factor(p);
-        const bool wide = p.q.type == DQ_TYPE_F32, bf16 = p.q.type == DQ_TYPE_BF16;
         DQ_UNROLL_BY_8
         for (int i = t / D; i < rows; i += AT_ONCE) {
             const uint32_t of = first_stream + i / ROWS;
             const Queries queries = of < p.n_streams ? queries_of(p, of) : Queries{0, 0};
             uint32_t bits = 0;
-            if (tile * ROWS + i % ROWS < queries.count * p.group) {
-                const uint8_t* from = static_cast<const uint8_t*>(p.q.data) + queries.first * p.q.token_stride + row_at[i % ROWS];
-                if (wide) bits = at_bytes<uint32_t>(from, 4 * c);
-                else bits = at_bytes<uint16_t>(from, 2 * c);
-            }
-            const float q = wide ? __uint_as_float(bits) : bf16 ? bf16_to_float(uint16_t(bits)) : half_to_float(uint16_t(bits));
-            reinterpret_cast<float*>(scratch[i / ROWS])[c * ROWS + i % ROWS] = q * factor;
+            if (tile * ROWS + i % ROWS < queries.count * p.group) bits = element_bits(p.q, queries.first * p.q.token_stride + row_at[i % ROWS], c);
+            reinterpret_cast<float*>(scratch[i / ROWS])[c * ROWS + i % ROWS] = element_value(p.q, bits) * factor;
         }
     }
     __syncthreads();
