@@ -10,8 +10,8 @@ use crate::workspace::{ALIGN, Arena, size_of_pieces};
 
 const KEYS_PER_WARP: usize = 32;
 const STAGES: usize = 2;
-/// A barrier and a counter for each of four stages.
-const BARRIER_BYTES: usize = 48;
+/// Two barriers for each of four stages.
+const BARRIER_BYTES: usize = 64;
 /// Streams that share a block of the fold kernel, at most; and how many (stream, KV head) make it worth it. Powers of two.
 const FOLD_STREAMS: usize = 4;
 const FOLD_HEADS: usize = 128;
