@@ -12,9 +12,6 @@
 // Row tiles of the prefill kernel.
 #define DQ_PREFILL_TILES(d) ((d) <= 128 ? 4 : 2)
 
-// Rows of a half warp of the encode kernel: shared memory of devices with 99 KiB holds them.
-#define DQ_ENCODE_ROWS(d) ((d) <= 192 ? 2 : 1)
-
 #define DQ_ATTEND(suffix, d, kp, vp, aligned)                                                                         \
     extern "C" __global__ void __launch_bounds__(256, (d) <= 128 ? 2 : 1) dq_attend_##d##_##kp##_##vp##_n1##suffix(const DqAttend p) { \
         dq::attend_decode<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>, 1, dq::DECODE_STAGES>(p);                               \
@@ -34,7 +31,7 @@
         dq::attend_merge<dq::Side<d, vp, true>>(p);                                                                   \
     }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(256) dq_encode_##d##_##kp##_##vp(const DqEncode p) {                 \
-        dq::encode<dq::Side<d, kp, true>, dq::Side<d, vp, true>, DQ_ENCODE_ROWS(d)>(p);                                               \
+        dq::encode<dq::Side<d, kp, true>, dq::Side<d, vp, true>>(p);                                                  \
     }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(128) dq_dequantize_##d##_##kp##_##vp(const DqDequantize p) {         \
         dq::dequantize<dq::Side<d, kp, true>, dq::Side<d, vp, true>>(p);                                              \

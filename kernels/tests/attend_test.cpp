@@ -40,7 +40,7 @@ struct DeviceFactors {
     rt::Buffer<uint32_t> rotation;
     uint32_t max_dense;
     explicit DeviceFactors(const ref::Factors& f)
-        : heads(f.heads), means(f.means), decode(f.decode), encode(f.encode), rotation(f.rotation_bits), max_dense(f.max_dense) {}
+        : heads(f.heads), means(f.means), decode(f.decode), encode(f.encode_table()), rotation(f.rotation_bits), max_dense(f.max_dense) {}
     DqFactors params() const { return {heads.get(), means.get(), decode.get(), encode.get(), rotation.get(), max_dense, 0}; }
 };
 

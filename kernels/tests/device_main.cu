@@ -227,7 +227,7 @@ void bench_prefill(Timer& timer, uint32_t n, uint32_t keys) {
 }
 
 // Encode of a chunk: K in the newest (dense) set, V about a mean.
-template <int PLAN, int ROWS>
+template <int PLAN>
 void bench_encode(Timer& timer, uint32_t n) {
     using K = dq::Side<D, PLAN, true>;
     using V = dq::Side<D, 4, true>;
@@ -247,10 +247,10 @@ void bench_encode(Timer& timer, uint32_t n) {
     p.k = kf.params(), p.v = vf.params();
     p.k_rows = p.v_rows = {rows.get(), N_KV * D * 2, D * 2, DQ_TYPE_F16, 0};
     p.slots = d_slots.get(), p.n = n, p.n_kv_heads = N_KV;
-    const uint32_t shared = dq::encode_shared_bytes<K, V, ROWS>(), per_block = dq::ENCODE_HALVES * ROWS;
-    rt::check(cudaFuncSetAttribute(encode_kernel<K, V, ROWS>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
-    double us = timer.median(20, [&](int, cudaStream_t s) { encode_kernel<K, V, ROWS><<<dim3((n + per_block - 1) / per_block, N_KV, 2), 256, shared, s>>>(p); });
-    std::printf("encode, plan %d, %u tokens, %d rows to a half warp: %.1f us a layer\n", PLAN, n, ROWS, us);
+    const uint32_t shared = dq::encode_shared_bytes<K, V>();
+    rt::check(cudaFuncSetAttribute(encode_kernel<K, V>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
+    double us = timer.median(20, [&](int, cudaStream_t s) { encode_kernel<K, V><<<dim3((n + dq::ENCODE_ROWS - 1) / dq::ENCODE_ROWS, N_KV, 2), 256, shared, s>>>(p); });
+    std::printf("encode, plan %d, %u tokens: %.1f us a layer\n", PLAN, n, us);
 }
 
 }  // namespace
@@ -275,8 +275,8 @@ int main(int argc, char** argv) {
         double copy = copy_bandwidth(timer);
         std::printf("device copy, bytes read and written: %.0f GB/s\n", copy);
         for (uint32_t n : {1u, 64u, 512u}) {
-            bench_encode<4, 1>(timer, n), bench_encode<4, 2>(timer, n);
-            bench_encode<104, 1>(timer, n), bench_encode<104, 2>(timer, n);
+            bench_encode<4>(timer, n);
+            bench_encode<104>(timer, n);
         }
         bench_prefill(timer, 512, 4096), bench_prefill(timer, 2048, 16384);
         bench<4, 4>("dq4", timer, copy, false, false);

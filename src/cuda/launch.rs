@@ -5,7 +5,7 @@ use super::params::{self, MAX_SETS, MAX_TRANSFORMS};
 use super::view::{Address, Workspace};
 use super::Limits;
 use crate::error::{Error, ErrorKind, Result};
-use crate::shape::{Gauge, LayerShape, SideShape};
+use crate::shape::{Gauge, LayerShape, MAX_TIERS, SideShape};
 use crate::workspace::{ALIGN, Arena, size_of_pieces};
 
 const KEYS_PER_WARP: usize = 32;
@@ -40,8 +40,6 @@ pub struct LayerKernels {
     /// Decode with one and two tiles of four rows, prefill.
     attend: [Variant; 3],
     pub encode_shared: usize,
-    /// Rows of a block of the encode kernel.
-    pub encode_rows: usize,
     k_groups: usize,
     v_transforms: usize,
 }
@@ -58,6 +56,16 @@ struct Variant {
     shared: usize,
     /// Blocks that run at once.
     blocks: usize,
+}
+
+/// Rows of a block of the encode kernel.
+pub const ENCODE_ROWS: usize = 16;
+
+/// Bytes of its shared memory, as encode.cuh's `EncodeLayout`.
+fn encode_shared(d: usize) -> usize {
+    let pass_rows = if d <= 192 { ENCODE_ROWS } else { ENCODE_ROWS / 2 };
+    let (stages, errors) = (3 * 16 * d * 4, pass_rows * 4 * (d + 4 * MAX_TIERS) * 4);
+    ENCODE_ROWS * (d + d + 4) * 4 + stages.max(errors) + if d <= 128 { 112 * d } else { 0 }
 }
 
 /// Codes of 32 channels of a tier are a group.
@@ -105,7 +113,6 @@ impl LayerKernels {
         let n1 = Self::decode(device, shape, attend(format!("dq_attend_{d}_{k}_{v}_n1"))?, 1)?;
         let n2 = Self::decode(device, shape, attend(format!("dq_attend_{d}_{k}_{v}_n2"))?, 2)?;
         let prefill = Self::prefill(device, shape, attend(format!("dq_prefill_{d}_{k}_{v}"))?)?;
-        let encode_rows = if d <= 192 { 2 } else { 1 };
         Ok(Self {
             encode: find(format!("dq_encode_{d}_{k}_{v}"))?,
             dequantize: find(format!("dq_dequantize_{d}_{k}_{v}"))?,
@@ -113,8 +120,7 @@ impl LayerKernels {
             merge: find(format!("dq_merge_{d}_{k}_{v}"))?,
             tail: find("dq_tail".into())?,
             attend: [n1, n2, prefill],
-            encode_shared: (16 * (2 * 4 * encode_rows + 4) + 200) * d,
-            encode_rows: 16 * encode_rows,
+            encode_shared: encode_shared(d),
             k_groups: groups(&shape.k),
             v_transforms: if shape.v.gauge == Gauge::Attention { MAX_TRANSFORMS } else { 1 },
         })

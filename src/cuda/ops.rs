@@ -379,7 +379,7 @@ impl DeviceCodec {
             n: tokens.n_tokens,
             n_kv_heads: shape.n_kv_heads as u32,
         };
-        let grid = ((tokens.n_tokens as usize).div_ceil(l.kernels.encode_rows), shape.n_kv_heads, 2);
+        let grid = ((tokens.n_tokens as usize).div_ceil(launch::ENCODE_ROWS), shape.n_kv_heads, 2);
         // SAFETY: as in attend.
         unsafe { self.device.launch(l.kernels.encode, grid, 256, l.kernels.encode_shared, stream, &p) }
     }
