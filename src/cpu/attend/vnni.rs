@@ -12,7 +12,7 @@ use super::fold::{MAX_DIM, ROUND};
 use super::lanes::{SideLanes, TierLanes};
 use super::product::{Finish, Left, Right};
 use super::row::{EXP2, Softmax, Weights, steps};
-use super::{LOW_STRIDE, MAX_TILE};
+use super::{LOW_STRIDE, MAX_TILE, tiles};
 use crate::cpu::simd::{LANES, avx512::Avx512};
 
 type Rows = [*const u8; MAX_TILE];
@@ -26,7 +26,7 @@ fn split(x: i32) -> (u8, u8) {
 // SAFETY of all blocks below: a value of `Avx512` exists only where its `new` found the instructions; memory is the
 // caller's promise.
 #[allow(clippy::undocumented_unsafe_blocks)]
-impl Engine for Avx512 {
+impl Engine for Avx512<'_> {
     #[inline(always)]
     fn key_order(self, lanes: &SideLanes, order: &mut [u16]) {
         lanes.key_quads(order);
@@ -125,7 +125,12 @@ impl Engine for Avx512 {
 
     #[inline(always)]
     unsafe fn product(self, a: Left, b: Right, finish: impl Finish<Self>) {
-        unsafe { product(self, a, b, finish) }
+        unsafe {
+            match self.1 {
+                Some(tiles) => tiles::product(self, tiles, a, b, finish),
+                None => product(self, a, b, finish),
+            }
+        }
     }
 }
 
@@ -551,7 +556,7 @@ unsafe fn weights<const R: usize>(w: Weights, row: usize) -> usize {
 
 /// See [`super::product::product`]. The words of a row of `a`: upper bytes in the first half, lower ones in the second.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn product<F: Finish<Avx512>>(s: Avx512, a: Left, b: Right, finish: F) {
+unsafe fn product<'a, F: Finish<Avx512<'a>>>(s: Avx512<'a>, a: Left, b: Right, finish: F) {
     let mut row = 0;
     while row < a.rows {
         // SAFETY: `row + MR <= rows` in each arm.
@@ -570,8 +575,8 @@ unsafe fn product<F: Finish<Avx512>>(s: Avx512, a: Left, b: Right, finish: F) {
 
 /// `MR` rows by all lanes.
 #[inline(always)]
-unsafe fn panel<const MR: usize, const NR: usize, F: Finish<Avx512>>(
-    s: Avx512,
+unsafe fn panel<'a, const MR: usize, const NR: usize, F: Finish<Avx512<'a>>>(
+    s: Avx512<'a>,
     a: Left,
     b: Right,
     row: usize,
@@ -593,8 +598,8 @@ unsafe fn panel<const MR: usize, const NR: usize, F: Finish<Avx512>>(
 }
 
 #[inline(always)]
-unsafe fn block<const MR: usize, const NR: usize, F: Finish<Avx512>>(
-    s: Avx512,
+unsafe fn block<'a, const MR: usize, const NR: usize, F: Finish<Avx512<'a>>>(
+    s: Avx512<'a>,
     a: Left,
     b: Right,
     row: usize,
