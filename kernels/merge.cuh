@@ -33,6 +33,7 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
     const uint32_t runs = blockDim.x >= MOST_RUNS_OF_LATENTS * D && D % (8 * MOST_RUNS_OF_LATENTS) == 0 ? MOST_RUNS_OF_LATENTS : 1;
 
     const uint32_t present = p.v.heads[head].present;
+    start_next_kernel();
     wait_for_previous_kernel();
 
     // Phase 1: the maximum over all parts, and the sink's logit.

@@ -82,6 +82,8 @@ typedef struct DqAttend {
     uint32_t n_splits;            /* blocks over the keys of a stream */
     uint32_t row_tiles;           /* tiles of 4 NT rows (query, query head) over n_q * group */
     uint32_t v_transforms;        /* 1 where all sets of V are rotations, else DQ_MAX_TRANSFORMS */
+    uint32_t fold_tiles;          /* tiles of 4 rows of a stream, as many as row_tiles has */
+    uint32_t fold_units;          /* of them, over all streams, to a block of the fold: 1, 2, 4 or 8 */
     /* Workspace, see attend.cuh. */
     uint8_t* folded;
     float* folded_scales;
@@ -178,7 +180,7 @@ typedef struct DqEncode {
 /* src/cuda/params.rs asserts the same numbers. */
 #ifdef __cplusplus
 static_assert(sizeof(DqHeadSets) == 40 && sizeof(DqFactors) == 48 && sizeof(DqRows) == 32 && sizeof(DqStore) == 24, "");
-static_assert(sizeof(DqTail) == 96 && sizeof(DqAttend) == 464 && sizeof(DqDequantize) == 200 && sizeof(DqEncode) == 208, "");
+static_assert(sizeof(DqTail) == 96 && sizeof(DqAttend) == 472 && sizeof(DqDequantize) == 200 && sizeof(DqEncode) == 208, "");
 static_assert(sizeof(DqFit) == 40 && sizeof(DqPublish) == 136, "");
 static_assert(sizeof(DqMoments) == 56 && sizeof(DqObserve) == 256, "");
 #endif

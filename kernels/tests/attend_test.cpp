@@ -209,7 +209,9 @@ void run(const Case& c, std::mt19937_64& rng) {
     p.folded = folded.get(), p.folded_scales = scales.get(), p.constants = constants.get();
     p.partial = partial.get(), p.partial_sums = partial_sums.get();
 
-    rt::launch(fold_kernel<K, V, NT>, dim3(c.n_kv * DQ_MAX_TRANSFORMS, n_tiles, (c.n_streams + 1) / 2), dq::FOLD_THREADS, 0, p);
+    p.fold_tiles = n_tiles, p.fold_units = c.n_streams * n_tiles > 8 ? 8 : c.n_streams;
+    if (p.fold_units == 3) p.fold_units = 4;
+    rt::launch(fold_kernel<K, V, NT>, dim3(c.n_kv * DQ_MAX_TRANSFORMS, (c.n_streams * n_tiles + p.fold_units - 1) / p.fold_units), dq::FOLD_THREADS, dq::fold_shared_bytes<K>(), p);
     if (c.tail) {
         const uint32_t warps = (c.n_q * c.group + 3) / 4 * c.tail_parts;
         rt::launch(tail_kernel, dim3((warps + dq::TAIL_WARPS - 1) / dq::TAIL_WARPS, c.n_kv, c.n_streams), 32 * dq::TAIL_WARPS, 0, p);

@@ -41,7 +41,7 @@ plant "stage overwritten while in use" attend_prefill.cuh 's/(tile \& 1) \* stag
 plant "read past the last slot" attend.cuh 's/key < keys.end ? key : keys.end - 1/key/' attend_emu "-fsanitize=address"
 plant "blocks that the window has left are read" attend.cuh 's/key = key < keys.first ? keys.first : /key = /' attend_emu "-fsanitize=address"
 plant "blocks that the window has left are read, bulk copies" attend.cuh 's/const uint32_t from = keys.first > first_key.*/const uint32_t from = 0;/' attend_emu "-fsanitize=address $BULK"
-plant "queries of the sequence before" fold.cuh 's/element_bits(p.q, queries.first \*/element_bits(p.q, uint64_t(of) * p.n_q */'
+plant "queries of the sequence before" fold.cuh 's|(queries.first + row / p.group)|(uint64_t(of) * p.n_q + row / p.group)|'
 plant "tail: a key behind its end" tail.cuh 's/n_coded + tail.count) : NEVER/n_coded + tail.count + 1) : NEVER/'
 plant "tail: no weight times NaN" tail.cuh 's/if (w\[r\] == 0.0f) continue;//'
 plant "tail: earlier weights not rescaled" tail.cuh 's/sum\[r\] \* shrink + weight/sum[r] + weight/'

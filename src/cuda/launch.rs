@@ -12,10 +12,11 @@ const KEYS_PER_WARP: usize = 32;
 const STAGES: usize = 2;
 /// Two barriers for each of four stages.
 const BARRIER_BYTES: usize = 64;
-/// Streams that share a block of the fold kernel, at most; and how many (stream, KV head) make it worth it. Powers of two.
-const FOLD_STREAMS: usize = 4;
-const FOLD_HEADS: usize = 128;
-pub const FOLD_THREADS: usize = 256;
+/// Units (a tile of four rows of a stream) that share a block of the fold kernel, at most: one to a warp; and how many units of
+/// all KV heads there are to each that does. Powers of two.
+const FOLD_WARPS: usize = 8;
+const FOLD_HEADS: usize = 32;
+pub const FOLD_THREADS: usize = 32 * FOLD_WARPS;
 const MOST_WARPS: usize = 8;
 /// Warps of a block of the tail's kernel; as many of them share four rows as keep the whole at this number.
 const TAIL_BLOCK: usize = 4;
@@ -35,6 +36,7 @@ pub struct LayerKernels {
     pub encode: Kernel,
     pub dequantize: Kernel,
     fold: Kernel,
+    fold_shared: usize,
     merge: Kernel,
     tail: Kernel,
     /// Decode with one and two tiles of four rows, prefill.
@@ -117,6 +119,10 @@ impl LayerKernels {
             encode: find(format!("dq_encode_{d}_{k}_{v}"))?,
             dequantize: find(format!("dq_dequantize_{d}_{k}_{v}"))?,
             fold: find(format!("dq_fold_{d}_{k}_{v}"))?,
+            fold_shared: {
+                let chunk = if d <= 128 { d } else { 64 };
+                FOLD_WARPS * d * 16 + chunk * (d + 8) * 2 + FOLD_WARPS * groups(&shape.k) * 256
+            },
             merge: find(format!("dq_merge_{d}_{k}_{v}"))?,
             tail: find("dq_tail".into())?,
             attend: [n1, n2, prefill],
@@ -179,6 +185,7 @@ impl LayerKernels {
 #[derive(Debug, Clone, Copy)]
 pub struct AttendPlan {
     pub fold: (Kernel, (usize, usize, usize)),
+    pub fold_shared: usize,
     pub tail: Option<(Kernel, (usize, usize, usize))>,
     pub attend: (Kernel, (usize, usize, usize)),
     pub attend_threads: usize,
@@ -336,6 +343,9 @@ pub fn plan_attend(
     p.partial = pieces.partial.addr() as Address;
     p.partial_sums = pieces.partial_sums.addr() as Address;
     p.tail.parts = tail_parts as u32;
+    let units = (heads * n_tiles / FOLD_HEADS).next_power_of_two().clamp(1, FOLD_WARPS);
+    p.fold_tiles = n_tiles as u32;
+    p.fold_units = units as u32;
 
     let y = if v.prefill {
         shape.n_kv_heads * row_tiles.div_ceil(v.warps(rows))
@@ -343,7 +353,8 @@ pub fn plan_attend(
         shape.n_kv_heads / v.heads_per_block * row_tiles
     };
     Ok(AttendPlan {
-        fold: (kernels.fold, (shape.n_kv_heads * MAX_TRANSFORMS, n_tiles, streams.div_ceil((heads / FOLD_HEADS).next_power_of_two().clamp(1, FOLD_STREAMS)))),
+        fold: (kernels.fold, (shape.n_kv_heads * MAX_TRANSFORMS, (streams * n_tiles).div_ceil(units), 1)),
+        fold_shared: kernels.fold_shared,
         tail: (tail_parts > 0).then(|| (kernels.tail, ((of_four * tail_parts).div_ceil(TAIL_BLOCK), shape.n_kv_heads, streams))),
         attend: (v.kernel, (splits, y, streams * kernels.v_transforms)),
         attend_threads: 32 * v.warps(rows),

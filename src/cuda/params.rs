@@ -114,6 +114,8 @@ pub struct Attend {
     pub n_splits: u32,
     pub row_tiles: u32,
     pub v_transforms: u32,
+    pub fold_tiles: u32,
+    pub fold_units: u32,
     pub folded: Address,
     pub folded_scales: Address,
     pub constants: Address,
@@ -241,7 +243,7 @@ pub struct Publish {
 const _: () = {
     assert!(size_of::<HeadSets>() == 40 && size_of::<Factors>() == 48);
     assert!(size_of::<DeviceRows>() == 32 && size_of::<DeviceStore>() == 24);
-    assert!(size_of::<Tail>() == 96 && size_of::<Attend>() == 464);
+    assert!(size_of::<Tail>() == 96 && size_of::<Attend>() == 472);
     assert!(size_of::<Dequantize>() == 200 && size_of::<Encode>() == 208);
     assert!(size_of::<Fit>() == 40 && size_of::<Publish>() == 136);
     assert!(size_of::<Moments>() == 56 && size_of::<Observe>() == 256);
