@@ -3,7 +3,8 @@
 //
 // Grid: (runs of ENCODE_ROWS tokens, KV head, side), 256 threads. Rows are loaded and their sets chosen by half a warp
 // each, latents made by the block, scales found by a warp to a row, codes with feedback by lanes of a (row, scale, tier).
-// Shared memory of a block, see `EncodeLayout`: codes [16][FEEDBACK_SCALES][D]; latents f32 [16][D + 4]; stages of the matrix f32 [ENCODE_STAGES][ENCODE_CHUNK][D], later errors; what the feedback weighs with.
+// Shared memory of a block, see `EncodeLayout`: codes [16][FEEDBACK_SCALES][D]; latents f32 [16][D + 4]; stages of the matrix
+// f32 [ENCODE_STAGES][ENCODE_CHUNK][D], later errors; what the feedback weighs with.
 #pragma once
 #include "rows.cuh"
 
@@ -567,8 +568,8 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
     const float* matrix = f.encode + uint64_t(head) * S::encode_floats;
     const bool stored = token < p.n && in_store(p.store, p.slots[token]);
     if constexpr (FEEDBACK && Layout::weights_fit) {
-        if (dense) for (int i = 4 * t; i < S::encode_floats - D * D; i += 4 * ENCODE_THREADS) cp_async_16(in_shared + i, matrix + D * D + i);
-        cp_async_commit();
+        for (int i = 4 * t; dense && i < S::encode_floats - D * D; i += 4 * ENCODE_THREADS) cp_async_16(in_shared + i, matrix + D * D + i);
+        if (dense) cp_async_commit();
     }
     SideBooks<S>::fill(books, t);
 

@@ -310,8 +310,9 @@ impl DeviceCodec {
             return Ok(());
         }
         let shape = &codec.layers[layer].shape;
+        let learns = state.next_fit.is_some();
         // Queries are a group of rows to a token.
-        let per_token = if tokens.q.is_some() { shape.group() } else { 1 };
+        let per_token = if tokens.q.is_some() && learns { shape.group() } else { 1 };
         for first in (0..tokens.n_tokens as usize * per_token).step_by(OBSERVE_ROWS) {
             let p = params::Observe {
                 k_rows: (&tokens.k).into(),
@@ -322,7 +323,7 @@ impl DeviceCodec {
                 first: first as u32,
                 ..self.statistics(codec, layer)
             };
-            self.launch_observe(shape, &p, stream)?;
+            self.launch_observe(shape, &p, learns, stream)?;
         }
         state.most_rows += u64::from(tokens.n_tokens);
         Ok(())
@@ -350,12 +351,16 @@ impl DeviceCodec {
         }
     }
 
-    fn launch_observe(&self, shape: &LayerShape, p: &params::Observe, stream: Stream) -> Result<()> {
+    /// Without anything left to learn only K and V at position 0 matter.
+    fn launch_observe(&self, shape: &LayerShape, p: &params::Observe, learns: bool, stream: Stream) -> Result<()> {
         let device = &self.device;
         let tiles = shape.k.head_dim.max(shape.v.head_dim).div_ceil(32);
         let (heads, tiles) = (shape.n_kv_heads, tiles * (tiles + 1) / 2);
         // SAFETY: as in attend.
         unsafe {
+            if !learns {
+                return device.launch(self.observe, (heads, 2, 1), OBSERVE_THREADS, 0, stream, p);
+            }
             if p.flush == 0 {
                 device.launch(self.observe, (heads, 3, 1), OBSERVE_THREADS, 0, stream, p)?;
             } else {
@@ -389,7 +394,7 @@ impl DeviceCodec {
         let (l, Layer { shape, factors }) = (&self.layers[layer], &codec.layers[layer]);
         let _fitting = l.fitting();
         let p = params::Observe { flush: 1, ..self.statistics(codec, layer) };
-        self.launch_observe(shape, &p, stream)?;
+        self.launch_observe(shape, &p, true, stream)?;
         l.tables.pull(&self.device, &self.memory, l.at, factors, stream)?;
         let due: Vec<_> = factors.units().map(|(_, _, unit)| unit.take_due()).collect();
         let rows = self.rows_seen(layer);
