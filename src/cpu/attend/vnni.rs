@@ -7,10 +7,10 @@
 
 use std::arch::x86_64::*;
 
-use super::engine::Engine;
+use super::engine::{Engine, Tile};
 use super::fold::{MAX_DIM, ROUND};
 use super::lanes::{SideLanes, TierLanes};
-use super::product::{Finish, Left, Right};
+use super::product::{Finish, Left, Outputs, Right};
 use super::row::{EXP2, Softmax, Weights, steps};
 use super::{LOW_STRIDE, MAX_TILE, tiles};
 use crate::cpu::simd::{LANES, avx512::Avx512};
@@ -125,11 +125,20 @@ impl Engine for Avx512<'_> {
 
     #[inline(always)]
     unsafe fn product(self, a: Left, b: Right, finish: impl Finish<Self>) {
-        unsafe {
-            match self.1 {
-                Some(tiles) => tiles::product(self, tiles, a, b, finish),
-                None => product(self, a, b, finish),
-            }
+        unsafe { product(self, a, b, finish) }
+    }
+
+    #[inline(always)]
+    unsafe fn weigh(self, tile: &Tile) -> bool {
+        let Some(tiles) = self.1.filter(|_| tile.queries.rows >= tiles::LEAST_ROWS) else { return false };
+        unsafe { tiles::weigh(tiles, tile) };
+        true
+    }
+
+    #[inline(always)]
+    unsafe fn weighed_outputs(self, weights: Left, values: Right, to: Outputs) {
+        if let Some(tiles) = self.1 {
+            unsafe { tiles::outputs(tiles, weights, values, to) };
         }
     }
 }
@@ -434,7 +443,7 @@ unsafe fn chunk_of_values<const BITS: u8, const TAIL: bool>(
 
 /// [`super::row::exp2`] of 16 numbers.
 #[inline(always)]
-unsafe fn exp2(x: __m512) -> __m512 {
+pub unsafe fn exp2(x: __m512) -> __m512 {
     // SAFETY: the caller's CPU has AVX-512 F.
     unsafe {
         let round = _mm512_set1_ps(ROUND);
@@ -445,8 +454,8 @@ unsafe fn exp2(x: __m512) -> __m512 {
             p = _mm512_add_ps(_mm512_mul_ps(p, f), _mm512_set1_ps(*c));
         }
         let whole = _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted));
-        let p = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), whole));
-        _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLE_UQ>(x, _mm512_set1_ps(-126.0)), p)
+        let some = _mm512_cmp_ps_mask::<_CMP_NLE_UQ>(x, _mm512_set1_ps(-126.0));
+        _mm512_castsi512_ps(_mm512_maskz_add_epi32(some, _mm512_castps_si512(p), whole))
     }
 }
 
@@ -463,12 +472,12 @@ unsafe fn largest_of(x: __m512) -> f32 {
 }
 
 #[inline(always)]
-unsafe fn upper_floats(x: __m512) -> __m256 {
+pub unsafe fn upper_floats(x: __m512) -> __m256 {
     // SAFETY: the caller's CPU has AVX-512 F.
     unsafe { _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(x))) }
 }
 
-/// [`super::row::softmax`] of `R` rows. Sums have eight lanes as there, in the same order.
+/// [`super::row::softmax`] of `R` rows. Sums have sixteen lanes as there, added in the same order.
 #[target_feature(enable = "avx2,avx512f,avx512vl")]
 unsafe fn softmax<const R: usize>(block: &mut Softmax) {
     // SAFETY: scores and masks hold `n` floats a row, a multiple of 16.
@@ -492,21 +501,22 @@ unsafe fn softmax<const R: usize>(block: &mut Softmax) {
         }
         let mut keep = [0.0; 16];
         _mm512_storeu_ps(keep.as_mut_ptr(), exp2(_mm512_loadu_ps(growth.as_ptr())));
-        let mut sums = [_mm256_setzero_ps(); R];
+        let mut sums = [_mm512_setzero_ps(); R];
         for at in (0..block.n).step_by(16) {
             for r in 0..R {
                 let x = _mm512_sub_ps(_mm512_loadu_ps(rows[r].add(at)), _mm512_set1_ps(block.largest[r]));
                 let p = exp2(x);
                 _mm512_storeu_ps(rows[r].add(at), p);
-                sums[r] = _mm256_add_ps(_mm256_add_ps(sums[r], _mm512_castps512_ps256(p)), upper_floats(p));
+                sums[r] = _mm512_add_ps(sums[r], p);
             }
         }
         for r in 0..R {
             if block.largest[r] > block.before[r] {
                 block.keep[r] = keep[r];
             }
+            let x = _mm256_add_ps(_mm512_castps512_ps256(sums[r]), upper_floats(sums[r]));
             // ((0 + 4) + (2 + 6)) + ((1 + 5) + (3 + 7))
-            let x = _mm_add_ps(_mm256_castps256_ps128(sums[r]), _mm256_extractf128_ps::<1>(sums[r]));
+            let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
             let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
             block.sum[r] = _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
         }
