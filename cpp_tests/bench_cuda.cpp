@@ -1,6 +1,6 @@
 // Times of the calls on a CUDA device, beside a device copy in the same run: 32 query heads over 8, head_dim 128.
 // Every figure is the median over replays of a graph of calls whose records rotate, so that the L2 has none of them.
-//   bench_cuda [brief]
+//   bench_cuda [brief|rows]    fewer sizes; statistics, fits and encode alone
 #include <decoquant.h>
 
 #include <algorithm>
@@ -106,7 +106,10 @@ void bench_deferred(Events& e, const dq_context* context, dq_codec_desc desc, co
     dq_codec_destroy(codec);
 }
 
-void bench(Events& e, const char* name, uint32_t k_plan, uint32_t v_plan, double copy, bool brief) {
+enum class Part { All, Brief, Rows };
+
+void bench(Events& e, const char* name, uint32_t k_plan, uint32_t v_plan, double copy, Part part) {
+    const bool brief = part != Part::All;
     auto context_desc = sized<dq_context_desc>();
     context_desc.backend = DQ_BACKEND_CUDA;
     dq_context* context;
@@ -122,7 +125,7 @@ void bench(Events& e, const char* name, uint32_t k_plan, uint32_t v_plan, double
 
     // Records of 4,096 tokens after the last fit, over and over.
     const uint32_t chunk = 512;
-    const size_t slots = brief ? 64ull * 16384 : 64ull * 131072;
+    const size_t slots = part == Part::Rows ? 4096 : brief ? 64ull * 16384 : 64ull * 131072;
     cuda::Buffer<uint8_t> store(slots * layout.slot_bytes);
     std::mt19937 rng(1);
     std::normal_distribution<float> normal;
@@ -186,6 +189,11 @@ void bench(Events& e, const char* name, uint32_t k_plan, uint32_t v_plan, double
         const double us = e.median(20, [&](int) { fine(dq_append(codec, 0, &t, nullptr, 0, e.stream), "append"); });
         std::printf("append of %u tokens, statistics done: %.1f us a layer\n", n, us);
     }
+    if (part == Part::Rows) {
+        dq_codec_destroy(codec);
+        dq_context_destroy(context);
+        return;
+    }
 
     auto limits = sized<dq_limits>();
     limits.max_streams = 64, limits.max_queries = 1, limits.max_kv = 131072;
@@ -242,9 +250,10 @@ int main(int argc, char** argv) {
     Events events;
     const double copy = copy_bandwidth(events);
     std::printf("device copy, bytes read and written: %.0f GB/s\n", copy);
-    const bool brief = argc > 1 && std::string(argv[1]) == "brief";
-    bench(events, "dq4 (plans 104, 4)", 104, 4, copy, brief);
-    bench(events, "dq3 (plans 103, 3)", 103, 3, copy, brief);
-    if (!brief) bench(events, "uniform 4", 4, 4, copy, true);
+    const std::string wish = argc > 1 ? argv[1] : "";
+    const Part part = wish == "rows" ? Part::Rows : wish == "brief" ? Part::Brief : Part::All;
+    bench(events, "dq4 (plans 104, 4)", 104, 4, copy, part);
+    bench(events, "dq3 (plans 103, 3)", 103, 3, copy, part);
+    if (part == Part::All) bench(events, "uniform 4", 4, 4, copy, Part::Brief);
     return 0;
 }

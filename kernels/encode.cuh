@@ -1,16 +1,17 @@
 // New rows into records. The same bytes as src/cpu/encode.rs: every product is rounded before it is added, every sum has
-// that file's order. Sixteen lanes code a row, as that file's sums have sixteen lanes: lane l holds the channels
-// l, l + 16, l + 32, ...
+// that file's order. Its sums over a row have sixteen lanes: lane l holds the channels l, l + 16, l + 32, ...
 //
-// Grid: (runs of 16 * ROWS tokens, KV head, side), 256 threads: sixteen half warps with ROWS rows each, which share one
-// pass over the encode matrix. Shared memory: the block's rows and their latents, f32 [16 ROWS][D] each; codes
-// [16][FEEDBACK_SCALES][D]; stages of the matrix, f32 [ENCODE_STAGES][ENCODE_CHUNK][D], then the triangles of the feedback.
+// Grid: (runs of ENCODE_ROWS tokens, KV head, side), 256 threads. Rows are loaded and their sets chosen by half a warp
+// each, latents made by the block, scales found by a warp to a row, codes with feedback by lanes of a (row, scale, tier).
+// Shared memory of a block, see `EncodeLayout`: codes [16][FEEDBACK_SCALES][D]; latents f32 [16][D + 4]; stages of the matrix
+// f32 [ENCODE_STAGES][ENCODE_CHUNK][D], later errors; what the feedback weighs with.
 #pragma once
 #include "rows.cuh"
 
 namespace dq {
 
-constexpr int ENCODE_HALVES = 16, ENCODE_THREADS = 16 * ENCODE_HALVES, ENCODE_CHUNK = 16, ENCODE_STAGES = 3;
+constexpr int ENCODE_ROWS = 16, ENCODE_THREADS = 16 * ENCODE_ROWS, ENCODE_WARPS = ENCODE_THREADS / 32;
+constexpr int ENCODE_CHUNK = 16, ENCODE_STAGES = 3;
 constexpr float SWITCH = 0.5f;
 constexpr float HUGE_ROW = 1e15f;
 constexpr int MAX_SINKS = 4;
@@ -19,9 +20,19 @@ __host__ __device__ constexpr float scale_multiple(int i) {
     return i < 4 ? (i == 0 ? 0.76f : i == 1 ? 0.83f : i == 2 ? 0.9f : 0.97f) : (i == 4 ? 1.04f : i == 5 ? 1.11f : i == 6 ? 1.18f : 1.26f);
 }
 __host__ __device__ constexpr float feedback_multiple(int i) { return i == 0 ? 0.94f : i == 1 ? 1.0f : i == 2 ? 1.06f : 1.12f; }
-// Bytes to a channel for stages of the matrix or triangles: the most that the latter take, but for some of plan 102.
-constexpr int ENCODE_SPARE = 200;
-static_assert(ENCODE_STAGES * ENCODE_CHUNK * 4 <= ENCODE_SPARE, "");
+
+// Bytes of shared memory; src/cuda/launch.rs says the same. Errors are of a pass over some of the rows.
+template <class S> struct EncodeLayout {
+    static constexpr int D = S::D, PASS_ROWS = D <= 192 ? ENCODE_ROWS : ENCODE_ROWS / 2;
+    static constexpr int LATENTS = D + 4;           // floats from row to row, so that eight rows differ in their banks
+    static constexpr int ERRORS = D + 4 * DQ_MAX_TIERS;  // floats of a (row, scale)
+    static constexpr int codes = ENCODE_ROWS * FEEDBACK_SCALES * D, latents = ENCODE_ROWS * LATENTS * 4;
+    static constexpr int stages = ENCODE_STAGES * ENCODE_CHUNK * D * 4, errors = PASS_ROWS * FEEDBACK_SCALES * ERRORS * 4;
+    static constexpr int work = stages > errors ? stages : errors;
+    static constexpr int spare = D <= 128 ? 112 * D : 0;
+    static constexpr bool weights_fit = (S::encode_floats - D * D) * 4 <= spare;
+    static constexpr int bytes = codes + latents + work + spare;
+};
 
 // The mask of the sixteen lanes that work on one row: the two halves of a warp go their own ways.
 __device__ __forceinline__ uint32_t half_mask(int lane) { return lane < 16 ? 0x0000FFFFu : 0xFFFF0000u; }
@@ -116,91 +127,106 @@ __device__ __forceinline__ Header pack_header(float scale, uint32_t set) {
     return {(kept & 0xFFF0) | set, rounded >= largest + 16};
 }
 
-// Number of edges of the book below a magnitude, and the level there in units of a unit row.
-template <int BITS>
-__device__ __forceinline__ int nearest(float magnitude) {
-    using B = Book<BITS>;
-    int m = 0;
-    for_each<(1 << (BITS - 1)) - 1>([&](auto i) {
-        constexpr int I = decltype(i)::value;
-        constexpr float edge = float((double(B::magnitude(I)) + double(B::magnitude(I + 1))) / 2.0 * B::exact_unit);
-        m += magnitude > edge ? 1 : 0;
-    });
-    return m;
-}
-template <int BITS>
-__device__ __forceinline__ float nearest_level(float y, float reach) {
-    using B = Book<BITS>;
-    const float magnitude = fabsf(__fmul_rn(y, reach));
-    float steps = float(B::magnitude(0));
-    for_each<(1 << (BITS - 1)) - 1>([&](auto i) {
-        constexpr int I = decltype(i)::value;
-        constexpr float edge = float((double(B::magnitude(I)) + double(B::magnitude(I + 1))) / 2.0 * B::exact_unit);
-        if (magnitude > edge) steps = float(B::magnitude(I + 1));
-    });
-    return __fmul_rn(copysignf(steps, y), B::unit);
-}
+// ---- Which level is nearest ----
 
-// ---- What the feedback reads ----
+// Magnitudes are cut into bins of equal width with at most one edge of the book in each: a look at the bin's edge decides
+// between two levels. The last bin takes all that lies beyond the last edge, and NaN, which no edge is below.
+struct alignas(8) Bin {
+    float edge;
+    uint32_t levels;  // bytes: steps of the level below and above the edge, numbers of these magnitudes
+};
+template <int BITS> struct Bins {
+    using B = Book<BITS>;
+    static constexpr int HALF = 1 << (BITS - 1);
+    // In steps of the book.
+    __host__ __device__ static constexpr double edge(int i) { return (double(B::magnitude(i)) + double(B::magnitude(i + 1))) / 2.0; }
+    __host__ __device__ static constexpr int bin_of(double steps, double width) { return int(steps / width + 0.5); }
+    __host__ __device__ static constexpr bool apart(double width) {
+        for (int i = 0; i + 1 < HALF; i++) {
+            // Not near the border of its bin: an index is rounded from a product.
+            const double at = edge(i) / width + 0.5, within = at - int(at);
+            if (within < 0.01 || within > 0.99 || (i > 0 && bin_of(edge(i), width) == bin_of(edge(i - 1), width))) return false;
+        }
+        return true;
+    }
+    __host__ __device__ static constexpr double find_width() {
+        double width = 128.0;
+        while (!apart(width)) width *= 0.99;
+        return width;
+    }
+    static constexpr double WIDTH = find_width();
+    static constexpr int LAST = bin_of(edge(HALF - 2), WIDTH) + 1, COUNT = LAST + 1;
+    static constexpr float cap = float(LAST * WIDTH * B::exact_unit), per_unit = float(0.25 / (WIDTH * B::exact_unit));
 
-// Lower triangles, one to a tier, packed by rows behind a head's encode matrix. In shared memory, where they find room,
-// rows are widened to whole runs of four.
-template <class S> struct Triangles {
-    __host__ __device__ static constexpr int row_at(int j) { return 4 * (j / 4 + 1) * (2 * (j / 4) + j % 4); }
-    __host__ __device__ static constexpr int widened_before(int t) {
+    Bin bins[COUNT];
+    __host__ __device__ constexpr Bins() : bins{} {
+        for (int b = 0; b < LAST; b++) {
+            int below = 0;
+            while (below + 1 < HALF && bin_of(edge(below), WIDTH) < b) below++;
+            const bool has = below + 1 < HALF && bin_of(edge(below), WIDTH) == b;
+            bins[b] = entry(has ? float(edge(below) * B::exact_unit) : __builtin_huge_valf(), below, below + (has ? 1 : 0));
+        }
+        bins[LAST] = entry(-1.0f, 0, HALF - 1);
+    }
+    __host__ __device__ static constexpr Bin entry(float edge, int below, int above) {
+        return {edge, uint32_t(B::magnitude(below) | B::magnitude(above) << 8 | below << 16 | above << 24)};
+    }
+};
+template <> struct Bins<8> { static constexpr int COUNT = 0; };
+template <int BITS> __device__ constexpr Bins<BITS> BINS{};
+
+// A book's bins in shared memory, sixteen copies of each next to each other: lanes meet in no bank.
+constexpr int BIN_COPIES = 16, BIN_BYTES = BIN_COPIES * 8;
+struct LevelBook {
+    const uint8_t* bins;  // this lane's copy of the first
+    float cap, per_unit, unit;
+    int half;
+
+    // Byte 0: steps of the nearest level; byte 2: its number among the magnitudes.
+    __device__ __forceinline__ uint32_t look_up(float magnitude) const {
+        // The sum's last bits are the bin, and what is above them leaves with the shift.
+        const float at = __fmaf_rn(fminf(magnitude, cap), per_unit, 2097152.0f);
+        const Bin bin = *reinterpret_cast<const Bin*>(bins + (__float_as_uint(at) << 7));
+        return magnitude > bin.edge ? bin.levels >> 8 : bin.levels;
+    }
+    // In units of a unit row, with the sign of y.
+    __device__ __forceinline__ float level(uint32_t found, float y) const { return copysignf(__fmul_rn(float(found & 0xFF), unit), y); }
+    __device__ __forceinline__ uint32_t code(uint32_t found, float y) const { return uint32_t(half + (int(found >> 16 & 0xFF) ^ (__float_as_int(y) >> 31))); }
+};
+static_assert(BIN_BYTES == 1 << 7, "");
+
+template <class S> struct SideBooks {
+    __host__ __device__ static constexpr int bins_before(int t) {
         int n = 0;
-        for (int i = 0; i < t && S::tiers > 1; i++) n += row_at(S::channels(i));
+        for (int i = 0; i < t; i++) n += bins_of(S::bits(i));
         return n;
     }
-    static constexpr bool fit_in = widened_before(S::tiers) * 4 <= ENCODE_SPARE * S::D;
+    __host__ __device__ static constexpr int bins_of(int bits) {
+        return bits == 2 ? Bins<2>::COUNT : bits == 3 ? Bins<3>::COUNT : bits == 4 ? Bins<4>::COUNT : bits == 5 ? Bins<5>::COUNT : bits == 6 ? Bins<6>::COUNT : 0;
+    }
+    static constexpr int COUNT = bins_before(S::tiers), BYTES = COUNT > 0 ? COUNT * BIN_BYTES : 8;
 
-    const float* packed;
-    float* widened;
-
-    // By the whole block, a row to a warp.
-    __device__ __forceinline__ void fetch(int t) const {
+    __device__ __forceinline__ static void fill(uint8_t* shared, int t) {
         for_each<S::tiers>([&](auto tier) {
-            constexpr int T = decltype(tier)::value;
-            for (int j = t / 32; j < S::channels(T); j += ENCODE_THREADS / 32) {
-                const float* from = packed + S::feedback_before(T) + j * (j + 1) / 2;
-                for (int k = t % 32; k <= j; k += 32) widened[widened_before(T) + row_at(j) + k] = load_global(from + k);
+            constexpr int T = decltype(tier)::value, N = bins_of(S::bits(T));
+            if constexpr (N > 0) {
+                Bin* to = reinterpret_cast<Bin*>(shared + bins_before(T) * BIN_BYTES);
+                for (int i = t; i < N * BIN_COPIES; i += ENCODE_THREADS) to[i] = BINS<S::bits(T)>.bins[i / BIN_COPIES];
             }
         });
     }
-    // Entries k ... k + 3 of row j, k a multiple of four; those beyond the diagonal may be anything.
-    template <int T> __device__ __forceinline__ float4 four(int j, int k) const {
-        if constexpr (fit_in) {
-            return *reinterpret_cast<const float4*>(widened + widened_before(T) + row_at(j) + k);
-        } else {
-            const float* at = packed + S::feedback_before(T) + j * (j + 1) / 2 + k;
-            return {load_global(at), load_global(at + 1), load_global(at + 2), load_global(at + 3)};
-        }
-    }
-};
-
-// Of each tier: levels of the positive half of its book in units of a unit row, and the edges between them.
-template <class S> struct FeedbackBooks {
-    float level[S::tiers][32], edge[S::tiers][32];
-
-    __device__ __forceinline__ void fill(int t) {
-        for_each<S::tiers>([&](auto tier) {
-            using B = Book<S::bits(decltype(tier)::value)>;
-            constexpr int T = decltype(tier)::value, HALF = 1 << (S::bits(T) - 1);
-            if (t < 32) edge[T][t] = __builtin_huge_valf();
-            for_each<HALF>([&](auto i) {
-                constexpr int I = decltype(i)::value;
-                if (t != I) return;
-                level[T][I] = __fmul_rn(float(B::magnitude(I)), B::unit);
-                if constexpr (I + 1 < HALF) edge[T][I] = float((double(B::magnitude(I)) + double(B::magnitude(I + 1))) / 2.0 * B::exact_unit);
-            });
-        });
+    template <int T> __device__ __forceinline__ static LevelBook of(const uint8_t* shared, int lane) {
+        using B = Bins<S::bits(T)>;
+        return {shared + bins_before(T) * BIN_BYTES + lane % BIN_COPIES * 8, B::cap, B::per_unit, B::B::unit, B::HALF};
     }
 };
 
 template <class S> struct RowCoder {
     static constexpr int D = S::D, PER = D / 16;
+    using Layout = EncodeLayout<S>;
+    using Books = SideBooks<S>;
 
-    // sum over tiers of weight[t] * (sum over the tier's channels of term<tier>(k))
+    // sum over tiers of weight[t] * (sum over the tier's channels of term<tier>(k)), by half a warp
     template <class Term>
     __device__ __forceinline__ static float over_tiers(const float (&weights)[S::tiers], uint32_t mask, Term&& term) {
         float sum = 0.0f;
@@ -212,137 +238,232 @@ template <class S> struct RowCoder {
         return sum;
     }
 
-    // Codes latents; `codes` gets a byte to a channel.
-    __device__ __forceinline__ static Header code(const float (&y)[PER], uint32_t set, const float (&kappa)[S::tiers], uint8_t* codes, int l, uint32_t mask) {
-        if constexpr (S::bits(0) == 8) {
-            // The first scale of the header's that reaches the largest latent; codes against that very scale.
-            using B = Book<8>;
-            float largest = 0.0f;
-            bool nan = false;
+    // Eight bits, by half a warp: the first scale of the header's that reaches the largest latent; codes against that very
+    // scale. `codes` gets a byte to a channel.
+    __device__ __forceinline__ static Header code_uniform(const float* latents, uint32_t set, uint8_t* codes, int l, uint32_t mask) {
+        using B = Book<8>;
+        float y[PER], largest = 0.0f;
+        bool nan = false;
+        DQ_UNROLL
+        for (int k = 0; k < PER; k++) y[k] = latents[l + 16 * k], largest = fmaxf(largest, fabsf(y[k])), nan |= y[k] != y[k];
+        largest = max_lanes(largest, mask);
+        if (__any_sync(mask, nan)) largest = __int_as_float(0x7FC00000);
+        const float scale = __fdiv_rn(largest, __fmul_rn(127.0f, B::unit));
+        Header h = pack_header(scale > 3.402823466e38f ? 3.402823466e38f : scale, set);
+        if (header_scale(h.bits) < scale && (h.bits & 0xFFF0) < 0xF7F0) h.bits += 16;
+        const float step = __fmul_rn(header_scale(h.bits), B::unit), inverse = step > 0.0f ? __fdiv_rn(1.0f, step) : 0.0f;
+        DQ_UNROLL
+        for (int k = 0; k < PER; k++) {
+            float level = rintf(__fmul_rn(y[k], inverse));
+            level = level < -127.0f ? -127.0f : level > 127.0f ? 127.0f : level;
+            codes[l + 16 * k] = level == level ? uint8_t(int(level) + 128) : 0;
+        }
+        return h;
+    }
+
+    // A few scales around the rms, each refined by least squares; the least error after rounding wins. By a warp: lane
+    // 4 m + p tries multiple m, with the channels p, p + 4, p + 8, p + 12 of each sixteen, which are four of a sum's lanes.
+    // `reach` gets what latents are multiplied with to find their levels.
+    __device__ __forceinline__ static Header find_scale(const float* latents, uint32_t set, const float (&kappa)[S::tiers], const uint8_t* books, float& reach, int lane) {
+        const int m = lane >> 2, p = lane & 3;
+        auto fold = [](const float (&v)[4]) {
+            float s = __fadd_rn(__fadd_rn(v[0], v[2]), __fadd_rn(v[1], v[3]));
+            s = __fadd_rn(s, __shfl_xor_sync(ALL_LANES, s, 2));
+            return __fadd_rn(s, __shfl_xor_sync(ALL_LANES, s, 1));
+        };
+        float y[D / 4], level[D / 4], squares[4] = {};
+        DQ_UNROLL
+        for (int k = 0; k < D / 4; k++) {
+            y[k] = latents[k / 4 * 16 + p + 4 * (k % 4)];
+            squares[k % 4] = __fadd_rn(squares[k % 4], __fmul_rn(y[k], y[k]));
+        }
+        const float rms = __fsqrt_rn(__fdiv_rn(fold(squares), float(D)));
+        reach = 0.0f;
+        if (!(rms > 0.0f)) return {set, false};
+        float multiple = 0.0f;
+        for_each<N_MULTIPLES>([&](auto i) { if (m == decltype(i)::value) multiple = scale_multiple(decltype(i)::value); });
+        reach = __fdiv_rn(1.0f, __fmul_rn(rms, multiple));
+
+        float projection = 0.0f, energy = 0.0f, error = 0.0f;
+        for_each<S::tiers>([&](auto tier) {
+            constexpr int T = decltype(tier)::value, FROM = S::first(T) / 4, TO = FROM + S::channels(T) / 4;
+            const LevelBook book = Books::template of<T>(books, lane);
+            float along[4] = {}, own[4] = {};
             DQ_UNROLL
-            for (int k = 0; k < PER; k++) largest = fmaxf(largest, fabsf(y[k])), nan |= y[k] != y[k];
-            largest = max_lanes(largest, mask);
-            if (__any_sync(mask, nan)) largest = __int_as_float(0x7FC00000);
-            const float scale = __fdiv_rn(largest, __fmul_rn(127.0f, B::unit));
-            Header h = pack_header(scale > 3.402823466e38f ? 3.402823466e38f : scale, set);
-            if (header_scale(h.bits) < scale && (h.bits & 0xFFF0) < 0xF7F0) h.bits += 16;
-            const float step = __fmul_rn(header_scale(h.bits), B::unit), inverse = step > 0.0f ? __fdiv_rn(1.0f, step) : 0.0f;
+            for (int k = FROM; k < TO; k++) {
+                level[k] = book.level(book.look_up(fabsf(__fmul_rn(y[k], reach))), y[k]);
+                along[k % 4] = __fadd_rn(along[k % 4], __fmul_rn(y[k], level[k]));
+                own[k % 4] = __fadd_rn(own[k % 4], __fmul_rn(level[k], level[k]));
+            }
+            projection = __fadd_rn(projection, __fmul_rn(kappa[T], fold(along)));
+            energy = __fadd_rn(energy, __fmul_rn(kappa[T], fold(own)));
+        });
+        float scale = __fdiv_rn(projection, energy);
+        scale = scale < 0.0f ? 0.0f : scale > 3.402823466e38f ? 3.402823466e38f : scale;
+        const Header mine = pack_header(scale, set);
+        const float kept = header_scale(mine.bits);
+        for_each<S::tiers>([&](auto tier) {
+            constexpr int T = decltype(tier)::value, FROM = S::first(T) / 4, TO = FROM + S::channels(T) / 4;
+            float lost[4] = {};
             DQ_UNROLL
-            for (int k = 0; k < PER; k++) {
-                float level = rintf(__fmul_rn(y[k], inverse));
-                level = level < -127.0f ? -127.0f : level > 127.0f ? 127.0f : level;
-                codes[l + 16 * k] = level == level ? uint8_t(int(level) + 128) : 0;
+            for (int k = FROM; k < TO; k++) {
+                const float e = __fsub_rn(y[k], __fmul_rn(kept, level[k]));
+                lost[k % 4] = __fadd_rn(lost[k % 4], __fmul_rn(e, e));
             }
-            return h;
-        } else {
-            // A few scales around the rms, each refined by least squares; the least error after rounding wins.
-            const float rms = __fsqrt_rn(__fdiv_rn(sum_channels<0, D>(mask, [&](int k) { return __fmul_rn(y[k], y[k]); }), float(D)));
-            Header best{set, false};
-            float best_reach = 0.0f, best_error = 0.0f;
-            if (rms > 0.0f) {
-                DQ_UNROLL_BY_1
-                for (int i = 0; i < N_MULTIPLES; i++) {
-                    const float reach = __fdiv_rn(1.0f, __fmul_rn(rms, scale_multiple(i)));
-                    float level[PER];
-                    for_each<S::tiers>([&](auto tier) {
-                        constexpr int T = decltype(tier)::value;
-                        DQ_UNROLL
-                        for (int k = S::first(T) / 16; k < (S::first(T) + S::channels(T)) / 16; k++) level[k] = nearest_level<S::bits(T)>(y[k], reach);
-                    });
-                    const float projection = over_tiers(kappa, mask, [&](auto, int k) { return __fmul_rn(y[k], level[k]); });
-                    const float energy = over_tiers(kappa, mask, [&](auto, int k) { return __fmul_rn(level[k], level[k]); });
-                    float scale = __fdiv_rn(projection, energy);
-                    scale = scale < 0.0f ? 0.0f : scale > 3.402823466e38f ? 3.402823466e38f : scale;
-                    const Header h = pack_header(scale, set);
-                    const float kept = header_scale(h.bits);
-                    const float error = over_tiers(kappa, mask, [&](auto, int k) {
-                        const float e = __fsub_rn(y[k], __fmul_rn(kept, level[k]));
-                        return __fmul_rn(e, e);
-                    });
-                    if (i == 0 || error < best_error) best = h, best_reach = reach, best_error = error;
-                }
+            error = __fadd_rn(error, __fmul_rn(kappa[T], fold(lost)));
+        });
+        // The first of the least. NaN loses against all but stays when it comes first.
+        if (error != error) error = m == 0 ? -__builtin_huge_valf() : __builtin_huge_valf();
+        int best = m;
+        DQ_UNROLL
+        for (int d = 4; d < 32; d *= 2) {
+            const float that = __shfl_xor_sync(ALL_LANES, error, d);
+            const int there = __shfl_xor_sync(ALL_LANES, best, d);
+            if (that < error || (that == error && there < best)) error = that, best = there;
+        }
+        reach = __shfl_sync(ALL_LANES, reach, 4 * best);
+        const uint32_t found = __shfl_sync(ALL_LANES, mine.bits | uint32_t(mine.saturated) << 16, 4 * best);
+        return {found & 0xFFFF, found >> 16 != 0};
+    }
+
+    // Codes of the levels that `reach` finds, by a warp.
+    __device__ __forceinline__ static void code(const float* latents, float reach, const uint8_t* books, uint8_t* codes, int lane) {
+        for_each<S::tiers>([&](auto tier) {
+            constexpr int T = decltype(tier)::value;
+            const LevelBook book = Books::template of<T>(books, lane);
+            for (int c = S::first(T) + lane; c < S::first(T) + S::channels(T); c += 32) {
+                const float y = latents[c];
+                codes[c] = uint8_t(book.code(book.look_up(fabsf(__fmul_rn(y, reach))), y));
             }
-            for_each<S::tiers>([&](auto tier) {
-                constexpr int T = decltype(tier)::value, HALF = 1 << (S::bits(T) - 1);
+        });
+    }
+
+    // ---- Feedback ----
+
+    // What a tier's chains need to know. `weights`: of each eight latents behind each other, and each k up to the last of
+    // them, what the error of latent k adds to the eight; of a latent itself, what its loss counts (src/cuda/tables.rs).
+    struct Tier {
+        int first, n;
+        const float* weights;
+        LevelBook book;
+    };
+    __device__ __forceinline__ static float4 weights_at(const float* at) {
+        if constexpr (Layout::weights_fit) return *reinterpret_cast<const float4*>(at);
+        else return load_global(reinterpret_cast<const float4*>(at));
+    }
+
+    // Codes a tier of a row anew with one scale, latent after latent, each against what the errors before it leave to be
+    // said (src/factor/fit.rs). LANES lanes next to each other share the work: each takes the errors of earlier eights off
+    // 8 / LANES of the next eight, which all then code. `errors` [n], `codes` [n]; `lost` gets the loss.
+    template <int LANES>
+    __device__ __forceinline__ static float chain(const Tier& tier, const float* latents, float scale, float* errors, uint8_t* codes, bool keeps, int lane) {
+        constexpr int OWN = 8 / LANES;
+        const int share = lane % LANES * OWN;
+        const float inverse = scale > 0.0f ? __fdiv_rn(1.0f, scale) : 0.0f;
+        const float* weights = tier.weights;
+        float lost = 0.0f;
+        DQ_UNROLL_BY_1
+        for (int block = 0; block < tier.n; block += 8) {
+            float own[OWN], target[8], latent[8], error[8];
+            auto put = [](float* to, const float4& v) { to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w; };
+            DQ_UNROLL
+            for (int i = 0; i < 8; i += 4) put(latent + i, *reinterpret_cast<const float4*>(latents + block + i));
+            DQ_UNROLL
+            for (int i = 0; i < OWN; i++) own[i] = LANES == 1 ? latent[i] : latents[block + share + i];
+            DQ_UNROLL_BY_1
+            for (int k = 0; k < block; k += 4, weights += 32) {
+                float before[4], weight[OWN];
+                put(before, *reinterpret_cast<const float4*>(errors + k));
                 DQ_UNROLL
-                for (int k = S::first(T) / 16; k < (S::first(T) + S::channels(T)) / 16; k++) {
-                    const int m = nearest<S::bits(T)>(fabsf(__fmul_rn(y[k], best_reach)));
-                    codes[l + 16 * k] = uint8_t(__float_as_uint(y[k]) >> 31 ? HALF - 1 - m : HALF + m);
+                for (int e = 0; e < 4; e++) {
+                    if constexpr (LANES == 1) put(weight, weights_at(weights + 8 * e)), put(weight + 4, weights_at(weights + 8 * e + 4));
+                    else {
+                        DQ_UNROLL
+                        for (int i = 0; i < OWN; i++) weight[i] = Layout::weights_fit ? weights[8 * e + share + i] : load_global(weights + 8 * e + share + i);
+                    }
+                    DQ_UNROLL
+                    for (int i = 0; i < OWN; i++) own[i] = __fsub_rn(own[i], __fmul_rn(weight[i], before[e]));
                 }
+            }
+            DQ_UNROLL
+            for (int i = 0; i < 8; i++) target[i] = LANES == 1 ? own[i % OWN] : __shfl_sync(ALL_LANES, own[i % OWN], i / OWN, LANES);
+            uint32_t words[2] = {0, 0};
+            DQ_UNROLL
+            for (int i = 0; i < 8; i++, weights += 8) {
+                float weight[8];
+                if (i < 4) put(weight, weights_at(weights));
+                put(weight + 4, weights_at(weights + 4));
+                const uint32_t found = tier.book.look_up(fabsf(__fmul_rn(target[i], inverse)));
+                const float value = __fmul_rn(scale, tier.book.level(found, target[i])), left = __fsub_rn(value, target[i]);
+                error[i] = __fsub_rn(value, latent[i]);
+                lost = __fadd_rn(lost, __fmul_rn(weight[i], __fmul_rn(left, left)));
+                DQ_UNROLL
+                for (int k = i + 1; k < 8; k++) target[k] = __fsub_rn(target[k], __fmul_rn(weight[k], error[i]));
+                words[i / 4] |= tier.book.code(found, target[i]) << (8 * (i % 4));
+            }
+            if (lane % LANES == 0) {
+                DQ_UNROLL
+                for (int i = 0; i < 8; i += 4) *reinterpret_cast<float4*>(errors + block + i) = make_float4(error[i], error[i + 1], error[i + 2], error[i + 3]);
+                if (keeps) *reinterpret_cast<uint2*>(codes + block) = make_uint2(words[0], words[1]);
+            }
+            __syncwarp();
+        }
+        return lost;
+    }
+
+    // The tier's number by size, the largest first: its chains are the longest.
+    __host__ __device__ static constexpr int by_size(int i) {
+        for (int t = 0; t < S::tiers; t++) {
+            int larger = 0;
+            for (int u = 0; u < S::tiers; u++) larger += S::channels(u) > S::channels(t) || (S::channels(u) == S::channels(t) && u < t);
+            if (larger == i) return t;
+        }
+        return 0;
+    }
+
+    // All chains of `n_rows` rows, by the block. `headers` of rows without feedback, FEED where it is wanted; `lost`
+    // [tier][row][scale].
+    static constexpr uint32_t FEED = 1u << 16, REPLACED = 1u << 17;
+    template <int LANES>
+    __device__ __forceinline__ static void feed_back(const float* latents, const uint32_t* headers, int n_rows, const float* weights, const uint8_t* books, float* errors, uint8_t* codes, float* lost) {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pairs = n_rows * FEEDBACK_SCALES, groups = (pairs * LANES + 31) / 32;
+        DQ_UNROLL_BY_1
+        for (int task = warp; task < S::tiers * groups; task += ENCODE_WARPS) {
+            const int group = task % groups, at = (group * 32 + lane) / LANES, pair = at < pairs ? at : pairs - 1;
+            const int row = pair / FEEDBACK_SCALES, s = pair % FEEDBACK_SCALES;
+            const bool keeps = at < pairs && (headers[row] & FEED);
+            if (!__any_sync(ALL_LANES, keeps)) continue;
+            Tier tier{};
+            int t = 0;
+            for_each<S::tiers>([&](auto i) {
+                constexpr int T = by_size(decltype(i)::value);
+                if (task / groups == decltype(i)::value) t = T, tier = {S::first(T), S::channels(T), weights + S::feedback_before(T), Books::template of<T>(books, lane)};
             });
-            return best;
+            float multiple = 0.0f;
+            for_each<FEEDBACK_SCALES>([&](auto i) { if (s == decltype(i)::value) multiple = feedback_multiple(decltype(i)::value); });
+            const float scale = header_scale(pack_header(__fmul_rn(header_scale(headers[row] & 0xFFFF), multiple), 0).bits);
+            // Lanes without a pair of their own write where nobody reads: the same as the last pair, by its own lane.
+            const float loss = chain<LANES>(tier, latents + row * Layout::LATENTS + tier.first, scale, errors + pair * Layout::ERRORS + tier.first + 4 * t, codes + pair * D + tier.first, keeps, lane);
+            if (keeps && lane % LANES == 0) lost[t * ENCODE_ROWS * FEEDBACK_SCALES + pair] = loss;
         }
     }
 
-    // Codes a row anew, latent after latent, each against what the errors before it leave to be said (src/factor/fit.rs).
-    // A few scales around the one found without; the least loss wins. Four lanes to a scale: lane c of them holds the
-    // latents c, c + 4, ... of a tier and tries every fourth edge of its book. `codes` [FEEDBACK_SCALES][D]; `slot` gets
-    // the scale that won.
-    __device__ __forceinline__ static Header feed_back(const float* latents, Header without, uint32_t set, const float (&kappa)[S::tiers], const Triangles<S>& triangles,
-                                       const FeedbackBooks<S>& books, uint8_t* codes, int& slot, int l, uint32_t mask) {
-        const int s = l >> 2, c = l & 3;
-        const uint32_t mine = 0xFu << (threadIdx.x & 28);
-        const Header header = pack_header(__fmul_rn(header_scale(without.bits), feedback_multiple(s)), set);
-        const float scale = header_scale(header.bits), inverse = scale > 0.0f ? __fdiv_rn(1.0f, scale) : 0.0f;
-        float cost = 0.0f;
-        __syncwarp(mask);
-        for_each<S::tiers>([&](auto tier) {
-            constexpr int T = decltype(tier)::value, FIRST = S::first(T), BLOCKS = S::channels(T) / 4, HALF = 1 << (S::bits(T) - 1);
-            constexpr int EDGES = HALF < 4 ? 1 : HALF / 4;
-            float edge[EDGES], target[BLOCKS], lost = 0.0f;
-            DQ_UNROLL
-            for (int e = 0; e < EDGES; e++) edge[e] = books.edge[T][4 * e + c];
-            DQ_UNROLL
-            for (int b = 0; b < BLOCKS; b++) target[b] = latents[FIRST + 4 * b + c];
-            DQ_UNROLL_BY_1
-            for (int block = 0; block < BLOCKS; block++) {
-                // Four latents, one after the other, by all lanes of the scale.
-                float four[4], error[4], weight[4][4], latent[4];
-                auto load = [](float (&to)[4], const float4& v) { to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w; };
-                load(latent, *reinterpret_cast<const float4*>(latents + FIRST + 4 * block));
-                DQ_UNROLL
-                for (int i = 0; i < 4; i++) {
-                    four[i] = __shfl_sync(mask, target[0], i, 4);
-                    load(weight[i], triangles.template four<T>(4 * block + i, 4 * block));
-                }
-                uint32_t word = 0;
-                DQ_UNROLL
-                for (int i = 0; i < 4; i++) {
-                    const float magnitude = fabsf(__fmul_rn(four[i], inverse));
-                    int above = 0;
-                    DQ_UNROLL
-                    for (int e = 0; e < EDGES; e++) above += __popc(__ballot_sync(mask, magnitude > edge[e]) & mine);
-                    const float value = __fmul_rn(scale, copysignf(books.level[T][above], four[i])), left = __fsub_rn(value, four[i]);
-                    error[i] = __fsub_rn(value, latent[i]);
-                    lost = __fadd_rn(lost, __fmul_rn(weight[i][i], __fmul_rn(left, left)));
-                    DQ_UNROLL
-                    for (int k = i + 1; k < 4; k++) four[k] = __fsub_rn(four[k], __fmul_rn(weight[k][i], error[i]));
-                    word |= uint32_t(__float_as_uint(four[i]) >> 31 ? HALF - 1 - above : HALF + above) << (8 * i);
-                }
-                if (c == 0) *reinterpret_cast<uint32_t*>(codes + s * D + FIRST + 4 * block) = word;
-                // What these four take from the later ones; the next block's moves up.
-                DQ_UNROLL
-                for (int b = 1; b < BLOCKS; b++) {
-                    if (block + b >= BLOCKS) continue;  // a break here puts arrays on the stack
-                    load(weight[0], triangles.template four<T>(4 * (block + b) + c, 4 * block));
-                    float v = target[b];
-                    DQ_UNROLL
-                    for (int i = 0; i < 4; i++) v = __fsub_rn(v, __fmul_rn(weight[0][i], error[i]));
-                    target[b - 1] = v;
-                }
-            }
-            cost = __fadd_rn(cost, __fmul_rn(kappa[T], lost));
-        });
-        // The first one never saturates where the scale without feedback does not.
+    // The scale of least loss, the first of equals.
+    __device__ __forceinline__ static Header least_loss(uint32_t without, uint32_t set, const float (&kappa)[S::tiers], const float* lost, int& slot) {
+        Header best{0, false};
+        float least = 0.0f;
         slot = 0;
-        Header best{__shfl_sync(mask, header.bits, 0, 16), false};
-        float best_cost = __shfl_sync(mask, cost, 0, 16);
-        DQ_UNROLL
-        for (int i = 1; i < FEEDBACK_SCALES; i++) {
-            const float other = __shfl_sync(mask, header.saturated ? __builtin_huge_valf() : cost, 4 * i, 16);
-            const uint32_t bits = __shfl_sync(mask, header.bits, 4 * i, 16);
-            if (other < best_cost) best_cost = other, best.bits = bits, slot = i;
-        }
+        for_each<FEEDBACK_SCALES>([&](auto i) {
+            constexpr int I = decltype(i)::value;
+            const Header header = pack_header(__fmul_rn(header_scale(without & 0xFFFF), feedback_multiple(I)), set);
+            float cost = 0.0f;
+            for_each<S::tiers>([&](auto tier) {
+                constexpr int T = decltype(tier)::value;
+                cost = __fadd_rn(cost, __fmul_rn(kappa[T], lost[T * ENCODE_ROWS * FEEDBACK_SCALES + I]));
+            });
+            // The first never saturates where the scale without feedback does not.
+            if (I == 0 || (!header.saturated && cost < least)) best = {header.bits, false}, least = cost, slot = I;
+        });
         return best;
     }
 
@@ -371,13 +492,14 @@ template <class S> struct RowCoder {
 
 // ---- Latents of the block's rows under a dense matrix ----
 
-// In place: `rows` [ROWS][D] are centred rows, then latents. The whole block takes part; a thread has four channels of
-// latents and a few rows. Products are rounded, and added in the order of the channels. Rows from `n` on are nobody's.
-template <int D, int ROWS>
+// In place: `rows` [ENCODE_ROWS][LATENTS] are centred rows, then latents. The whole block takes part; a thread has four
+// channels of latents and MINE rows. Products are rounded, and added in the order of the channels. Rows from `n` on are
+// nobody's.
+template <class S, int MINE>
 __device__ __forceinline__ void dense_latents(float* rows, const float* matrix, float* stages, uint32_t n) {
-    constexpr int GROUPS = D / 4, SHARERS = ENCODE_THREADS / GROUPS, MINE = (ROWS + SHARERS - 1) / SHARERS, CHUNKS = D / ENCODE_CHUNK;
+    constexpr int D = S::D, LATENTS = EncodeLayout<S>::LATENTS, GROUPS = D / 4, CHUNKS = D / ENCODE_CHUNK;
     const int t = threadIdx.x, channel = t % GROUPS * 4, first = t / GROUPS * MINE;
-    const bool works = first < ROWS && uint32_t(first) < n;
+    const bool works = first + MINE <= ENCODE_ROWS && uint32_t(first) < n;
     auto fetch = [&](int chunk) {
         float* stage = stages + chunk % ENCODE_STAGES * (ENCODE_CHUNK * D);
         for (int i = 4 * t; i < ENCODE_CHUNK * D && chunk < CHUNKS; i += 4 * ENCODE_THREADS) cp_async_16(stage + i, matrix + chunk * (ENCODE_CHUNK * D) + i);
@@ -401,8 +523,7 @@ __device__ __forceinline__ void dense_latents(float* rows, const float* matrix, 
             for (int k = 0; k < 4; k++) weight[k] = *reinterpret_cast<const float4*>(stage + (i + k) * D);
             DQ_UNROLL
             for (int r = 0; r < MINE; r++) {
-                if (ROWS % MINE != 0 && first + r >= ROWS) continue;
-                const float4 x = *reinterpret_cast<const float4*>(rows + (first + r) * D + chunk * ENCODE_CHUNK + i);
+                const float4 x = *reinterpret_cast<const float4*>(rows + (first + r) * LATENTS + chunk * ENCODE_CHUNK + i);
                 auto add = [&](float v, const float4& w) {
                     acc[r].x = __fadd_rn(acc[r].x, __fmul_rn(v, w.x)), acc[r].y = __fadd_rn(acc[r].y, __fmul_rn(v, w.y));
                     acc[r].z = __fadd_rn(acc[r].z, __fmul_rn(v, w.z)), acc[r].w = __fadd_rn(acc[r].w, __fmul_rn(v, w.w));
@@ -415,169 +536,209 @@ __device__ __forceinline__ void dense_latents(float* rows, const float* matrix, 
     __syncthreads();
     DQ_UNROLL
     for (int r = 0; r < MINE; r++) {
-        if (works && (ROWS % MINE == 0 || first + r < ROWS)) *reinterpret_cast<float4*>(rows + (first + r) * D + channel) = acc[r];
+        if (works) *reinterpret_cast<float4*>(rows + (first + r) * LATENTS + channel) = acc[r];
     }
     __syncthreads();
 }
 
 // ---- The kernel's body for one side ----
 
-template <class S, int ROWS>
-__device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& f, const DqRows& rows, uint32_t side, uint32_t headers, uint32_t slot_bytes, bool pad, uint8_t* shared) {
+template <class S>
+__device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& f, const DqRows& rows, uint32_t side, uint32_t headers_at, uint32_t slot_bytes, bool pad, uint8_t* shared) {
     constexpr int D = S::D, PER = D / 16;
     using Coder = RowCoder<S>;
-    const int t = threadIdx.x, half = t >> 4, l = t & 15, lane = t & 31;
-    const uint32_t mask = half_mask(lane), head = blockIdx.y, first = (blockIdx.x * ENCODE_HALVES + half) * ROWS;
-    float* all_latents = reinterpret_cast<float*>(shared) + ENCODE_HALVES * ROWS * D;
-    float* x = reinterpret_cast<float*>(shared) + half * ROWS * D;
-    float* latents = all_latents + half * ROWS * D;
-    uint8_t* codes = shared + ENCODE_HALVES * 2 * ROWS * D * 4 + half * FEEDBACK_SCALES * D;
-    float* stages = reinterpret_cast<float*>(shared + ENCODE_HALVES * (2 * ROWS * D * 4 + FEEDBACK_SCALES * D));
-    constexpr bool FEEDBACK = S::tiers > 1;
-    __shared__ FeedbackBooks<S> books;
+    using Layout = EncodeLayout<S>;
+    constexpr bool FEEDBACK = S::tiers > 1, UNIFORM = S::bits(0) == 8;
+    const int t = threadIdx.x, half = t >> 4, l = t & 15, lane = t & 31, warp = t >> 5;
+    const uint32_t mask = half_mask(lane), head = blockIdx.y, block_first = blockIdx.x * ENCODE_ROWS, token = block_first + half;
+    const int n_rows = p.n - block_first < ENCODE_ROWS ? p.n - block_first : ENCODE_ROWS;
+    uint8_t* all_codes = shared;
+    float* all_latents = reinterpret_cast<float*>(shared + Layout::codes);
+    float* work = reinterpret_cast<float*>(shared + Layout::codes + Layout::latents);
+    float* in_shared = reinterpret_cast<float*>(shared + Layout::codes + Layout::latents + Layout::work);
+    float* latents = all_latents + half * Layout::LATENTS;
+    __shared__ __align__(16) uint8_t books[SideBooks<S>::BYTES];
+    __shared__ uint32_t headers[ENCODE_ROWS];  // and Coder::FEED, Coder::REPLACED
+    __shared__ float lost[FEEDBACK ? S::tiers * ENCODE_ROWS * FEEDBACK_SCALES : 1];
 
     const DqHeadSets& sets = f.heads[head];
     const uint32_t newest = header_set(sets.newest);
+    const bool dense = sets.encode_dense;
     const uint16_t* means = f.means + uint64_t(head) * DQ_MAX_SETS * D;
-    float mean[PER];
-    DQ_UNROLL
-    for (int k = 0; k < PER; k++) mean[k] = half_to_float(load_global(means + newest * D + l + 16 * k));
+    const float* matrix = f.encode + uint64_t(head) * S::encode_floats;
+    const bool stored = token < p.n && in_store(p.store, p.slots[token]);
+    if constexpr (FEEDBACK && Layout::weights_fit) {
+        for (int i = 4 * t; dense && i < S::encode_floats - D * D; i += 4 * ENCODE_THREADS) cp_async_16(in_shared + i, matrix + D * D + i);
+        if (dense) cp_async_commit();
+    }
+    SideBooks<S>::fill(books, t);
 
     // Phase 1: the rows, made safe to compute with; NaN or infinity anywhere makes the row zero.
-    uint32_t replaced = 0;
-    for (int r = 0; r < ROWS; r++) {
-        float v[PER], largest = 0.0f;
-        bool bad = false;
-        DQ_UNROLL
-        for (int k = 0; k < PER; k++) {
-            v[k] = first + r < p.n ? load_row(rows, first + r, head, l + 16 * k) : 0.0f;
-            bad |= !(fabsf(v[k]) <= 3.402823466e38f);
-            largest = fmaxf(largest, fabsf(v[k]));
-        }
-        if (__any_sync(mask, bad)) {
-            replaced |= 1u << r;
-            DQ_UNROLL
-            for (int k = 0; k < PER; k++) v[k] = 0.0f;
-        } else {
-            largest = max_lanes(largest, mask);
-            if (largest > HUGE_ROW) {
-                const float shrink = __fdiv_rn(HUGE_ROW, largest);
-                DQ_UNROLL
-                for (int k = 0; k < PER; k++) v[k] = __fmul_rn(v[k], shrink);
-            }
-        }
-        DQ_UNROLL
-        for (int k = 0; k < PER; k++) {
-            x[r * D + l + 16 * k] = v[k];
-            if (sets.encode_dense) latents[r * D + l + 16 * k] = __fsub_rn(v[k], mean[k]);
-        }
+    bool bad = false;
+    float raw[PER], largest = 0.0f;
+    DQ_UNROLL
+    for (int k = 0; k < PER; k++) {
+        raw[k] = token < p.n ? load_row(rows, token, head, l + 16 * k) : 0.0f;
+        bad |= !(fabsf(raw[k]) <= 3.402823466e38f);
+        largest = fmaxf(largest, fabsf(raw[k]));
     }
-    __syncwarp(mask);
-
-    // Phase 2: latents under the newest set, and what the feedback reads.
-    const uint32_t block_first = blockIdx.x * ENCODE_HALVES * ROWS;
-    const float* matrix = f.encode + uint64_t(head) * S::encode_floats;
-    const Triangles<S> triangles{matrix + D * D, stages};
-    if (sets.encode_dense) {
-        dense_latents<D, ENCODE_HALVES * ROWS>(all_latents, matrix, stages, p.n - block_first);
-        if constexpr (FEEDBACK) {
-            books.fill(t);
-            if constexpr (Triangles<S>::fit_in) triangles.fetch(t);
-            __syncthreads();
-        }
+    bad = __any_sync(mask, bad);
+    largest = max_lanes(largest, mask);
+    const float shrink = largest > HUGE_ROW ? __fdiv_rn(HUGE_ROW, largest) : 1.0f;
+    DQ_UNROLL
+    for (int k = 0; k < PER; k++) {
+        if (largest > HUGE_ROW) raw[k] = __fmul_rn(raw[k], shrink);
+        if (bad) raw[k] = 0.0f;
+        const float mean = half_to_float(load_global(means + newest * D + l + 16 * k));
+        latents[l + 16 * k] = __fsub_rn(raw[k], mean);
     }
-    if (first >= p.n) return;
 
-    float kappa[S::tiers], expected[S::tiers], ones[S::tiers], distortion = 0.0f;
+    // Phase 2: latents under the newest set.
+    if (dense) {
+        constexpr int SHARERS = ENCODE_THREADS / (D / 4);
+        if (n_rows <= SHARERS) dense_latents<S, 1>(all_latents, matrix, work, n_rows);
+        else dense_latents<S, (D <= 64 ? 2 : 4)>(all_latents, matrix, work, n_rows);
+    } else {
+        __syncthreads();  // books
+    }
+
+    float kappa[S::tiers], expected[S::tiers], distortion = 0.0f;
     for_each<S::tiers>([&](auto tier) {
         constexpr int T = decltype(tier)::value;
-        kappa[T] = sets.kappa[T], ones[T] = 1.0f;
+        kappa[T] = sets.kappa[T];
         expected[T] = __fmul_rn(kappa[T], Book<S::bits(T)>::distortion);
         distortion = __fadd_rn(distortion, __fmul_rn(float(S::channels(T)), Book<S::bits(T)>::distortion));
     });
     distortion = __fdiv_rn(distortion, float(D));
 
-    DQ_UNROLL_BY_1
-    for (int r = 0; r < ROWS; r++) {
-        if (first + r >= p.n || !in_store(p.store, p.slots[first + r])) continue;
-        uint8_t* record = p.store.data + uint64_t(p.slots[first + r]) * p.store.stride;
-        float raw[PER], y[PER];
+    // Phase 3: which set. The newest, unless another promises less than half its error: the rotation about zero or a sink,
+    // also the way out for a row that does not fit the newest set.
+    bool use_other = bad;
+    uint32_t other = 0;
+    auto take_other = [&] {
+        float y[PER];
         DQ_UNROLL
-        for (int k = 0; k < PER; k++) raw[k] = x[r * D + l + 16 * k];
-
-        // Phase 3: which set. The newest, unless another promises less than half its error.
-        bool use_other = true, bad_row = (replaced >> r & 1) != 0;
-        uint32_t other = 0;
-        int slot = 0;
-        Header header{};
-        if (!bad_row) {
+        for (int k = 0; k < PER; k++) {
+            y[k] = raw[k];
+            if (other != 0) y[k] = __fsub_rn(y[k], half_to_float(load_global(means + other * D + l + 16 * k)));
+        }
+        // Not the rotation's zeros: they are of either sign.
+        if (!bad) Rotation<D>::rotate(y, f.rotation, latents, l, mask);
+        DQ_UNROLL
+        for (int k = 0; k < PER; k++) latents[l + 16 * k] = bad ? 0.0f : y[k];
+    };
+    if (stored) {
+        float y[PER];
+        DQ_UNROLL
+        for (int k = 0; k < PER; k++) y[k] = latents[l + 16 * k];
+        if (!dense) {
+            Rotation<D>::rotate(y, f.rotation, latents, l, mask);
             DQ_UNROLL
-            for (int k = 0; k < PER; k++) y[k] = sets.encode_dense ? latents[r * D + l + 16 * k] : __fsub_rn(raw[k], mean[k]);
-            if (!sets.encode_dense) Rotation<D>::rotate(y, f.rotation, latents + r * D, l, mask);
-            const float cost = Coder::over_tiers(expected, mask, [&](auto, int k) { return __fmul_rn(y[k], y[k]); });
-            float distance = sum_channels<0, D>(mask, [&](int k) { return __fmul_rn(raw[k], raw[k]); });
-            uint32_t left = sets.sinks & sets.present;
-            for (int n = 0; n < MAX_SINKS && left != 0; n++, left &= left - 1) {
-                const uint32_t sink = __ffs(left) - 1;
-                const float d = sum_channels<0, D>(mask, [&](int k) {
-                    const float e = __fsub_rn(raw[k], half_to_float(load_global(means + sink * D + l + 16 * k)));
-                    return __fmul_rn(e, e);
-                });
-                if (d < distance) distance = d, other = sink;
-            }
-            use_other = __fmul_rn(distance, distortion) < __fmul_rn(SWITCH, cost);
-            if (!use_other) {
-                header = Coder::code(y, newest, kappa, codes, l, mask);
-                use_other = header.saturated;
-                if constexpr (FEEDBACK) {
-                    if (sets.encode_dense && !use_other) header = Coder::feed_back(latents + r * D, header, newest, kappa, triangles, books, codes, slot, l, mask);
-                }
-            }
+            for (int k = 0; k < PER; k++) latents[l + 16 * k] = y[k];
         }
-
-        // Phase 4: the rotation about zero or a sink, also the way out for a row that does not fit the newest set.
-        if (use_other) {
-            DQ_UNROLL
-            for (int k = 0; k < PER; k++) {
-                y[k] = raw[k];
-                if (other != 0) y[k] = __fsub_rn(y[k], half_to_float(load_global(means + other * D + l + 16 * k)));
-            }
-            if (bad_row) {
-                DQ_UNROLL
-                for (int k = 0; k < PER; k++) y[k] = 0.0f;
-            } else {
-                Rotation<D>::rotate(y, f.rotation, latents + r * D, l, mask);
-            }
-            header = Coder::code(y, other, ones, codes, l, mask);
-            bad_row |= header.saturated;
+        const float cost = Coder::over_tiers(expected, mask, [&](auto, int k) { return __fmul_rn(y[k], y[k]); });
+        float distance = sum_channels<0, D>(mask, [&](int k) { return __fmul_rn(raw[k], raw[k]); });
+        uint32_t left = sets.sinks & sets.present;
+        for (int n = 0; n < MAX_SINKS && left != 0; n++, left &= left - 1) {
+            const uint32_t sink = __ffs(left) - 1;
+            const float d = sum_channels<0, D>(mask, [&](int k) {
+                const float e = __fsub_rn(raw[k], half_to_float(load_global(means + sink * D + l + 16 * k)));
+                return __fmul_rn(e, e);
+            });
+            if (!bad && d < distance) distance = d, other = sink;
         }
-        __syncwarp(mask);
-
-        // Phase 5: codes, header, and the pad behind the headers.
-        Coder::write(codes + slot * D, record, side, p.n_kv_heads, head, l);
-        if (l == 0) *reinterpret_cast<uint16_t*>(record + headers + 2 * head) = uint16_t(header.bits);
-        if (pad && head == 0) {
-            for (uint32_t b = headers + 2 * p.n_kv_heads + l; b < slot_bytes; b += 16) record[b] = 0;
-        }
-        if (bad_row && l == 0 && p.status != nullptr) atomicAdd(p.status, 1u);
-        __syncwarp(mask);
+        use_other |= __fmul_rn(distance, distortion) < __fmul_rn(SWITCH, cost);
+        if (use_other) take_other();
     }
+    __syncwarp();
+
+    // Phase 4: scales and codes without feedback.
+    if constexpr (UNIFORM) {
+        uint8_t* codes = all_codes + half * FEEDBACK_SCALES * D;
+        Header header{};
+        if (stored) {
+            header = Coder::code_uniform(latents, use_other ? other : newest, codes, l, mask);
+            if (header.saturated && !use_other) {
+                take_other();
+                use_other = true;
+                header = Coder::code_uniform(latents, other, codes, l, mask);
+            }
+        }
+        if (l == 0) headers[half] = header.bits | (bad || (use_other && header.saturated) ? Coder::REPLACED : 0);
+    } else {
+        DQ_UNROLL_BY_1
+        for (int r = 0; r < 2; r++) {
+            const uint32_t state = __shfl_sync(ALL_LANES, uint32_t(stored) | uint32_t(use_other) << 1 | uint32_t(bad) << 2 | other << 3, 16 * r);
+            if (!(state & 1)) continue;
+            const int row = 2 * warp + r;
+            const float* row_latents = all_latents + row * Layout::LATENTS;
+            bool fits = !(state & 2);
+            Header header;
+            float reach, weights[S::tiers];
+            while (true) {
+                DQ_UNROLL
+                for (int i = 0; i < S::tiers; i++) weights[i] = fits ? kappa[i] : 1.0f;
+                header = Coder::find_scale(row_latents, fits ? newest : state >> 3, weights, books, reach, lane);
+                if (!fits || !header.saturated) break;
+                fits = false;
+                if (half == row) take_other();
+                __syncwarp();
+            }
+            const bool feed = FEEDBACK && dense && fits;
+            if (!feed) Coder::code(row_latents, reach, books, all_codes + row * FEEDBACK_SCALES * D, lane);
+            if (lane == 0) headers[row] = header.bits | (feed ? Coder::FEED : 0) | ((state & 4) || (!fits && header.saturated) ? Coder::REPLACED : 0);
+        }
+    }
+
+    // Phase 5: the newest set's codes anew, with feedback.
+    if constexpr (FEEDBACK) {
+        if (dense) {
+            if (!stored && l == 0) headers[half] = 0;
+            cp_async_wait<0>();
+            const float* weights = Layout::weights_fit ? in_shared : matrix + D * D;
+            DQ_UNROLL_BY_1
+            for (int from = 0; from < n_rows; from += Layout::PASS_ROWS) {
+                __syncthreads();
+                const int n = n_rows - from < Layout::PASS_ROWS ? n_rows - from : Layout::PASS_ROWS;
+                const float* of_rows = all_latents + from * Layout::LATENTS;
+                uint8_t* codes = all_codes + from * FEEDBACK_SCALES * D;
+                if (n <= 2) Coder::template feed_back<8>(of_rows, headers + from, n, weights, books, work, codes, lost + from * FEEDBACK_SCALES);
+                else Coder::template feed_back<1>(of_rows, headers + from, n, weights, books, work, codes, lost + from * FEEDBACK_SCALES);
+            }
+            __syncthreads();
+        }
+    }
+    __syncwarp();
+    if (!stored) return;
+
+    // Phase 6: codes, header, and the pad behind the headers.
+    uint8_t* record = p.store.data + uint64_t(p.slots[token]) * p.store.stride;
+    uint32_t header = headers[half];
+    int slot = 0;
+    if constexpr (FEEDBACK) {
+        if (header & Coder::FEED) header = Coder::least_loss(header, newest, kappa, lost + half * FEEDBACK_SCALES, slot).bits;
+    }
+    Coder::write(all_codes + (half * FEEDBACK_SCALES + slot) * D, record, side, p.n_kv_heads, head, l);
+    if (l == 0) *reinterpret_cast<uint16_t*>(record + headers_at + 2 * head) = uint16_t(header);
+    if (pad && head == 0) {
+        for (uint32_t b = headers_at + 2 * p.n_kv_heads + l; b < slot_bytes; b += 16) record[b] = 0;
+    }
+    if ((header & Coder::REPLACED) && l == 0 && p.status != nullptr) atomicAdd(p.status, 1u);
 }
 
 // Bytes of dynamic shared memory of a block.
-template <class K, class V, int ROWS>
+template <class K, class V>
 constexpr uint32_t encode_shared_bytes() {
-    constexpr int D = K::D > V::D ? K::D : V::D;
-    return ENCODE_HALVES * (2 * ROWS * 4 + FEEDBACK_SCALES) * D + ENCODE_SPARE * D;
+    return EncodeLayout<K>::bytes > EncodeLayout<V>::bytes ? EncodeLayout<K>::bytes : EncodeLayout<V>::bytes;
 }
 
-template <class K, class V, int ROWS>
+template <class K, class V>
 __device__ __forceinline__ void encode(const DqEncode& p) {
     DQ_DYNAMIC_SHARED(shared);
     using R = Record<K, V>;
     const uint32_t n = p.n_kv_heads;
-    if (blockIdx.z == 0) encode_side<K, ROWS>(p, p.k, p.k_rows, 0, R::k_headers(n), 0, false, shared);
-    else encode_side<V, ROWS>(p, p.v, p.v_rows, n * K::row_bytes, R::v_headers(n), R::bytes(n), true, shared);
+    if (blockIdx.z == 0) encode_side<K>(p, p.k, p.k_rows, 0, R::k_headers(n), 0, false, shared);
+    else encode_side<V>(p, p.v, p.v_rows, n * K::row_bytes, R::v_headers(n), R::bytes(n), true, shared);
 }
 
 }  // namespace dq

@@ -7,12 +7,10 @@
 #include "instances.h"
 #include "merge.cuh"
 #include "observe.cuh"
+#include "tail.cuh"
 
 // Row tiles of the prefill kernel.
 #define DQ_PREFILL_TILES(d) ((d) <= 128 ? 4 : 2)
-
-// Rows of a half warp of the encode kernel: shared memory of devices with 99 KiB holds them.
-#define DQ_ENCODE_ROWS(d) ((d) <= 192 ? 2 : 1)
 
 #define DQ_ATTEND(suffix, d, kp, vp, aligned)                                                                         \
     extern "C" __global__ void __launch_bounds__(256, (d) <= 128 ? 2 : 1) dq_attend_##d##_##kp##_##vp##_n1##suffix(const DqAttend p) { \
@@ -33,7 +31,7 @@
         dq::attend_merge<dq::Side<d, vp, true>>(p);                                                                   \
     }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(256) dq_encode_##d##_##kp##_##vp(const DqEncode p) {                 \
-        dq::encode<dq::Side<d, kp, true>, dq::Side<d, vp, true>, DQ_ENCODE_ROWS(d)>(p);                                               \
+        dq::encode<dq::Side<d, kp, true>, dq::Side<d, vp, true>>(p);                                                  \
     }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(128) dq_dequantize_##d##_##kp##_##vp(const DqDequantize p) {         \
         dq::dequantize<dq::Side<d, kp, true>, dq::Side<d, vp, true>>(p);                                              \
@@ -42,6 +40,7 @@
 DQ_INSTANCES(DQ_KERNELS)
 DQ_UNALIGNED_INSTANCES(DQ_UNALIGNED)
 
+extern "C" __global__ void __launch_bounds__(32 * dq::TAIL_WARPS) dq_tail(const DqAttend p) { dq::attend_tail(p); }
 extern "C" __global__ void __launch_bounds__(dq::OBSERVE_THREADS) dq_observe(const DqObserve p) { dq::observe(p); }
 extern "C" __global__ void __launch_bounds__(dq::OBSERVE_THREADS) dq_products(const DqObserve p) { dq::products(p); }
 extern "C" __global__ void __launch_bounds__(dq::OBSERVE_THREADS) dq_publish(const DqPublish p) { dq::publish(p); }

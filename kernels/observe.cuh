@@ -77,12 +77,21 @@ __device__ __forceinline__ const DqUnits& units_of(const DqObserve& p, uint32_t 
 __device__ __forceinline__ Entered& entered_of(const DqObserve& p, uint32_t kind, uint32_t head) {
     return *reinterpret_cast<Entered*>(p.entered + (kind * p.n_kv_heads + head) * p.entered_stride);
 }
-__device__ __forceinline__ float load_entered(const UnitRows& rows, const float* waited, uint32_t d, int16_t row, uint32_t c) {
-    return row >= 0 ? rows.load(uint32_t(row), c) : waited[uint32_t(-1 - row) * d + c];
+
+// Where an entered row is, worked out once for all its channels: an address whose top bit says that it waited before,
+// as f32. 0: no row.
+constexpr uint64_t WAITED = 1ull << 63;
+__device__ __forceinline__ uint64_t place_of(const UnitRows& rows, const float* waited, uint32_t d, int16_t row) {
+    if (row == NO_ROW) return 0;
+    return row >= 0 ? uint64_t(rows.at(uint32_t(row))) : uint64_t(waited + uint32_t(-1 - row) * d) | WAITED;
+}
+__device__ __forceinline__ float load_place(uint32_t type, uint64_t place, uint32_t c) {
+    if (place == 0) return 0.0f;
+    return UnitRows::load_type(place & WAITED ? DQ_TYPE_F32 : type, reinterpret_cast<const uint8_t*>(place & ~WAITED), c);
 }
 
-// Channels of a tile of rows on its way to energies.
-constexpr int OBSERVE_STRIP = 8;
+// Channels of a tile of rows on its way to energies; rows whose places are known at a time.
+constexpr int OBSERVE_STRIP = 8, OBSERVE_PLACES = 1024;
 
 struct ObserveShared {
     double energies[DQ_OBSERVE_ROWS];                  // of the launch's rows
@@ -90,7 +99,10 @@ struct ObserveShared {
     int16_t list[DQ_OBSERVE_ROWS + OBSERVE_BLOCK];     // rows to enter, in order; those of a turn that stay out go to its end
     uint16_t sink_row[DQ_OBSERVE_ROWS], sink_at[DQ_OBSERVE_ROWS];  // rows that may be sinks; length of the list before each
     uint8_t kind[DQ_OBSERVE_ROWS];                     // SKIP, ROW, SINK
-    float strip[OBSERVE_THREADS][OBSERVE_STRIP + 1];
+    union {
+        float strip[OBSERVE_THREADS][OBSERVE_STRIP + 1];
+        uint64_t places[OBSERVE_PLACES];               // of rows that are added
+    };
     double limit[OBSERVE_TURNS];                       // of a turn's energies, by its median
     uint8_t all_enter[OBSERVE_TURNS];
     double sum[OBSERVE_DIM];
@@ -171,15 +183,19 @@ __device__ inline void measure(ObserveShared& s, const UnitRows& rows, uint32_t 
         }
         double energy = 0.0;
         bool fine = true;
-        for (uint32_t strip = 0; strip < d; strip += OBSERVE_STRIP) {
-            const uint32_t channel = strip + t % OBSERVE_STRIP;
-            float x[OBSERVE_STRIP];
+        float x[OBSERVE_STRIP];
+        auto fetch = [&](uint32_t strip) {
             DQ_UNROLL
-            for (int k = 0; k < OBSERVE_STRIP; k++) x[k] = UnitRows::load_type(rows.rows.type, at[k], channel);
+            for (int k = 0; k < OBSERVE_STRIP; k++) x[k] = UnitRows::load_type(rows.rows.type, at[k], strip + t % OBSERVE_STRIP);
+        };
+        fetch(0);
+        for (uint32_t strip = 0; strip < d; strip += OBSERVE_STRIP) {
             __syncthreads();
             DQ_UNROLL
             for (int k = 0; k < OBSERVE_STRIP; k++) s.strip[t / OBSERVE_STRIP + k * (OBSERVE_THREADS / OBSERVE_STRIP)][t % OBSERVE_STRIP] = x[k];
             __syncthreads();
+            // The next one is on its way while this one is added.
+            if (strip + OBSERVE_STRIP < d) fetch(strip + OBSERVE_STRIP);
             DQ_UNROLL
             for (int k = 0; k < OBSERVE_STRIP; k++) {
                 const float value = s.strip[t][k];
@@ -201,7 +217,7 @@ __device__ inline void enter_turns(ObserveShared& s, const UnitRows& rows, const
         const uint32_t n = end - from == 1 ? n_last : OBSERVE_BLOCK;
         for (uint32_t c = t; c < d; c += OBSERVE_THREADS) {
             float column[OBSERVE_BLOCK];
-            for (uint32_t r = 0; r < n; r++) column[r] = load_entered(rows, unit.staged, d, s.list[from * OBSERVE_BLOCK + r], c);
+            for (uint32_t r = 0; r < n; r++) column[r] = load_place(rows.rows.type, place_of(rows, unit.staged, d, s.list[from * OBSERVE_BLOCK + r]), c);
             sort_16(column, n);
             s.reference[c] = column[n / 2];
         }
@@ -240,25 +256,33 @@ __device__ inline void enter_turns(ObserveShared& s, const UnitRows& rows, const
 
 // Adds the rows of turns [from, end), those that entered, to the sums. A thread has a channel. All threads.
 __device__ inline void add_turns(ObserveShared& s, const UnitRows& rows, const Unit& unit, uint32_t d, uint32_t from, uint32_t end) {
-    const uint32_t first = from * OBSERVE_BLOCK, last = end * OBSERVE_BLOCK;
-    for (uint32_t c = threadIdx.x; c < d; c += OBSERVE_THREADS) {
-        double sum = s.sum[c];
-        const float reference = s.reference[c];
-        for (uint32_t i = first; i < last; i += OBSERVE_BLOCK) {
-            float x[OBSERVE_BLOCK];
-            DQ_UNROLL
-            for (int k = 0; k < OBSERVE_BLOCK; k++) {
-                const int16_t row = s.list[i + k];
-                x[k] = row == NO_ROW ? 0.0f : row < 0 ? unit.staged[uint32_t(-1 - row) * d + c] : UnitRows::load_type(rows.rows.type, rows.at(uint32_t(row)), c);
+    for (uint32_t first = from * OBSERVE_BLOCK; first < end * OBSERVE_BLOCK; first += OBSERVE_PLACES) {
+        const uint32_t left = end * OBSERVE_BLOCK - first, n = left < OBSERVE_PLACES ? left : OBSERVE_PLACES;
+        for (uint32_t i = threadIdx.x; i < n; i += OBSERVE_THREADS) s.places[i] = place_of(rows, unit.staged, d, s.list[first + i]);
+        __syncthreads();
+        for (uint32_t c = threadIdx.x; c < d; c += OBSERVE_THREADS) {
+            double sum = s.sum[c];
+            const float reference = s.reference[c];
+            float next[OBSERVE_BLOCK];
+            auto fetch = [&](uint32_t i) {
+                DQ_UNROLL
+                for (int k = 0; k < OBSERVE_BLOCK; k++) next[k] = load_place(rows.rows.type, s.places[i + k], c);
+            };
+            fetch(0);
+            for (uint32_t i = 0; i < n; i += OBSERVE_BLOCK) {
+                float x[OBSERVE_BLOCK];
+                DQ_UNROLL
+                for (int k = 0; k < OBSERVE_BLOCK; k++) x[k] = next[k];
+                if (i + OBSERVE_BLOCK < n) fetch(i + OBSERVE_BLOCK);
+                DQ_UNROLL
+                for (int k = 0; k < OBSERVE_BLOCK; k++) {
+                    if (s.places[i + k] != 0) sum = __dadd_rn(sum, double(__fsub_rn(x[k], reference)));
+                }
             }
-            DQ_UNROLL
-            for (int k = 0; k < OBSERVE_BLOCK; k++) {
-                if (s.list[i + k] != NO_ROW) sum = __dadd_rn(sum, double(__fsub_rn(x[k], reference)));
-            }
+            s.sum[c] = sum;
         }
-        s.sum[c] = sum;
+        __syncthreads();
     }
-    __syncthreads();
 }
 
 // A row at position 0 becomes a sink unless one near it is there or no place is left. One thread: it is rare.
@@ -345,7 +369,12 @@ __device__ __forceinline__ void observe(const DqObserve& p) {
     const Unit unit(units, head);
     if (t == 0) s.m = *unit.head;
     __syncthreads();
-    if (!s.m.learns && !s.m.takes_sinks) return;
+    if (!s.m.learns) {
+        // Only a row at position 0 matters still.
+        bool sink = false;
+        for (uint32_t i = t; s.m.takes_sinks && !p.flush && p.positions != nullptr && i < p.n; i += OBSERVE_THREADS) sink |= p.positions[i] == 0;
+        if (!__syncthreads_or(sink)) return;
+    }
     for (uint32_t c = t; c < d; c += OBSERVE_THREADS) s.sum[c] = unit.sum[c], s.reference[c] = unit.reference[c];
 
     // Phase 1: rows by themselves, and the lists.
@@ -408,6 +437,11 @@ __device__ __forceinline__ void products(const DqObserve& p) {
     const uint32_t d = units.dim, turns = entered.turns;
     const UnitRows rows(p, rows_of(p, kind), head, kind == 2 ? p.group : 1);
     const Unit unit(units, head);
+    __shared__ uint64_t places[OBSERVE_TURNS * OBSERVE_BLOCK];
+    for (uint32_t i = t; i < turns * OBSERVE_BLOCK; i += OBSERVE_THREADS) {
+        places[i] = place_of(rows, reinterpret_cast<const float*>(&entered + 1), d, (&entered.rows[0][0])[i]);
+    }
+    __syncthreads();
     uint32_t tile_i = 0;
     while ((tile_i + 1) * (tile_i + 2) / 2 <= blockIdx.x) tile_i++;
     const uint32_t tile_j = blockIdx.x - tile_i * (tile_i + 1) / 2;
@@ -426,24 +460,27 @@ __device__ __forceinline__ void products(const DqObserve& p) {
     }
 
     // Phase 2: turns; the next one's values are on their way while this one is added.
-    constexpr int EACH = OBSERVE_BLOCK * 2 * TILE / OBSERVE_THREADS;
-    float next[EACH];
-    auto fetch = [&](uint32_t turn) {
+    // A thread always fetches the same channel, of rows four apart.
+    constexpr int EACH = OBSERVE_BLOCK * 2 * TILE / OBSERVE_THREADS, AHEAD = 2;
+    static_assert(OBSERVE_THREADS % (2 * TILE) == 0, "");
+    const uint32_t c = (t / TILE % 2 == 0 ? tile_i : tile_j) * TILE + t % TILE;
+    const float reference = c < d ? unit.reference[c] : 0.0f;
+    float next[AHEAD][EACH];
+    auto fetch = [&](float (&to)[EACH], uint32_t turn) {
         DQ_UNROLL
         for (int k = 0; k < EACH; k++) {
-            const uint32_t at = t + k * OBSERVE_THREADS, r = at / (2 * TILE), side = at / TILE % 2;
-            const uint32_t c = (side == 0 ? tile_i : tile_j) * TILE + at % TILE;
-            const int16_t row = entered.rows[turn][r];
-            next[k] = row == NO_ROW || c >= d ? 0.0f : __fsub_rn(load_entered(rows, reinterpret_cast<const float*>(&entered + 1), d, row, c), unit.reference[c]);
+            const uint64_t place = places[turn * OBSERVE_BLOCK + t / (2 * TILE) + k * (OBSERVE_THREADS / (2 * TILE))];
+            to[k] = place == 0 || c >= d ? 0.0f : __fsub_rn(load_place(rows.rows.type, place, c), reference);
         }
     };
-    fetch(0);
+    fetch(next[0], 0);
+    if (turns > 1) fetch(next[1], 1);
     for (uint32_t turn = 0; turn < turns; turn++) {
         float* buffer = &shared[turn & 1][0][0][0];
         DQ_UNROLL
-        for (int k = 0; k < EACH; k++) buffer[t + k * OBSERVE_THREADS] = next[k];
+        for (int k = 0; k < EACH; k++) buffer[t + k * OBSERVE_THREADS] = next[0][k], next[0][k] = next[1][k];
         __syncthreads();
-        if (turn + 1 < turns) fetch(turn + 1);
+        if (turn + AHEAD < turns) fetch(next[1], turn + AHEAD);
         // Zeros in place of rows that stayed out change no bit.
         DQ_UNROLL
         for (int from = 0; from < OBSERVE_BLOCK; from += 8) {

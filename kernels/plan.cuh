@@ -68,10 +68,11 @@ template <int DIM, int PLAN, bool ALIGNED> struct Side {
         return bytes;
     }
     static constexpr int row_bytes = bytes_before(Tiers::count, 0);
-    // Floats of the feedback behind a head's encode matrix, those of the tiers before this one: packed triangles.
+    // Floats of the feedback behind a head's encode matrix, those of the tiers before this one: of each eight latents and
+    // each latent up to the last of them, eight weights.
     __host__ __device__ static constexpr int feedback_before(int t) {
         int n = 0;
-        for (int i = 0; i < t; i++) n += channels(i) * (channels(i) + 1) / 2;
+        for (int i = 0; i < t; i++) n += channels(i) * (channels(i) + 8) / 2;
         return n;
     }
     static constexpr int encode_floats = DIM * DIM + (tiers > 1 ? feedback_before(Tiers::count) : 0);

@@ -28,6 +28,8 @@ inline void meet(Collective run, uint32_t mask, void* payload, const char* file,
         if (first + l >= b.threads.size()) die("the mask names a lane beyond the block");
         Thread& other = b.threads[first + l];
         if (other.state == State::InWarp) {
+            // Lanes that meet without this one may still come here.
+            if (!(other.mask >> lane & 1)) continue;
             if (other.collective != t.collective || other.mask != mask || other.line != line) {
                 die("lanes of one mask are in different collectives");
             }

@@ -172,7 +172,7 @@ void bench(const char* name, Timer& timer, double copy, bool mixed, bool brief) 
                 auto attend = [&](int i, cudaStream_t s) { attend_kernel<K, V, 1><<<grid, 256, shared, s>>>(at(i)); };
                 uint32_t merge_threads = 32 * std::min(16u, std::max(4u, (splits + 3) / 4));
                 double all = timer.median(calls, [&](int i, cudaStream_t s) {
-                    fold_kernel<K, V, 1><<<dim3(N_KV * DQ_MAX_TRANSFORMS, 1, streams), dq::FOLD_THREADS, 0, s>>>(at(i));
+                    fold_kernel<K, V, 1><<<dim3(N_KV * DQ_MAX_TRANSFORMS, streams), dq::FOLD_THREADS, dq::fold_shared_bytes<K>(), s>>>(at(i));
                     attend(i, s);
                     merge_kernel<V><<<streams * N_KV * GROUP, merge_threads, 0, s>>>(at(i));
                 });
@@ -218,7 +218,7 @@ void bench_prefill(Timer& timer, uint32_t n, uint32_t keys) {
     p.folded = folded.get(), p.folded_scales = scales.get(), p.constants = constants.get(), p.partial = partial.get(), p.partial_sums = sums.get();
     const uint32_t warps = 8, shared = dq::prefill_shared_bytes<S, S, 4>(p, warps);
     rt::check(cudaFuncSetAttribute(prefill_kernel<S, S, 4>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
-    auto fold = [&](int, cudaStream_t s) { fold_kernel<S, S, 4><<<dim3(N_KV * DQ_MAX_TRANSFORMS, n_tiles, 1), dq::FOLD_THREADS, 0, s>>>(p); };
+    auto fold = [&](int, cudaStream_t s) { fold_kernel<S, S, 4><<<dim3(N_KV * DQ_MAX_TRANSFORMS, (n_tiles + 7) / 8), dq::FOLD_THREADS, dq::fold_shared_bytes<S>(), s>>>(p); };
     auto attend = [&](int, cudaStream_t s) { prefill_kernel<S, S, 4><<<dim3(1, N_KV * ((p.row_tiles + warps - 1) / warps), 1), 32 * warps, shared, s>>>(p); };
     auto merge = [&](int, cudaStream_t s) { merge_kernel<S><<<unsigned(rows), 64, 0, s>>>(p); };
     const double a = timer.median(5, fold), b = timer.median(5, attend), c = timer.median(5, merge);
@@ -227,7 +227,7 @@ void bench_prefill(Timer& timer, uint32_t n, uint32_t keys) {
 }
 
 // Encode of a chunk: K in the newest (dense) set, V about a mean.
-template <int PLAN, int ROWS>
+template <int PLAN>
 void bench_encode(Timer& timer, uint32_t n) {
     using K = dq::Side<D, PLAN, true>;
     using V = dq::Side<D, 4, true>;
@@ -247,10 +247,10 @@ void bench_encode(Timer& timer, uint32_t n) {
     p.k = kf.params(), p.v = vf.params();
     p.k_rows = p.v_rows = {rows.get(), N_KV * D * 2, D * 2, DQ_TYPE_F16, 0};
     p.slots = d_slots.get(), p.n = n, p.n_kv_heads = N_KV;
-    const uint32_t shared = dq::encode_shared_bytes<K, V, ROWS>(), per_block = dq::ENCODE_HALVES * ROWS;
-    rt::check(cudaFuncSetAttribute(encode_kernel<K, V, ROWS>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
-    double us = timer.median(20, [&](int, cudaStream_t s) { encode_kernel<K, V, ROWS><<<dim3((n + per_block - 1) / per_block, N_KV, 2), 256, shared, s>>>(p); });
-    std::printf("encode, plan %d, %u tokens, %d rows to a half warp: %.1f us a layer\n", PLAN, n, ROWS, us);
+    const uint32_t shared = dq::encode_shared_bytes<K, V>();
+    rt::check(cudaFuncSetAttribute(encode_kernel<K, V>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
+    double us = timer.median(20, [&](int, cudaStream_t s) { encode_kernel<K, V><<<dim3((n + dq::ENCODE_ROWS - 1) / dq::ENCODE_ROWS, N_KV, 2), 256, shared, s>>>(p); });
+    std::printf("encode, plan %d, %u tokens: %.1f us a layer\n", PLAN, n, us);
 }
 
 }  // namespace
@@ -275,8 +275,8 @@ int main(int argc, char** argv) {
         double copy = copy_bandwidth(timer);
         std::printf("device copy, bytes read and written: %.0f GB/s\n", copy);
         for (uint32_t n : {1u, 64u, 512u}) {
-            bench_encode<4, 1>(timer, n), bench_encode<4, 2>(timer, n);
-            bench_encode<104, 1>(timer, n), bench_encode<104, 2>(timer, n);
+            bench_encode<4>(timer, n);
+            bench_encode<104>(timer, n);
         }
         bench_prefill(timer, 512, 4096), bench_prefill(timer, 2048, 16384);
         bench<4, 4>("dq4", timer, copy, false, false);

@@ -195,6 +195,26 @@ struct Factors {
     std::vector<float> encode;    // [head]: [d][d], then the feedback: of each tier the rows of a lower triangle
     std::vector<uint32_t> rotation_bits;
     size_t encode_len;            // of a head
+    std::vector<Tier> tiers;      // with feedback
+
+    // As the device has it (src/cuda/tables.rs): of each eight latents of a tier and each latent up to the last of them,
+    // eight weights.
+    std::vector<float> encode_table() const {
+        std::vector<float> out;
+        for (uint32_t h = 0; h < n_kv; h++) {
+            const float* row = &encode[h * encode_len];
+            out.insert(out.end(), row, row + d * d);
+            row += d * d;
+            for (auto& t : tiers) {
+                for (int block = 0; block < t.channels; block += 8) {
+                    const size_t at = out.size();
+                    out.resize(at + 8 * (block + 8), 0.0f);
+                    for (int i = 0; i < 8; row += block + ++i) for (int k = 0; k <= block + i; k++) out[at + 8 * k + i] = row[k];
+                }
+            }
+        }
+        return out;
+    }
 
     // x - mean = matrix(e) y
     double decode_entry(uint32_t head, int set, int channel, int latent) const {
@@ -230,8 +250,9 @@ struct SetKinds { int rotations, dense; };
 // Set 0, `rotations - 1` sets over the rotation with a mean (the first of them a sink), then `dense` fits. Several tiers
 // have feedback.
 inline Factors random_factors(int d, uint32_t n_kv, SetKinds kinds, std::mt19937_64& rng, const std::vector<Tier>& tiers = {}) {
-    Factors f{d, n_kv, std::max<uint32_t>(kinds.dense, 1), {}, {}, {}, {}, {}, size_t(d) * d};
-    for (auto& t : tiers) if (tiers.size() > 1) f.encode_len += t.channels * (t.channels + 1) / 2;
+    Factors f{d, n_kv, std::max<uint32_t>(kinds.dense, 1), {}, {}, {}, {}, {}, size_t(d) * d, {}};
+    if (tiers.size() > 1) f.tiers = tiers;
+    for (auto& t : f.tiers) f.encode_len += t.channels * (t.channels + 1) / 2;
     std::normal_distribution<double> normal;
     f.heads.resize(n_kv);
     f.means.assign(size_t(n_kv) * DQ_MAX_SETS * d, 0);
@@ -267,8 +288,7 @@ inline Factors random_factors(int d, uint32_t n_kv, SetKinds kinds, std::mt19937
             }
         }
         float* entry = &f.encode[h * f.encode_len] + d * d;
-        for (auto& t : tiers) {
-            if (tiers.size() < 2) break;
+        for (auto& t : f.tiers) {
             for (int j = 0; j < t.channels; j++) {
                 for (int k = 0; k < j; k++) *entry++ = float(1.5 / std::sqrt(t.channels) * normal(rng));
                 *entry++ = float(std::exp(0.5 * normal(rng)));

@@ -188,6 +188,17 @@ impl DeviceCodec {
             softcap: a.softcap,
             ..params::Attend::default()
         };
+        if let Some(tail) = &a.tail {
+            p.tail = params::Tail {
+                k: (&tail.k).into(),
+                v: (&tail.v).into(),
+                starts: tail.starts,
+                lengths: tail.lengths,
+                n_rows: tail.n_rows,
+                head_dim: shape.k.head_dim as u32,
+                ..params::Tail::default()
+            };
+        }
         if let Some(mask) = &a.mask {
             p.mask = mask.data;
             p.mask_query_stride = mask.query_stride;
@@ -203,7 +214,10 @@ impl DeviceCodec {
         // SAFETY: `capi` checked what can be checked of the caller's pointers; tables and workspace are as large as the
         // kernels were told.
         unsafe {
-            device.launch(plan.fold.0, plan.fold.1, launch::FOLD_THREADS, 0, stream, &p)?;
+            device.launch_early(plan.fold.0, plan.fold.1, launch::FOLD_THREADS, plan.fold_shared, stream, &p)?;
+            if let Some((tail, grid)) = plan.tail {
+                device.launch_early(tail, grid, launch::TAIL_THREADS, 0, stream, &p)?;
+            }
             device.launch_early(plan.attend.0, plan.attend.1, plan.attend_threads, plan.attend_shared, stream, &p)?;
             device.launch_early(plan.merge.0, plan.merge.1, plan.merge_threads, 0, stream, &p)
         }
@@ -296,8 +310,9 @@ impl DeviceCodec {
             return Ok(());
         }
         let shape = &codec.layers[layer].shape;
+        let learns = state.next_fit.is_some();
         // Queries are a group of rows to a token.
-        let per_token = if tokens.q.is_some() { shape.group() } else { 1 };
+        let per_token = if tokens.q.is_some() && learns { shape.group() } else { 1 };
         for first in (0..tokens.n_tokens as usize * per_token).step_by(OBSERVE_ROWS) {
             let p = params::Observe {
                 k_rows: (&tokens.k).into(),
@@ -308,7 +323,7 @@ impl DeviceCodec {
                 first: first as u32,
                 ..self.statistics(codec, layer)
             };
-            self.launch_observe(shape, &p, stream)?;
+            self.launch_observe(shape, &p, learns, stream)?;
         }
         state.most_rows += u64::from(tokens.n_tokens);
         Ok(())
@@ -336,12 +351,16 @@ impl DeviceCodec {
         }
     }
 
-    fn launch_observe(&self, shape: &LayerShape, p: &params::Observe, stream: Stream) -> Result<()> {
+    /// Without anything left to learn only K and V at position 0 matter.
+    fn launch_observe(&self, shape: &LayerShape, p: &params::Observe, learns: bool, stream: Stream) -> Result<()> {
         let device = &self.device;
         let tiles = shape.k.head_dim.max(shape.v.head_dim).div_ceil(32);
         let (heads, tiles) = (shape.n_kv_heads, tiles * (tiles + 1) / 2);
         // SAFETY: as in attend.
         unsafe {
+            if !learns {
+                return device.launch(self.observe, (heads, 2, 1), OBSERVE_THREADS, 0, stream, p);
+            }
             if p.flush == 0 {
                 device.launch(self.observe, (heads, 3, 1), OBSERVE_THREADS, 0, stream, p)?;
             } else {
@@ -365,7 +384,7 @@ impl DeviceCodec {
             n: tokens.n_tokens,
             n_kv_heads: shape.n_kv_heads as u32,
         };
-        let grid = ((tokens.n_tokens as usize).div_ceil(l.kernels.encode_rows), shape.n_kv_heads, 2);
+        let grid = ((tokens.n_tokens as usize).div_ceil(launch::ENCODE_ROWS), shape.n_kv_heads, 2);
         // SAFETY: as in attend.
         unsafe { self.device.launch(l.kernels.encode, grid, 256, l.kernels.encode_shared, stream, &p) }
     }
@@ -375,7 +394,7 @@ impl DeviceCodec {
         let (l, Layer { shape, factors }) = (&self.layers[layer], &codec.layers[layer]);
         let _fitting = l.fitting();
         let p = params::Observe { flush: 1, ..self.statistics(codec, layer) };
-        self.launch_observe(shape, &p, stream)?;
+        self.launch_observe(shape, &p, true, stream)?;
         l.tables.pull(&self.device, &self.memory, l.at, factors, stream)?;
         let due: Vec<_> = factors.units().map(|(_, _, unit)| unit.take_due()).collect();
         let rows = self.rows_seen(layer);

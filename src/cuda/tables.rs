@@ -25,6 +25,13 @@ use crate::shape::{Gauge, LayerShape, Side, SideShape};
 const STAGED: usize = 16;
 /// Channels of a mean on its way to the device.
 const MEAN: usize = 256;
+/// Latents that the encode kernel codes with feedback between two looks at earlier errors.
+const BLOCK: usize = 8;
+
+/// Floats of [`SideLayout::encode_table`] for a tier.
+fn blocked_len(channels: usize) -> usize {
+    channels * (channels + BLOCK) / 2
+}
 
 /// A fit that was made and is to come into force.
 pub struct Made {
@@ -43,6 +50,8 @@ struct SideLayout {
     encode: usize,
     /// Floats of a head's matrix and feedback.
     encode_len: usize,
+    /// Channels of the tiers.
+    tiers: Vec<usize>,
     rotation: usize,
     heads: usize,
 }
@@ -51,6 +60,26 @@ impl SideLayout {
     /// Of a head's encode matrix.
     fn encode_at(&self, head: usize) -> usize {
         self.encode + head * self.encode_len * 4
+    }
+
+    /// A head's encode matrix and feedback as the kernel reads them: the packed triangle of a tier becomes, of each
+    /// [`BLOCK`] latents and each latent up to the last of them, [`BLOCK`] weights.
+    fn encode_table(&self, encode: &[f32]) -> Vec<f32> {
+        let (matrix, mut triangles) = encode.split_at(self.d * self.d);
+        let mut out = matrix.to_vec();
+        for &channels in self.tiers.iter().filter(|_| !triangles.is_empty()) {
+            for block in (0..channels).step_by(BLOCK) {
+                let at = out.len();
+                out.resize(at + BLOCK * (block + BLOCK), 0.0);
+                for i in 0..BLOCK {
+                    for (k, weight) in triangles[..=block + i].iter().enumerate() {
+                        out[at + BLOCK * k + i] = *weight;
+                    }
+                    triangles = &triangles[block + i + 1..];
+                }
+            }
+        }
+        out
     }
 }
 
@@ -93,7 +122,8 @@ impl TableLayout {
         };
         let mut side = |s: &SideShape| {
             let d = s.head_dim;
-            let encode_len = d * d + s.plan.feedback_len();
+            let feedback = s.plan.tiers.iter().map(|t| blocked_len(t.channels)).sum();
+            let encode_len = d * d + if s.plan.feedback_len() > 0 { feedback } else { 0 };
             // Fits of one's own, and some that come with imported rows.
             let max_dense = if s.gauge == Gauge::Attention { (max_fits + 3).min(MAX_TRANSFORMS - 1) } else { 0 };
             SideLayout {
@@ -103,6 +133,7 @@ impl TableLayout {
                 decode: take(n_kv * max_dense * d * d * 2),
                 encode: take(if max_dense > 0 { n_kv * encode_len * 4 } else { 0 }),
                 encode_len,
+                tiers: s.plan.tiers.iter().map(|t| t.channels).collect(),
                 rotation: take(d * d.div_ceil(32) * 4),
                 heads: 0,
             }
@@ -214,7 +245,7 @@ impl TableLayout {
         unit.sets.sinks().for_each(|id| table.sinks |= 1 << id);
         if let Some(matrix) = encode.matrix.as_deref().filter(|_| s.max_dense > 0) {
             table.encode_dense = 1;
-            put_floats(&mut bytes[s.encode_at(head)..], matrix);
+            put_floats(&mut bytes[s.encode_at(head)..], &s.encode_table(matrix));
         }
         put_struct(&mut bytes[s.heads + head * size_of::<HeadSets>()..], &table);
     }
@@ -346,7 +377,7 @@ impl TableLayout {
             }
             if let Some(matrix) = encode.as_ref().filter(|_| fit.id != params::NO_PLACE) {
                 fit.encode_dense = 1;
-                copies.push((s.encode_at(head), matrix.iter().flat_map(|x| x.to_le_bytes()).collect()));
+                copies.push((s.encode_at(head), s.encode_table(matrix).iter().flat_map(|x| x.to_le_bytes()).collect()));
             }
             put_struct(&mut fits[index * size_of::<params::Fit>()..], &fit);
             put_halves(&mut means[index * 2 * MEAN..], &set.mean);
