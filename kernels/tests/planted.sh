@@ -42,9 +42,12 @@ plant "read past the last slot" attend.cuh 's/key < keys.end ? key : keys.end - 
 plant "blocks that the window has left are read" attend.cuh 's/key = key < keys.first ? keys.first : /key = /' attend_emu "-fsanitize=address"
 plant "blocks that the window has left are read, bulk copies" attend.cuh 's/const uint32_t from = keys.first > first_key.*/const uint32_t from = 0;/' attend_emu "-fsanitize=address $BULK"
 plant "queries of the sequence before" fold.cuh 's/p.q.data) + queries.first \* p.q/p.q.data) + uint64_t(of) * p.n_q * p.q/'
-plant "encode: other lanes' codes too early" encode.cuh '/bad_row |= header.saturated;/{n;n;d}' encode_emu
+plant "encode: other lanes' codes too early" encode.cuh '/^    __syncwarp();$/{N;s/^    __syncwarp();\n    if (!stored)/    if (!stored)/}' encode_emu
 plant "encode: the matrix before it is there" encode.cuh '/Also: the rows are there/{n;d}' encode_emu
-plant "encode: an error that the next latent does not hear of" encode.cuh 's/for (int k = i + 1; k < 4; k++) four/for (int k = i + 2; k < 4; k++) four/' encode_emu
-plant "encode: errors carried to the block before" encode.cuh 's/load(weight\[0\], triangles.template four<T>(4 \* (block + b) + c/load(weight[0], triangles.template four<T>(4 * (block + b - 1) + c/' encode_emu
-plant "encode: ties the other way" encode.cuh 's/if (magnitude > edge)/if (magnitude >= edge * 1.0001f)/' encode_emu
+plant "encode: an error that the next latent does not hear of" encode.cuh 's/for (int k = i + 1; k < 8; k++) target/for (int k = i + 2; k < 8; k++) target/' encode_emu
+plant "encode: errors of other latents" encode.cuh 's/(errors + k))/(errors + (k ^ 4)))/' encode_emu
+plant "encode: errors before the lane that has them wrote them" encode.cuh '/keeps) \*reinterpret_cast<uint2/{n;n;d}' encode_emu
+plant "encode: chains before their rows are there" encode.cuh '/from += Layout::PASS_ROWS/{n;d}' encode_emu
+plant "encode: ties the other way" encode.cuh 's/return magnitude > bin.edge/return magnitude >= bin.edge * 1.0001f/' encode_emu
+plant "encode: beyond the last edge" encode.cuh 's/bins\[LAST\] = entry(-1.0f, 0/bins[LAST] = entry(2.0f * cap, 0/' encode_emu
 exit $missed
