@@ -552,8 +552,6 @@ void refused_case(const Shape& s) {
     expect_status(dq_attend(codec, 0, &args, nullptr, 0, nullptr), DQ_ERROR_UNSUPPORTED, "blocks of 12", "block_slots is 12; on CUDA it must be a power of two");
     q_s.table_stride = 4, q_s.block_slots = 16;
     expect_status(dq_attend(codec, 0, &args, nullptr, 0, nullptr), DQ_ERROR_INVALID_ARGUMENT, "a short table", "table_stride is 1 entries; on CUDA it must be 0 or hold the 2 blocks");
-    args.tail.n_rows = 1;
-    expect_status(dq_attend(codec, 0, &args, nullptr, 0, nullptr), DQ_ERROR_UNSUPPORTED, "a tail", "tails are served on the CPU only");
     t.n_tokens = 1;
     expect_status(dq_append(codec, 0, &t, nullptr, 0, nullptr), DQ_ERROR_INVALID_ARGUMENT, "tokens without rows", "tokens->k");
     auto layer = sized<dq_layer_desc>();

@@ -387,7 +387,7 @@ typedef struct dq_attend_args {
     float softcap;
     // Uneven sequences over blocks of slots; all zero: none.
     struct dq_sequences sequences;
-    // Rows that are not coded, on the CPU only; all zero: none.
+    // Rows that are not coded; all zero: none.
     struct dq_tail tail;
 } dq_attend_args;
 
@@ -587,9 +587,9 @@ dq_status dq_workspace_size(const struct dq_codec *codec,
 // All of `out` is written. A slot that is hidden from every query is not looked at; a visible slot must hold a record
 // of this codec. A query that sees no key yields zeros. NaN in q or in the mask reaches that query's output and no
 // other; NaN in a row of the tail reaches the queries that see it.
-// Errors: `DQ_ERROR_INVALID_ARGUMENT`, `DQ_ERROR_WORKSPACE`, and on CUDA `DQ_ERROR_UNSUPPORTED` for a `tail` and for
-// blocks of slots that are no power of two; out and workspace are untouched then. Threads: may overlap everything but a
-// call that writes these slots.
+// Errors: `DQ_ERROR_INVALID_ARGUMENT`, `DQ_ERROR_WORKSPACE`, and on CUDA `DQ_ERROR_UNSUPPORTED` for blocks of slots that
+// are no power of two; out and workspace are untouched then. Threads: may overlap everything but a call that writes these
+// slots.
 dq_status dq_attend(const struct dq_codec *codec,
                     uint32_t layer,
                     const struct dq_attend_args *args,

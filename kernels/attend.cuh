@@ -9,7 +9,7 @@
 // Shared memory:
 //   stages    [STAGES][32 * key_warps] rows of `stride` bytes: whole records as they are where copies take several at once,
 //             else an odd multiple of 16 (no bank conflicts)
-//   barriers  one per stage, for bulk copies; how many warps are done with each stage
+//   barriers  of bulk copies: a stage is there; the block's warps are done with it
 //   runs      where in a record the row's parts lie
 //   sums      f32 [warp][set][4 NT]
 #pragma once
@@ -33,12 +33,12 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
     const uint32_t warps = p.heads_per_block * p.key_warps;
     const uint32_t stream = blockIdx.z / p.v_transforms, v_transform = blockIdx.z % p.v_transforms;
     const uint32_t tile_keys = KEYS_PER_WARP * p.key_warps;
-    const uint32_t n_keys = p.lengths != nullptr ? uint32_t(p.lengths[stream]) : p.n_kv;
+    const uint32_t n_keys = coded_keys(p, stream), n_all = n_keys + tail_of(p, stream).count;
     // A tile of rows that this stream does not have.
     const uint32_t n_q = queries_of(p, stream).count, n_rows = n_q * p.group, first_row = row_tile * 4 * NT;
     if (first_row >= n_rows) return;
     const uint32_t end_row = first_row + 4 * NT < n_rows ? first_row + 4 * NT : n_rows;
-    const Keys keys = keys_of(p, n_keys, n_q, first_row / p.group, (end_row + p.group - 1) / p.group);
+    const Keys keys = keys_of(p, n_keys, n_all, n_q, first_row / p.group, (end_row + p.group - 1) / p.group);
     // Tiles before the first key that is seen are left out; they are counted from key 0, so that runs start on whole ones.
     const uint32_t before = keys.first / tile_keys, tiles = (keys.end + tile_keys - 1) / tile_keys - before;
     const uint32_t share = (tiles + p.n_splits - 1) / p.n_splits, end_share = blockIdx.x * share + share;
@@ -54,13 +54,13 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
     }
     const uint32_t stride = together > 1 ? image.chunks * 16 : padded_row(image.chunks), stage_bytes = tile_keys * stride;
     uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + STAGES * stage_bytes);
-    uint32_t* done = reinterpret_cast<uint32_t*>(barriers + MOST_STAGES);
+    uint64_t* done = barriers + MOST_STAGES;
     Run* runs = reinterpret_cast<Run*>(done + MOST_STAGES);
     float* sums = reinterpret_cast<float*>(runs + MOST_RUNS) + warp * DQ_MAX_SETS * 4 * NT;
     if (t == 0) {
         RowImage<K, V> again;
         again.lay_out(p.n_kv_heads, first_head, p.heads_per_block, first_head, runs);
-        for (int s = 0; s < STAGES; s++) barrier_init(barriers + s, 1), done[s] = 0;
+        for (int s = 0; s < STAGES; s++) barrier_init(barriers + s, 1), barrier_init(done + s, warps);
         barrier_init_done();
     }
     __syncthreads();
@@ -68,8 +68,8 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
     // Phase 2: copies of the first stages.
     auto record_of = [&](uint32_t key) { return p.store.data + slot_of(p, stream, key) * p.store.stride; };
     // By one warp, lanes share the copies. In place of keys that nobody sees a stage keeps what it had.
-    auto bulk_tile = [&](uint32_t tile) {
-        const uint32_t index = (tile - first_tile) % STAGES, first_key = tile * tile_keys;
+    auto bulk_tile = [&](uint32_t tile, uint32_t index) {
+        const uint32_t first_key = tile * tile_keys;
         const uint32_t from = keys.first > first_key ? keys.first - first_key : 0;
         const uint32_t to = keys.end - first_key < tile_keys ? keys.end - first_key : tile_keys;
         uint8_t* stage = shared + index * stage_bytes;
@@ -106,7 +106,7 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
     };
     if constexpr (HAS_BULK_COPY) {
         if (warp == 0) {
-            for (uint32_t tile = first_tile; tile < end_tile && tile < first_tile + STAGES; tile++) bulk_tile(tile);
+            for (uint32_t s = 0; s < STAGES && first_tile + s < end_tile; s++) bulk_tile(first_tile + s, s);
         }
     } else {
         DQ_UNROLL
@@ -144,10 +144,10 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
         if constexpr (HAS_BULK_COPY) {
             __syncwarp();
             if (tile + STAGES < end_tile) {
-                const uint32_t others = lane == 0 ? count_to(done + index, warps - 1) : 0;
-                if (__shfl_sync(ALL_LANES, others, 0) == warps - 1) {
-                    __syncwarp();  // what lane 0 has learnt holds for all lanes
-                    bulk_tile(tile + STAGES);
+                const uint32_t missing = lane == 0 ? barrier_arrive(done + index) : 0;
+                if (__shfl_sync(ALL_LANES, missing, 0) == 1) {
+                    barrier_wait(done + index, phase);  // over already: it orders the others' reads before the copies
+                    bulk_tile(tile + STAGES, index);
                 }
             }
         }
@@ -166,7 +166,7 @@ uint32_t attend_shared_bytes(const DqAttend& p) {
     image.lay_out(p.n_kv_heads, 0, p.heads_per_block, 0, nullptr);
     // Groups of heads that start within a chunk can need one chunk more; room for it in every run.
     uint32_t chunks = image.chunks + (p.heads_per_block == p.n_kv_heads ? 0 : K::planes() + V::planes() + 2);
-    return STAGES * KEYS_PER_WARP * p.key_warps * padded_row(chunks) + MOST_STAGES * 12 + MOST_RUNS * sizeof(Run)
+    return STAGES * KEYS_PER_WARP * p.key_warps * padded_row(chunks) + MOST_STAGES * 16 + MOST_RUNS * sizeof(Run)
         + p.heads_per_block * p.key_warps * DQ_MAX_SETS * 4 * NT * 4;
 }
 

@@ -93,12 +93,12 @@ __device__ __forceinline__ void attend_prefill(const DqAttend& p) {
     const uint32_t row_blocks = (p.row_tiles + warps - 1) / warps, head = blockIdx.y / row_blocks, row_block = blockIdx.y % row_blocks;
     const uint32_t row_tile = row_block * warps + warp;
     const uint32_t stream = blockIdx.z / p.v_transforms, v_transform = blockIdx.z % p.v_transforms;
-    const uint32_t n_keys = p.lengths != nullptr ? uint32_t(p.lengths[stream]) : p.n_kv;
+    const uint32_t n_keys = coded_keys(p, stream), n_all = n_keys + tail_of(p, stream).count;
     // Rows of the block, of which the stream may have none; keys that they see.
     const uint32_t n_q = queries_of(p, stream).count, n_rows = n_q * p.group, first_row = row_block * warps * 4 * NT;
     if (first_row >= n_rows) return;
     const uint32_t end_row = first_row + warps * 4 * NT < n_rows ? first_row + warps * 4 * NT : n_rows;
-    const Keys keys = keys_of(p, n_keys, n_q, first_row / p.group, (end_row + p.group - 1) / p.group);
+    const Keys keys = keys_of(p, n_keys, n_all, n_q, first_row / p.group, (end_row + p.group - 1) / p.group);
     const uint32_t before = keys.first / TILE_KEYS, tiles = (keys.end + TILE_KEYS - 1) / TILE_KEYS - before;
     const uint32_t share = (tiles + p.n_splits - 1) / p.n_splits, end_share = blockIdx.x * share + share;
     const uint32_t first_tile = before + blockIdx.x * share, end_tile = before + (end_share < tiles ? end_share : tiles);

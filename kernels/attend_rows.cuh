@@ -84,26 +84,43 @@ __device__ __forceinline__ uint64_t slot_of(const DqAttend& p, uint32_t stream, 
     return (block << p.block_shift) + (key & ((1u << p.block_shift) - 1));
 }
 
-// Keys of a stream that queries [first, end) of its n_q see, as far as lengths and window say. Blocks that lie outside
-// may be anybody's.
+// Rows of a stream's tail.
+struct TailRows {
+    uint64_t first;
+    uint32_t count;
+};
+__device__ __forceinline__ TailRows tail_of(const DqAttend& p, uint32_t stream) {
+    return {p.tail.starts == nullptr ? uint64_t(stream) * p.tail.n_rows : uint64_t(p.tail.starts[stream]),
+            p.tail.lengths == nullptr ? p.tail.n_rows : uint32_t(p.tail.lengths[stream])};
+}
+
+// Coded keys of a stream.
+__device__ __forceinline__ uint32_t coded_keys(const DqAttend& p, uint32_t stream) {
+    return p.lengths != nullptr ? uint32_t(p.lengths[stream]) : p.n_kv;
+}
+
+// Coded keys of a stream that queries [first, end) of its n_q see, as far as lengths and window say; n_all counts its tail,
+// too. Blocks that lie outside may be anybody's.
 struct Keys {
     uint32_t first, end;
 };
-__device__ __forceinline__ Keys keys_of(const DqAttend& p, uint32_t n_keys, uint32_t n_q, uint32_t first, uint32_t end) {
+__device__ __forceinline__ Keys keys_of(const DqAttend& p, uint32_t n_keys, uint32_t n_all, uint32_t n_q, uint32_t first, uint32_t end) {
     Keys keys{0, n_keys};
     if (p.lengths == nullptr || !p.causal) return keys;
     // The last query sits at the last key.
-    const int64_t behind = int64_t(n_keys) - n_q, last = behind + end, start = behind + first + 1 - p.window;
+    const int64_t behind = int64_t(n_all) - n_q, last = behind + end, start = behind + first + 1 - p.window;
     if (last < int64_t(n_keys)) keys.end = last > 0 ? uint32_t(last) : 0;
-    if (p.window > 0 && start > 0) keys.first = start < int64_t(keys.end) ? uint32_t(start) : keys.end;
-    return keys;
+    if (p.window > 0 && start > 0) keys.first = uint32_t(start);
+    // The window may begin in the tail.
+    return p.window > 0 && start >= int64_t(keys.end) ? Keys{0, 0} : keys;
 }
 
-// What is added to the score of (query of n_q, key): the mask in units of log2, or minus infinity.
+// What is added to the score of (query of n_q, key): the mask in units of log2, or minus infinity. Keys from n_keys on are
+// not there; the tail's count from the last coded one.
 __device__ __forceinline__ float mask_of(const DqAttend& p, uint32_t stream, uint32_t query, uint32_t n_q, uint32_t key, uint32_t n_keys) {
     if (key >= n_keys) return NEVER;
     if (p.lengths != nullptr) {
-        int64_t position = int64_t(n_keys) - n_q + query;
+        int64_t position = int64_t(coded_keys(p, stream)) + tail_of(p, stream).count - n_q + query;
         if (p.causal && key > position) return NEVER;
         if (p.window > 0 && key + int64_t(p.window) <= position) return NEVER;
     }

@@ -26,7 +26,9 @@ constexpr float HEADROOM = 8.0f;
 constexpr float SCALE_UP = 5192296858534827628530496329220096.0f;
 __device__ __forceinline__ float small_scale(uint32_t bits) { return __uint_as_float(bits << 12); }
 
-__host__ __device__ __forceinline__ uint32_t attend_parts(const DqAttend& p) { return p.v_transforms * p.n_splits * p.key_warps; }
+// Parts of a row: those of coded keys, then those of the tail.
+__host__ __device__ __forceinline__ uint32_t coded_parts(const DqAttend& p) { return p.v_transforms * p.n_splits * p.key_warps; }
+__host__ __device__ __forceinline__ uint32_t attend_parts(const DqAttend& p) { return coded_parts(p) + p.tail.parts; }
 
 // ---- Where levels come from ----
 
@@ -148,8 +150,9 @@ struct AttendWarp {
             for (int b = 0; b < BLOCKS; b++) acc[b][0][n] = acc[b][1][n] = 0.0f;
         }
         if (p.lengths != nullptr) {
-            if (p.causal) seen_to = n_keys >= n_q ? n_keys - n_q + 1 : 0;
-            if (p.window > 0 && n_keys > uint32_t(p.window)) seen_from = n_keys - p.window;
+            const uint32_t n_all = n_keys + tail_of(p, stream).count, first_sees = n_all >= n_q ? n_all - n_q + 1 : 0;
+            if (p.causal && first_sees < n_keys) seen_to = first_sees;
+            if (p.window > 0 && n_all > uint32_t(p.window)) seen_from = n_all - p.window;
         }
         __syncwarp();
         // Most rows are in the newest sets.

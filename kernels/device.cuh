@@ -93,13 +93,9 @@ constexpr bool HAS_BULK_COPY = false;
 #endif
 inline void barrier_init(uint64_t* b, uint32_t count) { emu::mbarrier_init(b, count); }
 inline void barrier_init_done() {}
-inline void barrier_expect(uint64_t* b, uint32_t bytes) { emu::mbarrier_arrive_expect(b, bytes); }
+inline void barrier_expect(uint64_t* b, uint32_t bytes) { emu::mbarrier_arrive(b, bytes); }
 inline void barrier_wait(uint64_t* b, uint32_t parity) { emu::mbarrier_wait(b, parity); }
-inline uint32_t count_to(uint32_t* counter, uint32_t last) {
-    const uint32_t old = *counter;
-    *counter = old == last ? 0 : old + 1;
-    return old;
-}
+inline uint32_t barrier_arrive(uint64_t* b) { return emu::mbarrier_arrive(b); }
 inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* b) { emu::start_bulk_copy(shared, global, bytes, b); }
 
 inline float half_to_float(uint16_t h) { return dq_half_bits_to_float(h); }
@@ -233,11 +229,15 @@ __device__ __forceinline__ void barrier_wait(uint64_t* b, uint32_t parity) {
                  "@!done bra AGAIN_%=;\n"
                  "}" ::"r"(shared_address(b)), "r"(parity) : "memory");
 }
-// Counts from 0 to `last` and around; returns the count before. Orders the block's accesses to shared memory.
-__device__ __forceinline__ uint32_t count_to(uint32_t* counter, uint32_t last) {
-    uint32_t old;
-    asm volatile("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;" : "=r"(old) : "r"(shared_address(counter)), "r"(last) : "memory");
-    return old;
+// Arrives; returns how many arrivals the phase was waiting for, this one included.
+__device__ __forceinline__ uint32_t barrier_arrive(uint64_t* b) {
+    uint32_t pending;
+    asm volatile("{\n"
+                 ".reg .b64 before;\n"
+                 "mbarrier.arrive.shared.b64 before, [%1];\n"
+                 "mbarrier.pending_count.b64 %0, before;\n"
+                 "}" : "=r"(pending) : "r"(shared_address(b)) : "memory");
+    return pending;
 }
 __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* b) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
@@ -249,7 +249,7 @@ __device__ __forceinline__ void barrier_init(uint64_t*, uint32_t) {}
 __device__ __forceinline__ void barrier_init_done() {}
 __device__ __forceinline__ void barrier_expect(uint64_t*, uint32_t) {}
 __device__ __forceinline__ void barrier_wait(uint64_t*, uint32_t) {}
-__device__ __forceinline__ uint32_t count_to(uint32_t*, uint32_t) { return 0; }
+__device__ __forceinline__ uint32_t barrier_arrive(uint64_t*) { return 0; }
 __device__ __forceinline__ void bulk_copy(void*, const void*, uint32_t, uint64_t*) {}
 #endif
 

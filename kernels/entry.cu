@@ -7,6 +7,7 @@
 #include "instances.h"
 #include "merge.cuh"
 #include "observe.cuh"
+#include "tail.cuh"
 
 // Row tiles of the prefill kernel.
 #define DQ_PREFILL_TILES(d) ((d) <= 128 ? 4 : 2)
@@ -39,6 +40,7 @@
 DQ_INSTANCES(DQ_KERNELS)
 DQ_UNALIGNED_INSTANCES(DQ_UNALIGNED)
 
+extern "C" __global__ void __launch_bounds__(32 * dq::TAIL_WARPS) dq_tail(const DqAttend p) { dq::attend_tail(p); }
 extern "C" __global__ void __launch_bounds__(dq::OBSERVE_THREADS) dq_observe(const DqObserve p) { dq::observe(p); }
 extern "C" __global__ void __launch_bounds__(dq::OBSERVE_THREADS) dq_products(const DqObserve p) { dq::products(p); }
 extern "C" __global__ void __launch_bounds__(dq::OBSERVE_THREADS) dq_publish(const DqPublish p) { dq::publish(p); }

@@ -11,9 +11,13 @@
 //   folded_scales  [stream][kv head][transform][4 * n tiles]
 //   constants      [stream][kv head][set][4 * n tiles]
 //
-// Grid: (kv head * DQ_MAX_TRANSFORMS, n tile, run of streams), FOLD_THREADS threads. A block has up to eight streams, one to
-// a warp, or fewer whose channels are dealt to several warps; a lane makes four latent channels next to each other (eight
-// at head_dim 256). Loops stay rolled where they can: with a kernel this short, fetching the code is part of its time.
+// A unit is one n tile of one stream. Grid: (kv head * DQ_MAX_TRANSFORMS, run of units), FOLD_THREADS threads. A block has
+// `fold_units` units, a power of two, and that many times fewer warps work on each. The matrix goes to shared memory once and
+// from there into tensor cores, f16 as it is: a query is the sum of two f16 (22 bits), which are columns of the mma next to
+// each other, as the two bytes are later.
+//
+// Shared memory: queries, then q', float4 [unit][channel] | matrix f16 [FOLD_CHUNK channels][latent, 8 of nothing] |
+// fragments [unit]
 #pragma once
 #include "rows.cuh"
 
@@ -22,6 +26,9 @@ namespace dq {
 constexpr float LOG2_E = 1.4426950408889634f;
 // Largest magnitude of a folded query channel: 127 * 256 + 127 would do, this leaves the low byte its full range.
 constexpr float FOLD_RANGE = 32512.0f;
+
+// The lower half of a query counts in units of this less.
+constexpr float LOWER_HALF = 2048.0f;
 
 constexpr int FOLD_THREADS = 256, FOLD_WARPS = FOLD_THREADS / 32;
 
@@ -46,77 +53,75 @@ __device__ __forceinline__ float fold_factor(const DqAttend& p) {
     return p.softcap > 0.0f ? p.scale / p.softcap : p.scale * LOG2_E;
 }
 
+// Channels of the matrix that are in shared memory at once.
+template <class K> constexpr int FOLD_CHUNK = K::D <= 128 ? K::D : 64;
+template <class K>
+constexpr uint32_t fold_shared_bytes() {
+    return FOLD_WARPS * K::D * 16 + FOLD_CHUNK<K> * (K::D + 8) * 2 + FOLD_WARPS * K::groups * 256;
+}
+
 template <class K>
 __device__ __forceinline__ void fold_queries(const DqAttend& p) {
-    constexpr int D = K::D, ROWS = 4, PIECES = (D + 127) / 128, BATCH = 16;
+    constexpr int D = K::D, ROWS = 4, CHUNK = FOLD_CHUNK<K>, STRIDE = D + 8, M_TILES = D / 16;
     constexpr bool BUTTERFLIES = (D & (D - 1)) == 0;
-    // First the queries of each stream, then each warp's share of q': [channel][row].
-    __shared__ float4 scratch[FOLD_WARPS][D];
-    __shared__ __align__(16) uint8_t fragments[FOLD_WARPS][K::groups * 256];
+    constexpr uint64_t NO_ROW = ~0ull;
+    DQ_DYNAMIC_SHARED(shared);
+    __shared__ uint64_t row_at[FOLD_WARPS * ROWS];
+    float4 (*scratch)[D] = reinterpret_cast<float4 (*)[D]>(shared);
+    uint16_t (*matrix)[STRIDE] = reinterpret_cast<uint16_t (*)[STRIDE]>(scratch + FOLD_WARPS);
+    uint8_t (*fragments)[K::groups * 256] = reinterpret_cast<uint8_t (*)[K::groups * 256]>(matrix + CHUNK);
     const uint32_t head = blockIdx.x / DQ_MAX_TRANSFORMS, transform = blockIdx.x % DQ_MAX_TRANSFORMS;
-    const uint32_t tile = blockIdx.y, n_tiles = gridDim.y;
+    const uint32_t n_tiles = p.fold_tiles, units = p.fold_units;
     const int t = threadIdx.x, warp = t >> 5, lane = t & 31;
+    const int sharers = FOLD_WARPS / units, share = warp % sharers;
+    const uint32_t unit = warp / sharers, first_unit = blockIdx.y * units;
+    const uint32_t stream = (first_unit + unit) / n_tiles, tile = (first_unit + unit) % n_tiles;
     const DqHeadSets& sets = p.k.heads[head];
+    wait_for_previous_kernel();
     start_next_kernel();
-
-    // Streams of the block, a power of two; warps of a stream.
-    uint32_t streams = 1;
-    while (streams * gridDim.z < p.n_streams) streams *= 2;
-    const int sharers = FOLD_WARPS / streams, unit = warp / sharers, share = warp % sharers;
-    const uint32_t first_stream = blockIdx.z * streams, stream = first_stream + unit;
-
-    // The first loads of the matrix start before anything else is known: memory is far away. f16 of channel c, four latents.
-    const int run = D / sharers, first = share * run;
-    const uint16_t* matrix = p.k.decode + (uint64_t(head) * p.k.max_dense + transform - 1) * D * D;
-    auto load_weights = [&](uint2 (&weights)[BATCH], int from, int j) {
-        DQ_UNROLL
-        for (int i = 0; i < BATCH; i++) {
-            weights[i] = {};
-            if (transform > p.k.max_dense || j >= D || from + i >= first + run) continue;
-            if (transform != 0) weights[i] = load_global(reinterpret_cast<const uint2*>(matrix + (from + i) * D + j));
-            else if constexpr (!BUTTERFLIES) {
-                // Ones of f16 with the signs of the rotation.
-                auto one = [&](int k) { return 0x3C00u | rotation_sign<D>(p.k.rotation, j + k, from + i) << 15; };
-                weights[i] = {one(0) | one(1) << 16, one(2) | one(3) << 16};
-            }
-        }
-    };
-    uint2 weights[BATCH];
-    load_weights(weights, first, 4 * lane);
-
     // Nothing to do for a linear part that no set names.
     if (!names_transform(sets, transform)) return;
 
-    // Queries to shared memory; rows that do not exist are zero.
-    uint64_t* row_at = reinterpret_cast<uint64_t*>(fragments[0]);
-    if (t < ROWS) {
-        const uint32_t row = tile * ROWS + t;
-        row_at[t] = row / p.group * p.q.token_stride + (head * p.group + row % p.group) * p.q.head_stride;
+    // Phase 1: the matrix starts on its way, and queries come to shared memory; rows that do not exist are zero.
+    const bool turns = BUTTERFLIES && transform == 0;
+    auto copy_chunk = [&](int first) {
+        if (turns) return;
+        if (transform != 0) {
+            const uint16_t* from = p.k.decode + ((uint64_t(head) * p.k.max_dense + transform - 1) * D + first) * D;
+            for (int i = t; i < CHUNK * D / 8; i += FOLD_THREADS) cp_async_16(&matrix[i / (D / 8)][i % (D / 8) * 8], from + 8 * i);
+            cp_async_commit();
+        } else {
+            // Ones of f16 with the signs of the rotation.
+            for (int i = t; i < CHUNK * D; i += FOLD_THREADS) matrix[i / D][i % D] = uint16_t(0x3C00u | rotation_sign<D>(p.k.rotation, i % D, first + i / D) << 15);
+        }
+    };
+    copy_chunk(0);
+    if (t < int(units) * ROWS) {
+        const uint32_t u = first_unit + t / ROWS, of = u / n_tiles, row = u % n_tiles * ROWS + t % ROWS;
+        row_at[t] = NO_ROW;
+        if (of < p.n_streams) {
+            const Queries queries = queries_of(p, of);
+            if (row < queries.count * p.group) {
+                row_at[t] = (queries.first + row / p.group) * p.q.token_stride + (head * p.group + row % p.group) * p.q.head_stride;
+            }
+        }
     }
     __syncthreads();
     {
         constexpr int AT_ONCE = FOLD_THREADS / D;
-        const int c = t % D, rows = t < AT_ONCE * D ? streams * ROWS : 0;
+        const int c = t % D, rows = t < AT_ONCE * D ? units * ROWS : 0;
         const float factor = fold_factor(p);
-        const bool wide = p.q.type == DQ_TYPE_F32, bf16 = p.q.type == DQ_TYPE_BF16;
         DQ_UNROLL_BY_8
         for (int i = t / D; i < rows; i += AT_ONCE) {
-            const uint32_t of = first_stream + i / ROWS;
-            const Queries queries = of < p.n_streams ? queries_of(p, of) : Queries{0, 0};
-            uint32_t bits = 0;
-            if (tile * ROWS + i % ROWS < queries.count * p.group) {
-                const uint8_t* from = static_cast<const uint8_t*>(p.q.data) + queries.first * p.q.token_stride + row_at[i % ROWS];
-                if (wide) bits = at_bytes<uint32_t>(from, 4 * c);
-                else bits = at_bytes<uint16_t>(from, 2 * c);
-            }
-            const float q = wide ? __uint_as_float(bits) : bf16 ? bf16_to_float(uint16_t(bits)) : half_to_float(uint16_t(bits));
-            reinterpret_cast<float*>(scratch[i / ROWS])[c * ROWS + i % ROWS] = q * factor;
+            const uint32_t bits = row_at[i] != NO_ROW ? element_bits(p.q, row_at[i], c) : 0;
+            reinterpret_cast<float*>(scratch[i / ROWS])[c * ROWS + i % ROWS] = element_value(p.q, bits) * factor;
         }
     }
+    cp_async_wait<0>();
     __syncthreads();
     const float4* query = scratch[unit];
 
-    // The constants q . mean of the sets that share this linear part; absent sets count to the rotation.
+    // Phase 2: the constants q . mean of the sets that share this linear part; absent sets count to the rotation.
     DQ_UNROLL_BY_1
     for (int e = share; e < DQ_MAX_SETS && stream < p.n_streams; e += sharers) {
         const bool present = sets.present >> e & 1;
@@ -134,53 +139,74 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
         if (lane == 0) out[0] = sum[0], out[1] = sum[1], out[2] = sum[2], out[3] = sum[3];
     }
 
-    // q' of this warp's share of the channels.
-    int parts = sharers;
-    if constexpr (BUTTERFLIES) if (transform == 0) parts = 0;
-    if (parts != 0) {
-        float sum[PIECES][4][ROWS] = {};
+    // Phase 3: q' of this warp's share of the latents, 16 at a time: row g and g + 8 of an mma are latents, columns 2 r and
+    // 2 r + 1 the upper and the lower half of row r.
+    float acc[M_TILES][4] = {};
+    float worth_of_row = 1.0f;
+    if (!turns) {
+        float most[ROWS] = {};
+        for (int c = lane; c < D; c += 32) {
+            const float4 q = query[c];
+            most[0] = fmaxf(most[0], fabsf(q.x)), most[1] = fmaxf(most[1], fabsf(q.y));
+            most[2] = fmaxf(most[2], fabsf(q.z)), most[3] = fmaxf(most[3], fabsf(q.w));
+        }
+        // Powers of two that bring a row below 2.
+        float shrink = 1.0f;
         DQ_UNROLL
-        for (int piece = 0; piece < PIECES; piece++) {
-            const int j = 128 * piece + 4 * lane;
-            if (piece > 0) load_weights(weights, first, j);
+        for (int r = 0; r < ROWS; r++) {
+            uint32_t exponent = __float_as_uint(warp_max(most[r])) >> 23;
+            exponent = exponent < 1 ? 1 : exponent < 253 ? exponent : 253;
+            if (lane >> 3 == r) shrink = __uint_as_float((254 - exponent) << 23);
+            if ((lane & 3) == r) worth_of_row = __uint_as_float(exponent << 23);
+        }
+        const float* mine = reinterpret_cast<const float*>(query) + (lane >> 3);
+        const bool lower = lane >> 2 & 1;
+        auto half_of = [&](int c) -> uint32_t {
+            const float x = mine[c * ROWS] * shrink;
+            const uint16_t upper = float_to_half(x);
+            return lower ? float_to_half((x - half_to_float(upper)) * LOWER_HALF) : upper;
+        };
+        const uint16_t* source = &matrix[(lane >> 4) * 8 + (lane & 7)][(lane >> 3 & 1) * 8];
+        for (int first = 0; first < D; first += CHUNK) {
+            if (first > 0) {
+                __syncthreads();
+                copy_chunk(first);
+                cp_async_wait<0>();
+                __syncthreads();
+            }
             DQ_UNROLL_BY_1
-            for (int from = first; from < first + run; from += BATCH) {
-                uint2 next[BATCH];
-                load_weights(next, from + BATCH, j);
+            for (int k = 0; k < CHUNK; k += 16) {
+                const int c = first + k + 2 * (lane & 3);
+                const uint32_t b[2] = {half_of(c) | half_of(c + 1) << 16, half_of(c + 8) | half_of(c + 9) << 16};
                 DQ_UNROLL
-                for (int i = 0; i < BATCH; i++) {
-                    const float4 q = query[from + i < D ? from + i : 0];
-                    const uint32_t halves[2] = {weights[i].x, weights[i].y};
-                    DQ_UNROLL
-                    for (int k = 0; k < 4; k++) {
-                        const float w = half_to_float(uint16_t(halves[k / 2] >> (k % 2 * 16)));
-                        float (&s)[ROWS] = sum[piece][k];
-                        s[0] += q.x * w, s[1] += q.y * w, s[2] += q.z * w, s[3] += q.w * w;
-                    }
-                    weights[i] = next[i];
+                for (int m = 0; m < M_TILES; m++) {
+                    if ((m & (sharers - 1)) != share) continue;
+                    uint32_t a[4];
+                    ldmatrix_trans(a, source + k * STRIDE + 16 * m);
+                    mma_f16(acc[m], a, b);
                 }
             }
         }
-        // Nobody needs the queries any more.
-        __syncthreads();
+    }
+    // Nobody needs the queries any more.
+    __syncthreads();
+    float4* mine = scratch[unit];
+    if (!turns) {
         DQ_UNROLL
-        for (int piece = 0; piece < PIECES; piece++) {
-            DQ_UNROLL
-            for (int k = 0; k < 4; k++) {
-                const int j = 128 * piece + 4 * lane + k;
-                const float (&s)[ROWS] = sum[piece][k];
-                if (j < D) scratch[warp][j] = {s[0], s[1], s[2], s[3]};
-            }
+        for (int m = 0; m < M_TILES; m++) {
+            if ((m & (sharers - 1)) != share) continue;
+            float* out = reinterpret_cast<float*>(mine + 16 * m + (lane >> 2)) + (lane & 3);
+            out[0] = (acc[m][0] + acc[m][1] * (1.0f / LOWER_HALF)) * worth_of_row;
+            out[8 * ROWS] = (acc[m][2] + acc[m][3] * (1.0f / LOWER_HALF)) * worth_of_row;
         }
     }
     __syncthreads();
     if (share != 0 || stream >= p.n_streams) return;
 
-    // The stream's first warp adds the shares, or turns the queries by itself.
-    float4* mine = parts == 0 ? scratch[unit] : scratch[warp];
+    // Phase 4: the unit's first warp turns the queries by itself where a rotation is all there is,
     if constexpr (BUTTERFLIES) {
         DQ_UNROLL_BY_1
-        for (int r = 0; r < (parts == 0 ? ROWS : 0); r++) {
+        for (int r = 0; r < (turns ? ROWS : 0); r++) {
             float* row = reinterpret_cast<float*>(mine) + r;
             float v[D / 32];
             DQ_UNROLL
@@ -190,15 +216,11 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
             for (int k = 0; k < D / 32; k++) row[(lane + 32 * k) * ROWS] = v[k];
         }
     }
-    // q' in levels: these count in units of their tier's book.
+    // brings q' into levels, which count in units of their tier's book,
     float largest[ROWS] = {};
     DQ_UNROLL_BY_1
     for (int j = lane; j < D; j += 32) {
         float4 s = mine[j];
-        for (int w = 1; w < parts; w++) {
-            const float4 v = scratch[warp + w][j];
-            s.x += v.x, s.y += v.y, s.z += v.z, s.w += v.w;
-        }
         float worth = transform == 0 ? rsqrtf(float(D)) : 1.0f;
         for_each<K::tiers>([&](auto tier) {
             constexpr int T = decltype(tier)::value;
@@ -210,7 +232,7 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
         largest[2] = fmaxf(largest[2], fabsf(s.z)), largest[3] = fmaxf(largest[3], fabsf(s.w));
     }
 
-    // The step of each row, from its largest magnitude.
+    // finds the step of each row, from its largest magnitude,
     float inverse[ROWS];
     DQ_UNROLL
     for (int r = 0; r < ROWS; r++) {
@@ -222,8 +244,8 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
         inverse[r] = most > 0.0f ? FOLD_RANGE / most : 0.0f;
     }
 
-    // Bytes to their place in the fragments.
-    uint32_t* words = reinterpret_cast<uint32_t*>(fragments[warp]);
+    // and puts the bytes to their place in the fragments.
+    uint32_t* words = reinterpret_cast<uint32_t*>(fragments[unit]);
     DQ_UNROLL_BY_1
     for (int i = lane; i < K::groups * 64; i += 32) words[i] = 0;
     __syncwarp();
@@ -235,7 +257,7 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
             if (j >= K::first(T)) first_channel = K::first(T), channels = K::channels(T), groups = K::groups_before(T);
         });
         const KPosition k = k_position(channels, j - first_channel);
-        uint8_t* at = fragments[warp] + (groups + k.group) * 256 + k.q * 8 + k.reg * 4 + k.byte;
+        uint8_t* at = fragments[unit] + (groups + k.group) * 256 + k.q * 8 + k.reg * 4 + k.byte;
         const float4 v = mine[j];
         const float row[ROWS] = {v.x, v.y, v.z, v.w};
         DQ_UNROLL

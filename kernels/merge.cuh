@@ -1,5 +1,5 @@
 // Joins the parts of a row (splits of the keys, linear parts of V) in one softmax and unfolds the output:
-//   out = (sum_t decode_t acc_t + sum_e l_e mean_e) / l
+//   out = (sum_t decode_t acc_t + sum_e l_e mean_e + acc of the tail) / l
 // A row without visible keys yields zeros.
 //
 // Grid: one block per row (stream, KV head, query, query head of the group). Up to 16 warps; each takes every so many
@@ -18,13 +18,13 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
     __shared__ __align__(16) float gathered[WARPS][D];
     __shared__ __align__(16) float latents[D];
     __shared__ float weights[MERGE_PARTS];
-    __shared__ float sums[WARPS][DQ_MAX_SETS];
+    __shared__ float sums[WARPS][DQ_MAX_SETS + 1];  // the last: the tail's
     __shared__ float reduced[WARPS];
     const uint32_t t = threadIdx.x, warp = t >> 5, lane = t & 31, warps = blockDim.x >> 5;
     const uint32_t n_rows = p.n_q * p.group, row = blockIdx.x % n_rows;
     const uint32_t head = blockIdx.x / n_rows % p.n_kv_heads, stream = blockIdx.x / n_rows / p.n_kv_heads;
-    const uint32_t parts = attend_parts(p), parts_per_transform = p.n_splits * p.key_warps;
-    const uint64_t first = uint64_t(blockIdx.x) * parts;
+    const uint32_t parts_per_transform = p.n_splits * p.key_warps;
+    const uint64_t first = uint64_t(blockIdx.x) * attend_parts(p);
     const uint32_t query = row / p.group, q_head = head * p.group + row % p.group;
     const Queries queries = queries_of(p, stream);
     if (query >= queries.count) return;
@@ -33,26 +33,29 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
     const uint32_t runs = blockDim.x >= MOST_RUNS_OF_LATENTS * D && D % (8 * MOST_RUNS_OF_LATENTS) == 0 ? MOST_RUNS_OF_LATENTS : 1;
 
     const uint32_t present = p.v.heads[head].present;
+    start_next_kernel();
     wait_for_previous_kernel();
 
     // Phase 1: the maximum over all parts, and the sink's logit.
     float m = p.sink_logits != nullptr ? p.sink_logits[q_head] * LOG2_E : NEVER;
     const float sink = m;
-    for (uint32_t i = t; i < parts; i += blockDim.x) m = fmaxf(m, p.partial_sums[(first + i) * SUMS + DQ_MAX_SETS]);
+    for (uint32_t i = t; i < attend_parts(p); i += blockDim.x) m = fmaxf(m, p.partial_sums[(first + i) * SUMS + DQ_MAX_SETS]);
     m = warp_max(m);
     if (lane == 0) reduced[warp] = m;
     __syncthreads();
     for (uint32_t w = 0; w < warps; w++) m = fmaxf(m, reduced[w]);
 
     // Phase 2: each linear part gathered, unfolded and added; sums per set. A thread's channels are t, t + blockDim ...;
-    // with runs, thread t has channel t % D.
+    // with runs, thread t has channel t % D. Behind the linear parts comes the tail, which was never folded.
     const bool any = m > NEVER;
-    float x[4 * PER] = {}, set_sum = 0.0f;
-    for (uint32_t transform = 0; transform < p.v_transforms; transform++) {
+    float x[4 * PER] = {}, set_sum = 0.0f, tail_sum = 0.0f;
+    for (uint32_t transform = 0; transform < p.v_transforms + (p.tail.parts > 0); transform++) {
+        const bool tail = transform == p.v_transforms;
+        const uint32_t own_parts = tail ? p.tail.parts : parts_per_transform, own_sums = tail ? 1 : DQ_MAX_SETS;
         float4 acc[PER] = {};
         bool seen = false;
-        for (uint32_t from = 0; from < parts_per_transform; from += MERGE_PARTS) {
-            const uint32_t n = parts_per_transform - from < MERGE_PARTS ? parts_per_transform - from : MERGE_PARTS;
+        for (uint32_t from = 0; from < own_parts; from += MERGE_PARTS) {
+            const uint32_t n = own_parts - from < MERGE_PARTS ? own_parts - from : MERGE_PARTS;
             const uint64_t at = first + transform * parts_per_transform + from;
             __syncthreads();
             for (uint32_t i = t; i < n; i += blockDim.x) {
@@ -71,7 +74,7 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
                 for (int a = 0; a < AT_ONCE; a++) {
                     const uint32_t part = i + a * warps;
                     weight[a] = part < n ? weights[part] : 0.0f;
-                    in_set[a] = weight[a] != 0.0f && lane < DQ_MAX_SETS ? p.partial_sums[(at + part) * SUMS + lane] : 0.0f;
+                    in_set[a] = weight[a] != 0.0f && lane < own_sums ? p.partial_sums[(at + part) * SUMS + lane] : 0.0f;
                     DQ_UNROLL
                     for (int k = 0; k < PER; k++) {
                         const int c = 4 * (lane + 32 * k);
@@ -81,7 +84,7 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
                 }
                 DQ_UNROLL
                 for (int a = 0; a < AT_ONCE; a++) {
-                    set_sum += weight[a] * in_set[a];
+                    (tail ? tail_sum : set_sum) += weight[a] * in_set[a];
                     DQ_UNROLL
                     for (int k = 0; k < PER; k++) {
                         acc[k].x += weight[a] * v[a][k].x, acc[k].y += weight[a] * v[a][k].y;
@@ -101,15 +104,15 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
             for (uint32_t w = 0; w < warps; w++) y += gathered[w][c];
             for_each<V::tiers>([&](auto tier) {
                 constexpr int T = decltype(tier)::value;
-                if (c >= V::first(T) && c < V::first(T) + V::channels(T)) y *= Book<V::bits(T)>::unit;
+                if (!tail && c >= V::first(T) && c < V::first(T) + V::channels(T)) y *= Book<V::bits(T)>::unit;
             });
             latents[c] = y;
         }
         __syncthreads();
         constexpr bool BUTTERFLIES = (D & (D - 1)) == 0;
-        if (BUTTERFLIES && transform == 0) {
+        if (tail || (BUTTERFLIES && transform == 0)) {
             if constexpr (BUTTERFLIES) {
-                if (warp == 0) {
+                if (!tail && warp == 0) {
                     float v[D / 32];
                     DQ_UNROLL
                     for (int k = 0; k < D / 32; k++) v[k] = latents[lane + 32 * k];
@@ -145,14 +148,15 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
         if (t < D) x[0] = (gathered[0][t] + gathered[1][t]) + (gathered[2][t] + gathered[3][t]);
     }
     if (lane < DQ_MAX_SETS) sums[warp][lane] = set_sum;
+    if (lane == 0) sums[warp][DQ_MAX_SETS] = tail_sum;
     __syncthreads();
-    if (t < DQ_MAX_SETS) {
+    if (t <= DQ_MAX_SETS) {
         float l = 0.0f;
         for (uint32_t w = 0; w < warps; w++) l += sums[w][t];
         weights[t] = l;
     }
     __syncthreads();
-    float total = any && p.sink_logits != nullptr ? exp2_fast(sink - m) : 0.0f;
+    float total = weights[DQ_MAX_SETS] + (any && p.sink_logits != nullptr ? exp2_fast(sink - m) : 0.0f);
     for (uint32_t left = present; left != 0; left &= left - 1) {
         const uint32_t e = __ffs(left) - 1;
         const float l = weights[e];

@@ -48,22 +48,32 @@ typedef struct DqStore {
     uint64_t stride, n_slots;
 } DqStore;
 
+/* Rows that are not coded: the last keys of each stream, behind its coded ones. */
+typedef struct DqTail {
+    DqRows k, v;
+    const int32_t* starts;        /* [n_streams]: the row at which each tail begins; null: stream * n_rows */
+    const int32_t* lengths;       /* [n_streams]: rows of each; null: n_rows */
+    uint32_t n_rows;              /* of a stream, at most; 0: there are no tails, and all of this is 0 */
+    uint32_t head_dim;
+    uint32_t parts, reserved;     /* warps that share four rows of queries, each a part of their result */
+} DqTail;
+
 typedef struct DqAttend {
     DqStore store;
     DqFactors k, v;
     DqRows q, out;                /* token index: q_starts[stream] + query, or stream * n_q + query */
-    const void* mask;             /* additive [n_streams][n_q][n_kv], or null */
+    const void* mask;             /* additive [n_streams][n_q][n_kv + tail.n_rows], or null */
     uint64_t mask_query_stride, mask_stream_stride;
     const float* sink_logits;     /* [n_q_heads] or null */
     const int32_t* block_table;   /* null: slots are first_slot + stream * stream_slots + key */
     const int32_t* q_starts;      /* [n_streams + 1]: the first token of each stream, at most n_q apart; null: n_q each */
-    const int32_t* lengths;       /* keys of each stream, or null: n_kv */
+    const int32_t* lengths;       /* coded keys of each stream, or null: n_kv */
     uint64_t first_slot, stream_slots, table_stride;
     uint32_t mask_type;
     uint32_t block_shift;         /* a block of the table holds 1 << block_shift slots */
     uint32_t n_kv_heads, group;   /* query heads = n_kv_heads * group */
     uint32_t n_streams, n_q, n_kv;
-    int32_t window;               /* with lengths: the last query sits at the last key; 0: no window */
+    int32_t window;               /* with lengths: the last query sits at the last key, the tail's included; 0: no window */
     uint32_t causal;
     float scale, softcap;
     /* How the work is cut. */
@@ -72,12 +82,15 @@ typedef struct DqAttend {
     uint32_t n_splits;            /* blocks over the keys of a stream */
     uint32_t row_tiles;           /* tiles of 4 NT rows (query, query head) over n_q * group */
     uint32_t v_transforms;        /* 1 where all sets of V are rotations, else DQ_MAX_TRANSFORMS */
+    uint32_t fold_tiles;          /* tiles of 4 rows of a stream, as many as row_tiles has */
+    uint32_t fold_units;          /* of them, over all streams, to a block of the fold: 1, 2, 4 or 8 */
     /* Workspace, see attend.cuh. */
     uint8_t* folded;
     float* folded_scales;
     float* constants;
     float* partial;
     float* partial_sums;
+    DqTail tail;
 } DqAttend;
 
 typedef struct DqDequantize {
@@ -167,7 +180,7 @@ typedef struct DqEncode {
 /* src/cuda/params.rs asserts the same numbers. */
 #ifdef __cplusplus
 static_assert(sizeof(DqHeadSets) == 40 && sizeof(DqFactors) == 48 && sizeof(DqRows) == 32 && sizeof(DqStore) == 24, "");
-static_assert(sizeof(DqAttend) == 368 && sizeof(DqDequantize) == 200 && sizeof(DqEncode) == 208, "");
+static_assert(sizeof(DqTail) == 96 && sizeof(DqAttend) == 472 && sizeof(DqDequantize) == 200 && sizeof(DqEncode) == 208, "");
 static_assert(sizeof(DqFit) == 40 && sizeof(DqPublish) == 136, "");
 static_assert(sizeof(DqMoments) == 56 && sizeof(DqObserve) == 256, "");
 #endif

@@ -16,11 +16,17 @@ __device__ __forceinline__ bool in_store(const DqStore& store, int64_t slot) {
     return slot >= 0 && uint64_t(slot) < store.n_slots;
 }
 
+// An element as it is in memory, and what it is worth: so that many loads can be under way before the first is looked at.
+__device__ __forceinline__ uint32_t element_bits(const DqRows& rows, uint64_t at, uint32_t channel) {
+    if (rows.type == DQ_TYPE_F32) return at_bytes<uint32_t>(rows.data, at + 4ull * channel);
+    return at_bytes<uint16_t>(rows.data, at + 2ull * channel);
+}
+__device__ __forceinline__ float element_value(const DqRows& rows, uint32_t bits) {
+    if (rows.type == DQ_TYPE_F32) return __uint_as_float(bits);
+    return rows.type == DQ_TYPE_F16 ? half_to_float(uint16_t(bits)) : bf16_to_float(uint16_t(bits));
+}
 __device__ __forceinline__ float load_row(const DqRows& rows, uint64_t token, uint32_t head, uint32_t channel) {
-    uint64_t at = token * rows.token_stride + head * rows.head_stride;
-    if (rows.type == DQ_TYPE_F32) return at_bytes<float>(rows.data, at + 4ull * channel);
-    uint16_t bits = at_bytes<uint16_t>(rows.data, at + 2ull * channel);
-    return rows.type == DQ_TYPE_F16 ? half_to_float(bits) : bf16_to_float(bits);
+    return element_value(rows, element_bits(rows, token * rows.token_stride + head * rows.head_stride, channel));
 }
 
 __device__ __forceinline__ void store_row(const DqRows& rows, uint64_t token, uint32_t head, uint32_t channel, float v) {

@@ -44,7 +44,8 @@ template <class P, void (*kernel)(P)> void run(const emu::Launch& how, const voi
 
 std::map<std::string, Function>& functions() {
     static std::map<std::string, Function> all = {
-        DQ_INSTANCES(OTHERS) DQ_UNALIGNED_INSTANCES(UNALIGNED) {"dq_observe", {sizeof(DqObserve), run<DqObserve, dq_observe>}},
+        DQ_INSTANCES(OTHERS) DQ_UNALIGNED_INSTANCES(UNALIGNED) {"dq_tail", {sizeof(DqAttend), run<DqAttend, dq_tail>}},
+        {"dq_observe", {sizeof(DqObserve), run<DqObserve, dq_observe>}},
         {"dq_products", {sizeof(DqObserve), run<DqObserve, dq_products>}},
         {"dq_publish", {sizeof(DqPublish), run<DqPublish, dq_publish>}}};
     return all;

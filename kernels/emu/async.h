@@ -40,11 +40,12 @@ inline void mbarrier_init(void* at, unsigned count) {
     block()->barriers[at] = MBarrier{count, count, 0, 0, {}};
 }
 
-inline void mbarrier_arrive_expect(void* at, unsigned bytes) {
+// Arrivals that were missing before this one.
+inline unsigned mbarrier_arrive(void* at, unsigned bytes = 0) {
     MBarrier& b = mbarrier(at);
     if (b.pending == 0) die("more arrivals at an mbarrier than its count");
-    b.pending--;
     b.expected += bytes;
+    return b.pending--;
 }
 
 inline void start_bulk_copy(void* to, const void* from, unsigned bytes, void* barrier) {

@@ -42,6 +42,12 @@ int main(int argc, char** argv) {
     all_cases<256, 103, 256, 3>(rng, 1, 3);
     prefill_cases<128, 104, 128, 4, 4, 3>(rng, 0, 4);
     prefill_cases<64, 103, 64, 3, 4, 2>(rng, 0, 4);
+    rng.seed(10 + order);
+    all_cases<80, 4, 80, 3>(rng, 0, 4, TAIL_CASES);
+    all_cases<256, 4, 256, 3>(rng, 0, 4, TAIL_CASES);
 #endif
+    rng.seed(20 + order);
+    all_cases<128, 4, 128, 4>(rng, 0, 4, TAIL_CASES);
+    prefill_cases<128, 4, 128, 4, 4, 3>(rng, 4, 5, TAIL_CASES);
     return rt::report("attend on the emulator");
 }

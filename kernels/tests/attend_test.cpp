@@ -5,6 +5,7 @@
 #include "../attend_prefill.cuh"
 #include "../host.h"
 #include "../merge.cuh"
+#include "../tail.cuh"
 #include "reference.h"
 #include "runtime.h"
 
@@ -20,11 +21,15 @@ struct Case {
     bool hostile;     // row scales over many magnitudes, stale records under the mask
     int paged;        // 1 blocks of slots, 2 the same with uneven queries: the last stream has one, the one before none
     uint32_t most_warps;
+    uint32_t tail = 0;      // rows of each stream at most; when paged, the second stream has fewer
+    uint32_t tail_type = 0;
+    uint32_t tail_parts = 0;
 };
 
 template <class K, class V, int NT> __global__ void __launch_bounds__(dq::FOLD_THREADS) fold_kernel(const DqAttend p) { dq::fold_queries<K>(p); }
 template <class K, class V, int NT> __global__ void __launch_bounds__(256, NT == 1 ? 2 : 1) attend_kernel(const DqAttend p) { dq::attend_decode<K, V, NT, dq::DECODE_STAGES>(p); }
 template <class K, class V, int NT> __global__ void __launch_bounds__(256) prefill_kernel(const DqAttend p) { dq::attend_prefill<K, V, NT>(p); }
+__global__ void __launch_bounds__(32 * dq::TAIL_WARPS) tail_kernel(const DqAttend p) { dq::attend_tail(p); }
 template <class V> __global__ void __launch_bounds__(512) merge_kernel(const DqAttend p) { dq::attend_merge<V>(p); }
 
 // Factors on the device.
@@ -79,11 +84,11 @@ void run(const Case& c, std::mt19937_64& rng) {
     for (auto& x : q) x = float(normal(rng)) * 0.6f;
     if (c.hostile) for (int i = 0; i < DK; i += 7) q[i] *= 30;
     // Masks; in the f16 case, padded strides.
-    const uint32_t mask_row = c.n_keys + 3;
+    const uint32_t mask_row = c.n_keys + c.tail + 3, all_keys = c.n_keys + c.tail;
     std::vector<float> mask(size_t(n_tokens) * mask_row, 0.0f);
     for (uint32_t t = 0; t < n_tokens; t++) {
-        for (uint32_t k = 0; k < c.n_keys; k++) {
-            bool hidden = c.mask == 3 ? t % c.n_q == 0 : k + c.n_q > c.n_keys + t % c.n_q || below(5) == 0;
+        for (uint32_t k = 0; k < all_keys; k++) {
+            bool hidden = c.mask == 3 ? t % c.n_q == 0 : k + c.n_q > all_keys + t % c.n_q || below(5) == 0;
             if (c.mask) mask[size_t(t) * mask_row + k] = hidden ? -INFINITY : float(below(8)) * -0.25f;
         }
     }
@@ -97,18 +102,56 @@ void run(const Case& c, std::mt19937_64& rng) {
     for (size_t i = 0; i < table.size(); i++) table[i] = int32_t(i);
     std::shuffle(table.begin(), table.end(), rng);
     const int window = c.hostile ? 40 : 0;
+    // Tails: a row of NaN behind each, and where the mask hides one from all.
+    std::vector<int32_t> tail_starts, tail_lengths;
+    uint32_t tail_rows = 0;
+    for (uint32_t s = 0; s < c.n_streams; s++) {
+        tail_starts.push_back(int32_t(tail_rows)), tail_lengths.push_back(int32_t(c.paged && s == 1 ? c.tail / 3 : c.tail));
+        tail_rows += c.tail == 0 ? 0 : c.paged ? tail_lengths[s] + 1 : c.tail;
+    }
+    auto tail_side = [&](int d, double spread) {
+        ref::Vec rows(size_t(tail_rows) * c.n_kv * d);
+        for (auto& x : rows) x = float(normal(rng) * spread);
+        for (uint32_t s = 0; s < c.n_streams && c.paged && c.tail; s++) {
+            const size_t behind = size_t(tail_starts[s] + tail_lengths[s]) * c.n_kv * d;
+            std::fill(rows.begin() + behind, rows.begin() + behind + c.n_kv * d, NAN);
+        }
+        for (uint32_t i = 0; c.hostile && c.mask == 1 && i < tail_rows; i++) {
+            if ((c.n_keys + i % c.tail) % 11 == 0) std::fill_n(rows.begin() + size_t(i) * c.n_kv * d, c.n_kv * d, NAN);
+        }
+        // In the type of the tail; rows 2 elements apart in excess.
+        const size_t size = c.tail_type == DQ_TYPE_F32 ? 4 : 2, row = size_t(c.n_kv) * d;
+        std::vector<uint8_t> bytes(tail_rows * (row + 2) * size + 16);
+        for (size_t i = 0; i < rows.size(); i++) {
+            const float v = float(rows[i]);
+            uint32_t u;
+            std::memcpy(&u, &v, 4);
+            if (c.tail_type == DQ_TYPE_F16) u = ref::to_half(v);
+            if (c.tail_type == DQ_TYPE_BF16) u >>= 16;
+            std::memcpy(&bytes[(i / row * (row + 2) + i % row) * size], &u, size);
+            if (c.tail_type == DQ_TYPE_F16) rows[i] = ref::half_value(uint16_t(u));
+            if (c.tail_type == DQ_TYPE_BF16) {
+                u <<= 16;
+                float back;
+                std::memcpy(&back, &u, 4);
+                rows[i] = back;
+            }
+        }
+        return std::make_pair(rows, bytes);
+    };
+    const auto tail_k = tail_side(DK, 1), tail_v = tail_side(DV, 1);
     for (uint32_t s = 0; s < c.n_streams; s++) {
         lengths[s] = s == 0 ? c.n_keys : int32_t(c.n_q + below(c.n_keys - c.n_q + 1));
         // Blocks that the window has left behind belong to others by now.
-        for (uint32_t b = 0; window && int(16 * b + 16) <= lengths[s] - (starts[s + 1] - starts[s]) + 1 - window; b++) {
+        for (uint32_t b = 0; window && int(16 * b + 16) <= lengths[s] + tail_lengths[s] - (starts[s + 1] - starts[s]) + 1 - window && b < table_stride; b++) {
             table[s * table_stride + b] = -1;
         }
     }
     if (c.hostile && c.mask == 1) {
         // What the mask hides from all may be anything, NaN and infinity as a scale too.
-        for (uint32_t k = 0; k < c.n_keys; k += 11) {
+        for (uint32_t k = 0; k < all_keys; k += 11) {
             for (uint32_t t = 0; t < n_tokens; t++) mask[size_t(t) * mask_row + k] = -INFINITY;
-            for (uint32_t s = 0; s < c.n_streams; s++) {
+            for (uint32_t s = 0; s < c.n_streams && k < c.n_keys; s++) {
                 for (uint32_t h = 0; h < c.n_kv; h++) {
                     uint16_t bad = k % 2 ? 0xFFF3 : 0xF80F;
                     std::memcpy(&store[(s * stream_slots + k) * stride + l.k.headers + 2 * h], &bad, 2);
@@ -149,6 +192,15 @@ void run(const Case& c, std::mt19937_64& rng) {
     p.n_splits = c.n_splits;
     if (PREFILL) p.heads_per_block = p.key_warps = 1;
     p.v_transforms = c.v_sets.dense ? DQ_MAX_TRANSFORMS : 1;
+    rt::Buffer<uint8_t> d_tail_k(tail_k.second), d_tail_v(tail_v.second);
+    rt::Buffer<int32_t> d_tail_starts(tail_starts), d_tail_lengths(tail_lengths);
+    if (c.tail) {
+        const uint64_t size = c.tail_type == DQ_TYPE_F32 ? 4 : 2;
+        p.tail.k = {d_tail_k.get(), (uint64_t(c.n_kv) * DK + 2) * size, DK * size, c.tail_type, 0};
+        p.tail.v = {d_tail_v.get(), (uint64_t(c.n_kv) * DV + 2) * size, DV * size, c.tail_type, 0};
+        if (c.paged) p.tail.starts = d_tail_starts.get(), p.tail.lengths = d_tail_lengths.get();
+        p.tail.n_rows = c.tail, p.tail.head_dim = DK, p.tail.parts = c.tail_parts;
+    }
     const uint32_t n_tiles = cut.row_tiles * NT, parts = dq::attend_parts(p), rows = c.n_streams * c.n_kv * c.n_q * c.group;
     rt::Buffer<uint8_t> folded(size_t(c.n_streams) * c.n_kv * DQ_MAX_TRANSFORMS * n_tiles * K::groups * 256);
     rt::Buffer<float> scales(size_t(c.n_streams) * c.n_kv * DQ_MAX_TRANSFORMS * n_tiles * 4);
@@ -157,7 +209,13 @@ void run(const Case& c, std::mt19937_64& rng) {
     p.folded = folded.get(), p.folded_scales = scales.get(), p.constants = constants.get();
     p.partial = partial.get(), p.partial_sums = partial_sums.get();
 
-    rt::launch(fold_kernel<K, V, NT>, dim3(c.n_kv * DQ_MAX_TRANSFORMS, n_tiles, (c.n_streams + 1) / 2), dq::FOLD_THREADS, 0, p);
+    p.fold_tiles = n_tiles, p.fold_units = c.n_streams * n_tiles > 8 ? 8 : c.n_streams;
+    if (p.fold_units == 3) p.fold_units = 4;
+    rt::launch(fold_kernel<K, V, NT>, dim3(c.n_kv * DQ_MAX_TRANSFORMS, (c.n_streams * n_tiles + p.fold_units - 1) / p.fold_units), dq::FOLD_THREADS, dq::fold_shared_bytes<K>(), p);
+    if (c.tail) {
+        const uint32_t warps = (c.n_q * c.group + 3) / 4 * c.tail_parts;
+        rt::launch(tail_kernel, dim3((warps + dq::TAIL_WARPS - 1) / dq::TAIL_WARPS, c.n_kv, c.n_streams), 32 * dq::TAIL_WARPS, 0, p);
+    }
     if constexpr (PREFILL > 0) {
         rt::launch(prefill_kernel<K, V, NT>, dim3(p.n_splits, c.n_kv * ((p.row_tiles + PREFILL - 1) / PREFILL), c.n_streams * p.v_transforms), 32 * PREFILL,
                    dq::prefill_shared_bytes<K, V, NT>(p, PREFILL), p);
@@ -170,10 +228,10 @@ void run(const Case& c, std::mt19937_64& rng) {
     // The oracle, and the error in units of sum p |v|.
     double worst = 0;
     for (uint32_t s = 0; s < c.n_streams; s++) {
-        int n = c.paged ? lengths[s] : int(c.n_keys);
+        const int coded = c.paged ? lengths[s] : int(c.n_keys), n = coded + tail_lengths[s];
         for (uint32_t h = 0; h < c.n_kv; h++) {
             ref::Vec k(size_t(n) * DK), v(size_t(n) * DV);
-            for (int t = 0; t < n; t++) {
+            for (int t = 0; t < coded; t++) {
                 if (c.paged && table[s * table_stride + t / 16] < 0) continue;  // nobody sees it
                 uint32_t slot = c.paged ? table[s * table_stride + t / 16] * 16 + t % 16 : s * stream_slots + t;
                 const uint8_t* record = &store[slot * stride];
@@ -181,6 +239,11 @@ void run(const Case& c, std::mt19937_64& rng) {
                 auto vr = vf.decode_row(h, ref::header_of(l.v, h, record), ref::unpack(l.v, h, record), l.v);
                 std::copy(kr.begin(), kr.end(), k.begin() + size_t(t) * DK);
                 std::copy(vr.begin(), vr.end(), v.begin() + size_t(t) * DV);
+            }
+            for (int t = coded; t < n; t++) {
+                const size_t row = size_t(tail_starts[s] + t - coded) * c.n_kv + h;
+                std::copy_n(tail_k.first.begin() + row * DK, DK, k.begin() + size_t(t) * DK);
+                std::copy_n(tail_v.first.begin() + row * DV, DV, v.begin() + size_t(t) * DV);
             }
             const int n_q = starts[s + 1] - starts[s];
             for (uint32_t i = 0; i < n_q * c.group; i++) {
@@ -223,6 +286,14 @@ const Case CASES[] = {
     {"uneven",       2, 4, 3, 3, 90, 2, {1, 1}, {2, 0}, 0, false, 0, true, 2, 4},
 };
 
+const Case TAIL_CASES[] = {
+    {"tail",         2, 4, 2, 1, 70, 2, {2, 1}, {2, 0}, 1, true, 0, false, 0, 4, 45, DQ_TYPE_F16, 2},
+    {"tail alone",   2, 3, 2, 2, 40, 1, {2, 1}, {2, 0}, 0, false, 5, true, 1, 4, 70, DQ_TYPE_F32, 1},
+    {"tail hostile", 1, 3, 2, 2, 50, 2, {3, 1}, {4, 0}, 1, false, 0, true, 0, 4, 60, DQ_TYPE_BF16, 2},
+    {"tail uneven",  2, 3, 3, 3, 90, 2, {1, 1}, {2, 1}, 0, true, 0, true, 2, 4, 33, DQ_TYPE_BF16, 3},
+    {"tail chunk",   2, 4, 3, 13, 60, 1, {1, 1}, {2, 0}, 0, true, 0, true, 2, 1, 40, DQ_TYPE_F16, 1},
+};
+
 const Case PREFILL_CASES[] = {
     {"chunk",         2, 4, 1, 20, 150, 1, {2, 1}, {3, 0}, 1, true, 0, false, 0, 1},
     {"chunk hostile", 1, 3, 2, 9, 130, 2, {3, 1}, {4, 0}, 1, false, 0, true, 0, 1},
@@ -232,9 +303,9 @@ const Case PREFILL_CASES[] = {
 };
 
 template <int DK, int KP, int DV, int VP, int NT, int WARPS>
-void prefill_cases(std::mt19937_64& rng, int from, int to) {
+void prefill_cases(std::mt19937_64& rng, int from, int to, const Case* cases = PREFILL_CASES) {
     for (int i = from; i < to; i++) {
-        const Case& c = PREFILL_CASES[i];
+        const Case& c = cases[i];
         using K = dq::Side<DK, KP, true>;
         using V = dq::Side<DV, VP, true>;
         if (dq::planes_aligned<K, V>(c.n_kv)) run<DK, KP, DV, VP, NT, true, WARPS>(c, rng);
@@ -243,9 +314,9 @@ void prefill_cases(std::mt19937_64& rng, int from, int to) {
 }
 
 template <int DK, int KP, int DV, int VP>
-void all_cases(std::mt19937_64& rng, int from, int to) {
+void all_cases(std::mt19937_64& rng, int from, int to, const Case* cases = CASES) {
     for (int i = from; i < to; i++) {
-        const Case& c = CASES[i];
+        const Case& c = cases[i];
         using K = dq::Side<DK, KP, true>;
         using V = dq::Side<DV, VP, true>;
         if (dq::planes_aligned<K, V>(c.n_kv)) run<DK, KP, DV, VP, 1, true>(c, rng);

@@ -172,7 +172,7 @@ void bench(const char* name, Timer& timer, double copy, bool mixed, bool brief) 
                 auto attend = [&](int i, cudaStream_t s) { attend_kernel<K, V, 1><<<grid, 256, shared, s>>>(at(i)); };
                 uint32_t merge_threads = 32 * std::min(16u, std::max(4u, (splits + 3) / 4));
                 double all = timer.median(calls, [&](int i, cudaStream_t s) {
-                    fold_kernel<K, V, 1><<<dim3(N_KV * DQ_MAX_TRANSFORMS, 1, streams), dq::FOLD_THREADS, 0, s>>>(at(i));
+                    fold_kernel<K, V, 1><<<dim3(N_KV * DQ_MAX_TRANSFORMS, streams), dq::FOLD_THREADS, dq::fold_shared_bytes<K>(), s>>>(at(i));
                     attend(i, s);
                     merge_kernel<V><<<streams * N_KV * GROUP, merge_threads, 0, s>>>(at(i));
                 });
@@ -218,7 +218,7 @@ void bench_prefill(Timer& timer, uint32_t n, uint32_t keys) {
     p.folded = folded.get(), p.folded_scales = scales.get(), p.constants = constants.get(), p.partial = partial.get(), p.partial_sums = sums.get();
     const uint32_t warps = 8, shared = dq::prefill_shared_bytes<S, S, 4>(p, warps);
     rt::check(cudaFuncSetAttribute(prefill_kernel<S, S, 4>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
-    auto fold = [&](int, cudaStream_t s) { fold_kernel<S, S, 4><<<dim3(N_KV * DQ_MAX_TRANSFORMS, n_tiles, 1), dq::FOLD_THREADS, 0, s>>>(p); };
+    auto fold = [&](int, cudaStream_t s) { fold_kernel<S, S, 4><<<dim3(N_KV * DQ_MAX_TRANSFORMS, (n_tiles + 7) / 8), dq::FOLD_THREADS, dq::fold_shared_bytes<S>(), s>>>(p); };
     auto attend = [&](int, cudaStream_t s) { prefill_kernel<S, S, 4><<<dim3(1, N_KV * ((p.row_tiles + warps - 1) / warps), 1), 32 * warps, shared, s>>>(p); };
     auto merge = [&](int, cudaStream_t s) { merge_kernel<S><<<unsigned(rows), 64, 0, s>>>(p); };
     const double a = timer.median(5, fold), b = timer.median(5, attend), c = timer.median(5, merge);

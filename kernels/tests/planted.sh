@@ -25,7 +25,7 @@ plant() {
 
 BULK=-DDQ_EMU_BULK
 plant "missing barrier after a tile's copies" attend.cuh '/cp_async_wait<STAGES - 2>/{n;d}'
-plant "a stage filled anew before all are done with it" attend.cuh 's/others, 0) == warps - 1/others, 0) == 0/' attend_emu $BULK
+plant "a stage filled anew before all are done with it" attend.cuh 's/missing, 0) == 1/missing, 0) == warps/;/over already/d' attend_emu $BULK
 plant "wait one group short" attend.cuh 's/cp_async_wait<STAGES - 2>/cp_async_wait<STAGES - 1>/'
 plant "wait for the wrong phase" attend.cuh 's/index = 0, phase ^= 1/index = 0/' attend_emu $BULK
 plant "fewer bytes announced than copied" attend.cuh 's|barrier_expect(barriers + index, (to - from)|barrier_expect(barriers + index, (to - from - 1)|' attend_emu $BULK
@@ -41,7 +41,13 @@ plant "stage overwritten while in use" attend_prefill.cuh 's/(tile \& 1) \* stag
 plant "read past the last slot" attend.cuh 's/key < keys.end ? key : keys.end - 1/key/' attend_emu "-fsanitize=address"
 plant "blocks that the window has left are read" attend.cuh 's/key = key < keys.first ? keys.first : /key = /' attend_emu "-fsanitize=address"
 plant "blocks that the window has left are read, bulk copies" attend.cuh 's/const uint32_t from = keys.first > first_key.*/const uint32_t from = 0;/' attend_emu "-fsanitize=address $BULK"
-plant "queries of the sequence before" fold.cuh 's/p.q.data) + queries.first \* p.q/p.q.data) + uint64_t(of) * p.n_q * p.q/'
+plant "queries of the sequence before" fold.cuh 's|(queries.first + row / p.group)|(uint64_t(of) * p.n_q + row / p.group)|'
+plant "tail: a key behind its end" tail.cuh 's/n_coded + tail.count) : NEVER/n_coded + tail.count + 1) : NEVER/'
+plant "tail: no weight times NaN" tail.cuh 's/if (w\[r\] == 0.0f) continue;//'
+plant "tail: earlier weights not rescaled" tail.cuh 's/sum\[r\] \* shrink + weight/sum[r] + weight/'
+plant "tail: keys of two turns in shared memory" tail.cuh '/bits\[k\] = element_bits(p.tail.k/{n;d}'
+plant "tail: left out of the sum of weights" merge.cuh 's/float total = weights\[DQ_MAX_SETS\] + /float total = /'
+plant "tail: not counted among the keys" attend_rows.cuh 's/coded_keys(p, stream)) + tail_of(p, stream).count - n_q/coded_keys(p, stream)) - n_q/'
 plant "encode: other lanes' codes too early" encode.cuh '/^    __syncwarp();$/{N;s/^    __syncwarp();\n    if (!stored)/    if (!stored)/}' encode_emu
 plant "encode: the matrix before it is there" encode.cuh '/Also: the rows are there/{n;d}' encode_emu
 plant "encode: an error that the next latent does not hear of" encode.cuh 's/for (int k = i + 1; k < 8; k++) target/for (int k = i + 2; k < 8; k++) target/' encode_emu

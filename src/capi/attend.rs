@@ -34,7 +34,8 @@ pub unsafe extern "C" fn dq_workspace_size(
         let kv = limits.max_kv as usize;
         let size = match &handle.device {
             Some(device) => {
-                device.workspace_size(&handle.codec, layer as usize, cuda::Limits { streams, queries, kv })?
+                let limits = cuda::Limits { streams, queries, kv, tail: limits.max_tail as usize };
+                device.workspace_size(&handle.codec, layer as usize, limits)?
             }
             None => {
                 let all = streams.saturating_mul(queries);
@@ -69,9 +70,9 @@ pub unsafe extern "C" fn dq_workspace_size(
 /// All of `out` is written. A slot that is hidden from every query is not looked at; a visible slot must hold a record
 /// of this codec. A query that sees no key yields zeros. NaN in q or in the mask reaches that query's output and no
 /// other; NaN in a row of the tail reaches the queries that see it.
-/// Errors: `DQ_ERROR_INVALID_ARGUMENT`, `DQ_ERROR_WORKSPACE`, and on CUDA `DQ_ERROR_UNSUPPORTED` for a `tail` and for
-/// blocks of slots that are no power of two; out and workspace are untouched then. Threads: may overlap everything but a
-/// call that writes these slots.
+/// Errors: `DQ_ERROR_INVALID_ARGUMENT`, `DQ_ERROR_WORKSPACE`, and on CUDA `DQ_ERROR_UNSUPPORTED` for blocks of slots that
+/// are no power of two; out and workspace are untouched then. Threads: may overlap everything but a call that writes these
+/// slots.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dq_attend(
     codec: *const dq_codec,

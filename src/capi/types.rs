@@ -365,7 +365,7 @@ pub struct dq_attend_args {
     pub softcap: f32,
     /// Uneven sequences over blocks of slots; all zero: none.
     pub sequences: dq_sequences,
-    /// Rows that are not coded, on the CPU only; all zero: none.
+    /// Rows that are not coded; all zero: none.
     pub tail: dq_tail,
 }
 

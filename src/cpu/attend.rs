@@ -14,6 +14,7 @@
 //! | [`engine`] | how levels and integers lie: in pairs of 16 bits, or in fours of bytes |
 //! | [`expand`], [`product`] | codes to levels, and integer products, in pairs |
 //! | [`vnni`] | the same in fours, for AVX-512 |
+//! | [`tiles`] | products in fours on AMX tiles |
 //! | [`row`] | softmax of one row |
 //! | [`fold`] | queries into the coded space, outputs out of it |
 
@@ -28,6 +29,8 @@ mod product;
 mod row;
 mod tail;
 #[cfg(target_arch = "x86_64")]
+mod tiles;
+#[cfg(target_arch = "x86_64")]
 mod vnni;
 #[cfg(test)]
 mod batch_tests;
@@ -38,7 +41,7 @@ use std::mem::MaybeUninit;
 
 use crate::cpu::simd::{Isa, portable::Portable};
 #[cfg(target_arch = "x86_64")]
-use crate::cpu::simd::{avx2::Avx2, avx512::Avx512};
+use crate::cpu::simd::{amx, avx2::Avx2, avx512::Avx512};
 use crate::error::{Error, Result};
 use crate::factor::LayerFactors;
 use crate::shape::LayerShape;
@@ -350,7 +353,12 @@ fn run_item(
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => run_avx2(Avx2::new().ok_or_else(missing)?, &kind, scratch),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => run_avx512(Avx512::new().ok_or_else(missing)?, &kind, scratch),
+            Isa::Avx512 => run_avx512(Avx512::new(None).ok_or_else(missing)?, &kind, scratch),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => {
+                let tiles = amx::Tiles::new(amx::Amx::new().ok_or_else(missing)?);
+                run_avx512(Avx512::new(Some(&tiles)).ok_or_else(missing)?, &kind, scratch);
+            }
             #[cfg(not(target_arch = "x86_64"))]
             _ => return Err(missing()),
         }
@@ -394,7 +402,7 @@ unsafe fn run_avx2(s: Avx2, kind: &Kind<'_>, scratch: &mut Scratches) {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
-unsafe fn run_avx512(s: Avx512, kind: &Kind<'_>, scratch: &mut Scratches) {
+unsafe fn run_avx512(s: Avx512<'_>, kind: &Kind<'_>, scratch: &mut Scratches) {
     // SAFETY: the caller's promise.
     unsafe { run_kind(s, kind, scratch) }
 }

@@ -10,13 +10,18 @@ use crate::workspace::{ALIGN, Arena, size_of_pieces};
 
 const KEYS_PER_WARP: usize = 32;
 const STAGES: usize = 2;
-/// A barrier and a counter for each of four stages.
-const BARRIER_BYTES: usize = 48;
-/// Streams that share a block of the fold kernel, at most; and how many (stream, KV head) make it worth it. Powers of two.
-const FOLD_STREAMS: usize = 4;
-const FOLD_HEADS: usize = 128;
-pub const FOLD_THREADS: usize = 256;
+/// Two barriers for each of four stages.
+const BARRIER_BYTES: usize = 64;
+/// Units (a tile of four rows of a stream) that share a block of the fold kernel, at most: one to a warp; and how many units of
+/// all KV heads there are to each that does. Powers of two.
+const FOLD_WARPS: usize = 8;
+const FOLD_HEADS: usize = 32;
+pub const FOLD_THREADS: usize = 32 * FOLD_WARPS;
 const MOST_WARPS: usize = 8;
+/// Warps of a block of the tail's kernel; as many of them share four rows as keep the whole at this number.
+const TAIL_BLOCK: usize = 4;
+const TAIL_WARPS: usize = 1024;
+pub const TAIL_THREADS: usize = 32 * TAIL_BLOCK;
 const TILE_KEYS: usize = 64;
 const MOST_RUNS: usize = 16;
 const RUN_BYTES: usize = 8;
@@ -31,7 +36,9 @@ pub struct LayerKernels {
     pub encode: Kernel,
     pub dequantize: Kernel,
     fold: Kernel,
+    fold_shared: usize,
     merge: Kernel,
+    tail: Kernel,
     /// Decode with one and two tiles of four rows, prefill.
     attend: [Variant; 3],
     pub encode_shared: usize,
@@ -113,7 +120,12 @@ impl LayerKernels {
             encode: find(format!("dq_encode_{d}_{k}_{v}"))?,
             dequantize: find(format!("dq_dequantize_{d}_{k}_{v}"))?,
             fold: find(format!("dq_fold_{d}_{k}_{v}"))?,
+            fold_shared: {
+                let chunk = if d <= 128 { d } else { 64 };
+                FOLD_WARPS * d * 16 + chunk * (d + 8) * 2 + FOLD_WARPS * groups(&shape.k) * 256
+            },
             merge: find(format!("dq_merge_{d}_{k}_{v}"))?,
+            tail: find("dq_tail".into())?,
             attend: [n1, n2, prefill],
             encode_shared: encode_shared(d),
             k_groups: groups(&shape.k),
@@ -174,6 +186,8 @@ impl LayerKernels {
 #[derive(Debug, Clone, Copy)]
 pub struct AttendPlan {
     pub fold: (Kernel, (usize, usize, usize)),
+    pub fold_shared: usize,
+    pub tail: Option<(Kernel, (usize, usize, usize))>,
     pub attend: (Kernel, (usize, usize, usize)),
     pub attend_threads: usize,
     pub attend_shared: usize,
@@ -252,6 +266,11 @@ fn lay(arena: &mut Arena, kernels: &LayerKernels, d_v: usize, c: Counts) -> Piec
     }
 }
 
+/// Parts of each row's result over a tail; `tiles` counts (stream, KV head, four rows).
+fn tail_parts(tiles: usize, tail: usize) -> usize {
+    tail.div_ceil(KEYS_PER_WARP).min((TAIL_WARPS / tiles.max(1)).max(1))
+}
+
 /// Bytes of workspace for any attention within the limits.
 pub fn workspace_size(shape: &LayerShape, kernels: &LayerKernels, limits: Limits) -> Result<usize> {
     let rows = limits.queries.saturating_mul(shape.group());
@@ -275,6 +294,9 @@ pub fn workspace_size(shape: &LayerShape, kernels: &LayerKernels, limits: Limits
         let parts = (heads * rows).saturating_mul(splits).min((heads * rows).max(of_blocks));
         counts.partials = counts.partials.max(parts.saturating_mul(v.key_warps * kernels.v_transforms));
     }
+    // As in `tail_parts`: either one to a row or four rows to each of the warps.
+    let of_tail = (heads * rows).saturating_mul(limits.tail.div_ceil(KEYS_PER_WARP)).min((heads * rows).max(4 * TAIL_WARPS));
+    counts.partials = counts.partials.saturating_add(of_tail);
     Ok(size_of_pieces(|arena| lay(arena, kernels, shape.v.head_dim, counts)))
 }
 
@@ -292,7 +314,10 @@ pub fn plan_attend(
     let n_tiles = row_tiles * v.nt;
     let heads = streams * shape.n_kv_heads;
     let parts_per_transform = splits * v.key_warps;
-    let counts = Counts { tiles: heads * n_tiles, partials: heads * rows * parts_per_transform * kernels.v_transforms };
+    let of_four = rows.div_ceil(4);
+    let tail_parts = tail_parts(heads * of_four, p.tail.n_rows as usize);
+    let parts = parts_per_transform * kernels.v_transforms + tail_parts;
+    let counts = Counts { tiles: heads * n_tiles, partials: heads * rows * parts };
 
     // The size query bounds this; here is what this very call takes.
     let need = size_of_pieces(|arena| lay(arena, kernels, shape.v.head_dim, counts));
@@ -318,6 +343,10 @@ pub fn plan_attend(
     p.constants = pieces.constants.addr() as Address;
     p.partial = pieces.partial.addr() as Address;
     p.partial_sums = pieces.partial_sums.addr() as Address;
+    p.tail.parts = tail_parts as u32;
+    let units = (heads * n_tiles / FOLD_HEADS).next_power_of_two().clamp(1, FOLD_WARPS);
+    p.fold_tiles = n_tiles as u32;
+    p.fold_units = units as u32;
 
     let y = if v.prefill {
         shape.n_kv_heads * row_tiles.div_ceil(v.warps(rows))
@@ -325,13 +354,15 @@ pub fn plan_attend(
         shape.n_kv_heads / v.heads_per_block * row_tiles
     };
     Ok(AttendPlan {
-        fold: (kernels.fold, (shape.n_kv_heads * MAX_TRANSFORMS, n_tiles, streams.div_ceil((heads / FOLD_HEADS).next_power_of_two().clamp(1, FOLD_STREAMS)))),
+        fold: (kernels.fold, (shape.n_kv_heads * MAX_TRANSFORMS, (streams * n_tiles).div_ceil(units), 1)),
+        fold_shared: kernels.fold_shared,
+        tail: (tail_parts > 0).then(|| (kernels.tail, ((of_four * tail_parts).div_ceil(TAIL_BLOCK), shape.n_kv_heads, streams))),
         attend: (v.kernel, (splits, y, streams * kernels.v_transforms)),
         attend_threads: 32 * v.warps(rows),
         attend_shared: v.shared,
         merge: (kernels.merge, (heads * rows, 1, 1)),
         // Few parts and many rows: small blocks, of which many run at once.
-        merge_threads: match parts_per_transform {
+        merge_threads: match parts_per_transform.max(tail_parts) {
             0..=8 if kernels.v_transforms == 1 => 32,
             0..=16 => 128,
             _ => 512,

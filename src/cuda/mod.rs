@@ -40,6 +40,8 @@ pub struct Limits {
     pub streams: usize,
     pub queries: usize,
     pub kv: usize,
+    /// Rows of a tail.
+    pub tail: usize,
 }
 
 fn no_kernels(device: u32) -> Error {

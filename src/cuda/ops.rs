@@ -188,6 +188,17 @@ impl DeviceCodec {
             softcap: a.softcap,
             ..params::Attend::default()
         };
+        if let Some(tail) = &a.tail {
+            p.tail = params::Tail {
+                k: (&tail.k).into(),
+                v: (&tail.v).into(),
+                starts: tail.starts,
+                lengths: tail.lengths,
+                n_rows: tail.n_rows,
+                head_dim: shape.k.head_dim as u32,
+                ..params::Tail::default()
+            };
+        }
         if let Some(mask) = &a.mask {
             p.mask = mask.data;
             p.mask_query_stride = mask.query_stride;
@@ -203,7 +214,10 @@ impl DeviceCodec {
         // SAFETY: `capi` checked what can be checked of the caller's pointers; tables and workspace are as large as the
         // kernels were told.
         unsafe {
-            device.launch(plan.fold.0, plan.fold.1, launch::FOLD_THREADS, 0, stream, &p)?;
+            device.launch_early(plan.fold.0, plan.fold.1, launch::FOLD_THREADS, plan.fold_shared, stream, &p)?;
+            if let Some((tail, grid)) = plan.tail {
+                device.launch_early(tail, grid, launch::TAIL_THREADS, 0, stream, &p)?;
+            }
             device.launch_early(plan.attend.0, plan.attend.1, plan.attend_threads, plan.attend_shared, stream, &p)?;
             device.launch_early(plan.merge.0, plan.merge.1, plan.merge_threads, 0, stream, &p)
         }

@@ -69,6 +69,19 @@ impl From<&Store> for DeviceStore {
 
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
+pub struct Tail {
+    pub k: DeviceRows,
+    pub v: DeviceRows,
+    pub starts: Address,
+    pub lengths: Address,
+    pub n_rows: u32,
+    pub head_dim: u32,
+    pub parts: u32,
+    pub reserved: u32,
+}
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Attend {
     pub store: DeviceStore,
     pub k: Factors,
@@ -101,11 +114,14 @@ pub struct Attend {
     pub n_splits: u32,
     pub row_tiles: u32,
     pub v_transforms: u32,
+    pub fold_tiles: u32,
+    pub fold_units: u32,
     pub folded: Address,
     pub folded_scales: Address,
     pub constants: Address,
     pub partial: Address,
     pub partial_sums: Address,
+    pub tail: Tail,
 }
 
 #[repr(C)]
@@ -227,7 +243,8 @@ pub struct Publish {
 const _: () = {
     assert!(size_of::<HeadSets>() == 40 && size_of::<Factors>() == 48);
     assert!(size_of::<DeviceRows>() == 32 && size_of::<DeviceStore>() == 24);
-    assert!(size_of::<Attend>() == 368 && size_of::<Dequantize>() == 200 && size_of::<Encode>() == 208);
+    assert!(size_of::<Tail>() == 96 && size_of::<Attend>() == 472);
+    assert!(size_of::<Dequantize>() == 200 && size_of::<Encode>() == 208);
     assert!(size_of::<Fit>() == 40 && size_of::<Publish>() == 136);
     assert!(size_of::<Moments>() == 56 && size_of::<Observe>() == 256);
 };

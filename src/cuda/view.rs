@@ -33,13 +33,24 @@ pub struct Tokens {
     pub replaced_rows: Address,
 }
 
-/// An additive mask `[n_streams][n_q][n_kv]`.
+/// An additive mask `[n_streams][n_q][n_kv + rows of the tail]`.
 #[derive(Debug, Clone, Copy)]
 pub struct Mask {
     pub data: Address,
     pub dtype: MaskType,
     pub query_stride: u64,
     pub stream_stride: u64,
+}
+
+/// Rows that are not coded, behind the coded keys; see `dq_tail`.
+#[derive(Debug, Clone, Copy)]
+pub struct Tail {
+    pub k: Rows,
+    pub v: Rows,
+    pub starts: Address,
+    pub lengths: Address,
+    /// Of a stream, at most; at least 1.
+    pub n_rows: u32,
 }
 
 /// Attention over coded slots; see `dq_attend_args`.
@@ -65,6 +76,7 @@ pub struct Attend {
     pub causal: bool,
     pub scale: f32,
     pub softcap: f32,
+    pub tail: Option<Tail>,
 }
 
 /// Rows to decode; see `dq_dequantize`.

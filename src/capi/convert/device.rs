@@ -9,7 +9,7 @@ use super::rows::{Dims, Name, check, check_mask, check_rows_apart, name};
 use super::slots::check_store;
 use super::structs::read_struct;
 use crate::capi::types::*;
-use crate::cuda::view::{Address, Attend, Dequantize, Mask, Rows, Store, Tokens, Workspace};
+use crate::cuda::view::{Address, Attend, Dequantize, Mask, Rows, Store, Tail, Tokens, Workspace};
 use crate::error::{Error, Result};
 use crate::shape::LayerShape;
 
@@ -98,7 +98,8 @@ pub unsafe fn device_attend(
     let (q, q_region) = rows(name!("args->q"), &given.q, dims(shape.k.head_dim))?;
     let (out, out_region) = rows(name!("args->out"), &given.out, dims(shape.v.head_dim))?;
     check_rows_apart(name!("args->out"), &out.shape)?;
-    let mask = check_mask(&given.mask, n_streams, n_q, n_kv)?;
+    let mask = check_mask(&given.mask, n_streams, n_q, n_kv + given.tail.n_rows as usize)?;
+    let (tail, [tail_k, tail_v]) = tail(&given.tail, n_streams, shape)?;
     let (s, table_stride) = (&given.sequences, given.sequences.table_stride / 4);
     let table = (table_stride as usize).saturating_mul(n_streams - 1).saturating_add(n_kv.div_ceil(1 << block_shift));
     let reads = [
@@ -109,6 +110,10 @@ pub unsafe fn device_attend(
         optional("args->sequences.q_starts", s.q_starts, n_streams + 1)?,
         optional("args->sequences.kv_lengths", s.kv_lengths, n_streams)?,
         optional("args->sequences.block_table", s.block_table, table)?,
+        tail_k,
+        tail_v,
+        optional("args->tail.starts", given.tail.starts, n_streams)?,
+        optional("args->tail.lengths", given.tail.lengths, n_streams)?,
     ];
     let scratch = Region { name: "workspace", start: workspace.addr(), len: workspace_bytes as usize };
     check_apart(&[out_region, scratch], &reads)?;
@@ -138,16 +143,35 @@ pub unsafe fn device_attend(
         causal: visible.is_some_and(|v| v.causal),
         scale,
         softcap: given.softcap,
+        tail,
     };
     Ok(Some((attend, Workspace { data: address(workspace), bytes: workspace_bytes })))
+}
+
+/// The tail, and where k and v lie as far as the host can know.
+fn tail(t: &dq_tail, n_streams: usize, shape: &LayerShape) -> Result<(Option<Tail>, [Region; 2])> {
+    if t.n_rows == 0 {
+        return Ok((None, [NONE; 2]));
+    }
+    let known = t.starts.is_null() && t.lengths.is_null();
+    let side = |name: Name, tensor: &dq_tensor, head_dim| {
+        let dims = |n_tokens| Dims { n_tokens, n_heads: shape.n_kv_heads, head_dim };
+        if known {
+            return rows(name, tensor, dims(n_streams.saturating_mul(t.n_rows as usize)));
+        }
+        // Only the device knows where tails lie: strides are those of several rows, the memory is that of the first.
+        let (several, _) = rows(name, tensor, dims(2))?;
+        Ok((several, rows(name, tensor, dims(1))?.1))
+    };
+    let (k, k_region) = side(name!("args->tail.k"), &t.k, shape.k.head_dim)?;
+    let (v, v_region) = side(name!("args->tail.v"), &t.v, shape.v.head_dim)?;
+    let tail = Tail { k, v, starts: address(t.starts), lengths: address(t.lengths), n_rows: t.n_rows };
+    Ok((Some(tail), [k_region, v_region]))
 }
 
 /// What the kernels have no code for; the power of two that a block's slots are.
 fn check_served(given: &dq_attend_args, form: &Form) -> Result<u32> {
     let s = &given.sequences;
-    if given.tail.n_rows > 0 {
-        return Err(Error::unsupported("args->tail.n_rows is given; tails are served on the CPU only"));
-    }
     if s.block_table.is_null() {
         return Ok(0);
     }

@@ -5,12 +5,45 @@
 
 use super::fold::MAX_DIM;
 use super::lanes::SideLanes;
-use super::product::{self, Finish, Left, Right};
+use super::product::{self, Finish, Left, Outputs, Right};
 use super::row::{self, Softmax, Weights};
 use super::{MAX_TILE, expand};
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::simd::avx2::Avx2;
 use crate::cpu::simd::{Simd, portable::Portable};
+
+/// A tile of one set of keys and one of values without soft-cap, from folded queries and levels of keys to weights.
+pub struct Tile {
+    pub queries: Left,
+    pub keys: Right,
+    /// Of the folded queries and what is added to their scores, one per row; of the keys.
+    pub start: *const i32,
+    pub step: *const f32,
+    pub constant: *const f32,
+    pub k_scale: *const f32,
+    pub v_scale: *const f32,
+    /// `[query][stride]`.
+    pub mask: Option<*const f32>,
+    pub stride: usize,
+    pub first_row: usize,
+    pub group: usize,
+    /// One per row: largest score before, and then now; what its growth leaves of earlier sums; sum of probabilities.
+    pub largest: *mut f32,
+    pub keep: *mut f32,
+    pub sum: *mut f32,
+    /// `[row][upper or lower byte][MAX_TILE]`, zeros behind the tile's keys; their sums, and what a step is worth.
+    pub weights: *mut u8,
+    pub weights_sum: *mut i32,
+    pub worth: *mut f32,
+}
+
+impl Tile {
+    /// Query of a row, counted from that of row 0.
+    #[inline(always)]
+    pub fn query(&self, row: usize) -> usize {
+        (self.first_row + row) / self.group - self.first_row / self.group
+    }
+}
 
 pub trait Engine: Simd {
     /// Channels of keys as folded queries have them, `[head_dim]`.
@@ -109,6 +142,23 @@ pub trait Engine: Simd {
         // SAFETY: the caller's promise.
         unsafe { product::product(self, a, b, finish) }
     }
+
+    /// Products, softmax and weights of a tile in one go, if that is faster than one after the other: else `false`, and
+    /// nothing done.
+    ///
+    /// # Safety
+    /// The pieces hold what their fields say; keys are a multiple of 16.
+    #[inline(always)]
+    unsafe fn weigh(self, _tile: &Tile) -> bool {
+        false
+    }
+
+    /// The product with values of weights that [`Engine::weigh`] wrote. Levels beyond the tile's keys may be anything.
+    ///
+    /// # Safety
+    /// The factors and the result hold what their fields say.
+    #[inline(always)]
+    unsafe fn weighed_outputs(self, _weights: Left, _values: Right, _to: Outputs) {}
 }
 
 impl Engine for Portable {}

@@ -9,7 +9,7 @@
 use half::f16;
 use std::mem::MaybeUninit;
 
-use super::engine::Engine;
+use super::engine::{Engine, Tile};
 use super::fold::{self, Folded, fold, unfold};
 use super::keys::{Keys, Sight};
 use super::lanes::{MAX_LANES, SideLanes};
@@ -227,12 +227,15 @@ impl<S: Engine> State<'_, '_, S> {
             let levels = (&raw mut (*x).levels).cast::<i32>();
             let low = (&raw mut (*x).low).cast::<u8>();
             s.keys(item.k, &rows, padded, item.tile, levels, low, ahead);
-            self.scores(k_sets, padded);
-            let grown = self.softmax(mask, v_sets, padded);
+            let weighed = self.weigh(k_sets, v_sets, mask, padded);
+            let grown = weighed.unwrap_or_else(|| {
+                self.scores(k_sets, padded);
+                self.softmax(mask, v_sets, padded)
+            });
 
             // Outputs.
             s.values(item.v, &rows, padded, levels, low, ahead);
-            self.outputs(v_sets, padded, grown);
+            self.outputs(v_sets, padded, grown, weighed.is_some());
         }
     }
 
@@ -289,6 +292,89 @@ impl<S: Engine> State<'_, '_, S> {
         }
     }
 
+    /// From levels of keys to weights in one go, where the tile and the instruction set allow it. Whether any row's largest
+    /// score grew.
+    #[inline(always)]
+    unsafe fn weigh(&mut self, k_sets: u16, v_sets: u16, mask: Option<*const f32>, n: usize) -> Option<bool> {
+        let (s, item, x) = (self.s, self.item, self.x);
+        if !k_sets.is_power_of_two() || !v_sets.is_power_of_two() || item.softcap > 0.0 {
+            return None;
+        }
+        // SAFETY: as in `scores`.
+        unsafe {
+            self.learn_constants(k_sets);
+            let constant = self.constants(k_sets);
+            let slot = self.folded(fold::key(item.k_sets, k_sets.trailing_zeros() as u8), k_sets);
+            let mut sum = [0.0f32; MAX_ROWS];
+            let tile = Tile {
+                queries: self.queries(slot),
+                keys: Right { data: (&raw const (*x).levels).cast(), stride: item.tile, lanes: n },
+                start: (&raw const (*x).folded_start[slot]).cast(),
+                step: (&raw const (*x).folded_step[slot]).cast(),
+                constant: constant.as_ptr(),
+                k_scale: (&raw const (*x).k_scale).cast(),
+                v_scale: (&raw const (*x).v_scale).cast(),
+                mask,
+                stride: item.tile,
+                first_row: item.first_row,
+                group: item.group,
+                largest: (&raw mut (*x).largest).cast(),
+                keep: (&raw mut (*x).keep).cast(),
+                sum: sum.as_mut_ptr(),
+                weights: (&raw mut (*x).weights).cast(),
+                weights_sum: (&raw mut (*x).weights_sum).cast(),
+                worth: (&raw mut (*x).weights_step).cast(),
+            };
+            if !s.weigh(&tile) {
+                return None;
+            }
+            let mut grown = false;
+            for (row, sum) in sum[..item.rows].iter().enumerate() {
+                let sums = (&raw mut (*x).sums[row * MAX_SETS]).cast::<f32>();
+                let keep = (*x).keep[row];
+                if keep != 1.0 {
+                    grown = true;
+                    self.keep_sums(row, keep);
+                }
+                *sums.add(v_sets.trailing_zeros() as usize) += sum;
+            }
+            Some(grown)
+        }
+    }
+
+    /// Queries folded into a slot.
+    #[inline(always)]
+    fn queries(&self, slot: usize) -> Left {
+        let (item, half) = (self.item, self.item.k.head_dim / 2);
+        // SAFETY: a field's address.
+        let data = unsafe { (&raw const (*self.x).folded[slot]).cast() };
+        Left { data, stride: half, rows: item.rows, depth: half }
+    }
+
+    /// `q . mean` of all rows, of one set.
+    #[inline(always)]
+    unsafe fn constants(&self, set: u16) -> [f32; MAX_ROWS] {
+        let mut out = [0.0f32; MAX_ROWS];
+        for (row, c) in out[..self.item.rows].iter_mut().enumerate() {
+            // SAFETY: the set's constants are known.
+            *c = unsafe { (*self.x).constants[row * MAX_SETS + set.trailing_zeros() as usize] };
+        }
+        out
+    }
+
+    /// Scales a row's sums of probabilities by what a growth leaves of them.
+    #[inline(always)]
+    unsafe fn keep_sums(&self, row: usize, keep: f32) {
+        let s = self.s;
+        // SAFETY: a row of the scratch.
+        unsafe {
+            let sums = (&raw mut (*self.x).sums[row * MAX_SETS]).cast::<f32>();
+            for set in (0..MAX_SETS).step_by(LANES) {
+                s.store(sums.add(set), s.mul(s.load(sums.add(set)), s.splat(keep)));
+            }
+        }
+    }
+
     /// Scores of all rows and keys.
     #[inline(always)]
     unsafe fn scores(&mut self, k_sets: u16, n: usize) {
@@ -298,13 +384,8 @@ impl<S: Engine> State<'_, '_, S> {
             self.learn_constants(k_sets);
             let scores = (&raw mut (*x).scores).cast::<f32>();
             let constants = (&raw const (*x).constants).cast::<f32>();
-            let one_set = k_sets & (k_sets - 1) == 0;
-            let mut constant = [0.0f32; MAX_ROWS];
-            if one_set {
-                for (row, c) in constant[..item.rows].iter_mut().enumerate() {
-                    *c = constants.add(row * MAX_SETS + k_sets.trailing_zeros() as usize).read();
-                }
-            }
+            let one_set = k_sets.is_power_of_two();
+            let constant = if one_set { self.constants(k_sets) } else { [0.0; MAX_ROWS] };
             let present = Present::new(item.k_sets, k_sets);
             for t in 0..present.n {
                 let slot = self.folded(present.keys[t], present.sets[t]);
@@ -313,12 +394,7 @@ impl<S: Engine> State<'_, '_, S> {
                 } else {
                     self.scales_of(present.sets[t], n, false)
                 };
-                let left = Left {
-                    data: (&raw const (*x).folded[slot]).cast(),
-                    stride: item.k.head_dim / 2,
-                    rows: item.rows,
-                    depth: item.k.head_dim / 2,
-                };
+                let left = self.queries(slot);
                 let right = Right { data: (&raw const (*x).levels).cast(), stride: item.tile, lanes: n };
                 let start = (&raw const (*x).folded_start[slot]).cast::<i32>();
                 let step = (&raw const (*x).folded_step[slot]).cast::<f32>();
@@ -378,12 +454,10 @@ impl<S: Engine> State<'_, '_, S> {
                     (*x).keep[row] = block.keep[r];
                     if block.largest[r] > block.before[r] {
                         grown = true;
-                        for set in (0..MAX_SETS).step_by(LANES) {
-                            s.store(sums.add(set), s.mul(s.load(sums.add(set)), s.splat(block.keep[r])));
-                        }
+                        self.keep_sums(row, block.keep[r]);
                         (*x).largest[row] = block.largest[r];
                     }
-                    if v_sets & (v_sets - 1) == 0 {
+                    if v_sets.is_power_of_two() {
                         *sums.add(v_sets.trailing_zeros() as usize) += block.sum[r];
                     } else {
                         for key in 0..n {
@@ -397,9 +471,9 @@ impl<S: Engine> State<'_, '_, S> {
         grown
     }
 
-    /// Adds the tile's values to the coded outputs.
+    /// Adds the tile's values to the coded outputs. `weighed`: `weigh` has written the weights.
     #[inline(always)]
-    unsafe fn outputs(&mut self, v_sets: u16, n: usize, grown: bool) {
+    unsafe fn outputs(&mut self, v_sets: u16, n: usize, grown: bool, weighed: bool) {
         let (s, item, x) = (self.s, self.item, self.x);
         let present = Present::new(item.v_sets, v_sets);
         // SAFETY: as in `scores`; ROW_FLOATS covers the item's rows and lanes.
@@ -414,22 +488,12 @@ impl<S: Engine> State<'_, '_, S> {
             }
             for t in 0..present.n {
                 let slot = self.slot(present.keys[t], present.sets[t]);
-                let scale = if alone {
-                    (&raw const (*x).v_scale).cast::<f32>()
-                } else {
-                    self.scales_of(present.sets[t], n, true)
-                };
-                let p = (&raw const (*x).scores).cast::<f32>();
-                let w = (&raw mut (*x).weights).cast::<i16>();
-                let (sum, step) = ((&raw mut (*x).weights_sum).cast(), (&raw mut (*x).weights_step).cast());
-                s.weights(Weights { p, scale, stride: item.tile, n, rows: item.rows, out: w, sum, step });
+                if !weighed {
+                    self.weights(present.sets[t], n, alone);
+                }
                 for tier in item.v.tiers() {
-                    let left = Left {
-                        data: (&raw const (*x).weights).cast(),
-                        stride: item.tile / 2,
-                        rows: item.rows,
-                        depth: n / 2,
-                    };
+                    let (stride, depth) = if weighed { (MAX_TILE / 2, MAX_TILE / 2) } else { (item.tile / 2, n / 2) };
+                    let left = Left { data: (&raw const (*x).weights).cast(), stride, rows: item.rows, depth };
                     let right = Right {
                         data: (&raw const (*x).levels).cast::<i32>().add(tier.first_lane),
                         stride: item.v.lanes,
@@ -443,9 +507,28 @@ impl<S: Engine> State<'_, '_, S> {
                         step: (&raw const (*x).weights_step).cast(),
                         keep: (&raw const (*x).keep).cast(),
                     };
-                    s.product(left, right, out);
+                    if weighed {
+                        s.weighed_outputs(left, right, out);
+                    } else {
+                        s.product(left, right, out);
+                    }
                 }
             }
+        }
+    }
+
+    /// Weights of the tile's rows that belong to `sets`, of all if they are `alone`.
+    #[inline(always)]
+    unsafe fn weights(&mut self, sets: u16, n: usize, alone: bool) {
+        let (s, item, x) = (self.s, self.item, self.x);
+        // SAFETY: as in `outputs`.
+        unsafe {
+            let scale =
+                if alone { (&raw const (*x).v_scale).cast::<f32>() } else { self.scales_of(sets, n, true) };
+            let p = (&raw const (*x).scores).cast::<f32>();
+            let w = (&raw mut (*x).weights).cast::<i16>();
+            let (sum, step) = ((&raw mut (*x).weights_sum).cast(), (&raw mut (*x).weights_step).cast());
+            s.weights(Weights { p, scale, stride: item.tile, n, rows: item.rows, out: w, sum, step });
         }
     }
 

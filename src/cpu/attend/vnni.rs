@@ -7,12 +7,12 @@
 
 use std::arch::x86_64::*;
 
-use super::engine::Engine;
+use super::engine::{Engine, Tile};
 use super::fold::{MAX_DIM, ROUND};
 use super::lanes::{SideLanes, TierLanes};
-use super::product::{Finish, Left, Right};
+use super::product::{Finish, Left, Outputs, Right};
 use super::row::{EXP2, Softmax, Weights, steps};
-use super::{LOW_STRIDE, MAX_TILE};
+use super::{LOW_STRIDE, MAX_TILE, tiles};
 use crate::cpu::simd::{LANES, avx512::Avx512};
 
 type Rows = [*const u8; MAX_TILE];
@@ -26,7 +26,7 @@ fn split(x: i32) -> (u8, u8) {
 // SAFETY of all blocks below: a value of `Avx512` exists only where its `new` found the instructions; memory is the
 // caller's promise.
 #[allow(clippy::undocumented_unsafe_blocks)]
-impl Engine for Avx512 {
+impl Engine for Avx512<'_> {
     #[inline(always)]
     fn key_order(self, lanes: &SideLanes, order: &mut [u16]) {
         lanes.key_quads(order);
@@ -126,6 +126,20 @@ impl Engine for Avx512 {
     #[inline(always)]
     unsafe fn product(self, a: Left, b: Right, finish: impl Finish<Self>) {
         unsafe { product(self, a, b, finish) }
+    }
+
+    #[inline(always)]
+    unsafe fn weigh(self, tile: &Tile) -> bool {
+        let Some(tiles) = self.1.filter(|_| tile.queries.rows >= tiles::LEAST_ROWS) else { return false };
+        unsafe { tiles::weigh(tiles, tile) };
+        true
+    }
+
+    #[inline(always)]
+    unsafe fn weighed_outputs(self, weights: Left, values: Right, to: Outputs) {
+        if let Some(tiles) = self.1 {
+            unsafe { tiles::outputs(tiles, weights, values, to) };
+        }
     }
 }
 
@@ -429,7 +443,7 @@ unsafe fn chunk_of_values<const BITS: u8, const TAIL: bool>(
 
 /// [`super::row::exp2`] of 16 numbers.
 #[inline(always)]
-unsafe fn exp2(x: __m512) -> __m512 {
+pub unsafe fn exp2(x: __m512) -> __m512 {
     // SAFETY: the caller's CPU has AVX-512 F.
     unsafe {
         let round = _mm512_set1_ps(ROUND);
@@ -440,8 +454,8 @@ unsafe fn exp2(x: __m512) -> __m512 {
             p = _mm512_add_ps(_mm512_mul_ps(p, f), _mm512_set1_ps(*c));
         }
         let whole = _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted));
-        let p = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), whole));
-        _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLE_UQ>(x, _mm512_set1_ps(-126.0)), p)
+        let some = _mm512_cmp_ps_mask::<_CMP_NLE_UQ>(x, _mm512_set1_ps(-126.0));
+        _mm512_castsi512_ps(_mm512_maskz_add_epi32(some, _mm512_castps_si512(p), whole))
     }
 }
 
@@ -458,12 +472,12 @@ unsafe fn largest_of(x: __m512) -> f32 {
 }
 
 #[inline(always)]
-unsafe fn upper_floats(x: __m512) -> __m256 {
+pub unsafe fn upper_floats(x: __m512) -> __m256 {
     // SAFETY: the caller's CPU has AVX-512 F.
     unsafe { _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(x))) }
 }
 
-/// [`super::row::softmax`] of `R` rows. Sums have eight lanes as there, in the same order.
+/// [`super::row::softmax`] of `R` rows. Sums have sixteen lanes as there, added in the same order.
 #[target_feature(enable = "avx2,avx512f,avx512vl")]
 unsafe fn softmax<const R: usize>(block: &mut Softmax) {
     // SAFETY: scores and masks hold `n` floats a row, a multiple of 16.
@@ -487,21 +501,22 @@ unsafe fn softmax<const R: usize>(block: &mut Softmax) {
         }
         let mut keep = [0.0; 16];
         _mm512_storeu_ps(keep.as_mut_ptr(), exp2(_mm512_loadu_ps(growth.as_ptr())));
-        let mut sums = [_mm256_setzero_ps(); R];
+        let mut sums = [_mm512_setzero_ps(); R];
         for at in (0..block.n).step_by(16) {
             for r in 0..R {
                 let x = _mm512_sub_ps(_mm512_loadu_ps(rows[r].add(at)), _mm512_set1_ps(block.largest[r]));
                 let p = exp2(x);
                 _mm512_storeu_ps(rows[r].add(at), p);
-                sums[r] = _mm256_add_ps(_mm256_add_ps(sums[r], _mm512_castps512_ps256(p)), upper_floats(p));
+                sums[r] = _mm512_add_ps(sums[r], p);
             }
         }
         for r in 0..R {
             if block.largest[r] > block.before[r] {
                 block.keep[r] = keep[r];
             }
+            let x = _mm256_add_ps(_mm512_castps512_ps256(sums[r]), upper_floats(sums[r]));
             // ((0 + 4) + (2 + 6)) + ((1 + 5) + (3 + 7))
-            let x = _mm_add_ps(_mm256_castps256_ps128(sums[r]), _mm256_extractf128_ps::<1>(sums[r]));
+            let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
             let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
             block.sum[r] = _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
         }
@@ -551,7 +566,7 @@ unsafe fn weights<const R: usize>(w: Weights, row: usize) -> usize {
 
 /// See [`super::product::product`]. The words of a row of `a`: upper bytes in the first half, lower ones in the second.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn product<F: Finish<Avx512>>(s: Avx512, a: Left, b: Right, finish: F) {
+unsafe fn product<'a, F: Finish<Avx512<'a>>>(s: Avx512<'a>, a: Left, b: Right, finish: F) {
     let mut row = 0;
     while row < a.rows {
         // SAFETY: `row + MR <= rows` in each arm.
@@ -570,8 +585,8 @@ unsafe fn product<F: Finish<Avx512>>(s: Avx512, a: Left, b: Right, finish: F) {
 
 /// `MR` rows by all lanes.
 #[inline(always)]
-unsafe fn panel<const MR: usize, const NR: usize, F: Finish<Avx512>>(
-    s: Avx512,
+unsafe fn panel<'a, const MR: usize, const NR: usize, F: Finish<Avx512<'a>>>(
+    s: Avx512<'a>,
     a: Left,
     b: Right,
     row: usize,
@@ -593,8 +608,8 @@ unsafe fn panel<const MR: usize, const NR: usize, F: Finish<Avx512>>(
 }
 
 #[inline(always)]
-unsafe fn block<const MR: usize, const NR: usize, F: Finish<Avx512>>(
-    s: Avx512,
+unsafe fn block<'a, const MR: usize, const NR: usize, F: Finish<Avx512<'a>>>(
+    s: Avx512<'a>,
     a: Left,
     b: Right,
     row: usize,

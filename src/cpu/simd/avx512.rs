@@ -1,27 +1,28 @@
-//! AVX-512 with VNNI and VBMI. Here are the vectors of [`super::avx2`], with twice the registers; what is worth wider ones
-//! is in `attend::vnni`.
+//! AVX-512 with VNNI and VBMI, and AMX beside it where there is some. Here are the vectors of [`super::avx2`], with twice
+//! the registers; what is worth wider ones is in `attend::vnni` and `attend::tiles`.
 
 use std::arch::x86_64::*;
 
 use super::Simd;
+use super::amx::Tiles;
 use super::avx2::Avx2;
 
-/// Proof that the CPU has what [`Avx2`] needs and AVX-512 F, BW, VL, VNNI and VBMI.
+/// Proof that the CPU has what [`Avx2`] needs and AVX-512 F, BW, VL, VNNI and VBMI; tiles for those who brought them.
 #[derive(Debug, Clone, Copy)]
-pub struct Avx512(Avx2);
+pub struct Avx512<'a>(Avx2, pub Option<&'a Tiles>);
 
-impl Avx512 {
-    pub fn new() -> Option<Self> {
+impl<'a> Avx512<'a> {
+    pub fn new(tiles: Option<&'a Tiles>) -> Option<Self> {
         let all = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512vnni")
             && is_x86_feature_detected!("avx512vbmi");
-        Avx2::new().filter(|_| all).map(Self)
+        Avx2::new().filter(|_| all).map(|avx2| Self(avx2, tiles))
     }
 }
 
-impl Simd for Avx512 {
+impl Simd for Avx512<'_> {
     type F = __m256;
     type I = __m256i;
     type H = __m128i;

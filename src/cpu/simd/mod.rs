@@ -9,6 +9,8 @@ pub mod portable;
 pub mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub mod avx512;
+#[cfg(target_arch = "x86_64")]
+pub mod amx;
 
 /// Lanes of a vector.
 pub const LANES: usize = 8;
@@ -21,6 +23,8 @@ pub enum Isa {
     Avx2,
     /// The same with AVX-512 BW, VL, VNNI and VBMI.
     Avx512,
+    /// The same with AMX-INT8, where the system lets this process use it.
+    Amx,
 }
 
 impl Isa {
@@ -31,7 +35,9 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => avx2::Avx2::new().is_some(),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => avx512::Avx512::new().is_some(),
+            Isa::Avx512 => avx512::Avx512::new(None).is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => Isa::Avx512.available() && amx::Amx::new().is_some(),
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         }
@@ -39,10 +45,10 @@ impl Isa {
 
     /// All that this CPU can run.
     pub fn all() -> impl Iterator<Item = Isa> {
-        [Isa::Portable, Isa::Avx2, Isa::Avx512].into_iter().filter(|isa| isa.available())
+        [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Amx].into_iter().filter(|isa| isa.available())
     }
 
-    /// The best one, or the one that `DECOQUANT_SIMD` (portable, avx2, avx512) names if the CPU has it. Looked up once.
+    /// The best one, or the one that `DECOQUANT_SIMD` (portable, avx2, avx512, amx) names if the CPU has it. Looked up once.
     pub fn detect() -> Isa {
         static CHOICE: std::sync::OnceLock<Isa> = std::sync::OnceLock::new();
         *CHOICE.get_or_init(|| {
@@ -50,6 +56,7 @@ impl Isa {
                 Ok("portable") => Some(Isa::Portable),
                 Ok("avx2") => Some(Isa::Avx2),
                 Ok("avx512") => Some(Isa::Avx512),
+                Ok("amx") => Some(Isa::Amx),
                 _ => None,
             };
             named.filter(|isa| isa.available()).or_else(|| Isa::all().last()).unwrap_or(Isa::Portable)
