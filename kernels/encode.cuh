@@ -50,6 +50,17 @@ __device__ __forceinline__ float max_lanes(float v, uint32_t mask) {
     for (int d = 8; d > 0; d /= 2) v = fmaxf(v, __shfl_xor_sync(mask, v, d));
     return v;
 }
+// The bits of channels l, l + 16, ... of the row at `at`.
+template <int PER>
+__device__ __forceinline__ void load_elements(uint32_t (&bits)[PER], const DqRows& rows, uint64_t at, int l) {
+    if (rows.type == DQ_TYPE_F32) {
+        DQ_UNROLL
+        for (int k = 0; k < PER; k++) bits[k] = at_bytes<uint32_t>(rows.data, at + 4 * (l + 16 * k));
+    } else {
+        DQ_UNROLL
+        for (int k = 0; k < PER; k++) bits[k] = at_bytes<uint16_t>(rows.data, at + 2 * (l + 16 * k));
+    }
+}
 // sum over channels first .. first + n of term(k), k the index into the lane's channels.
 template <int FIRST, int N, class Term>
 __device__ __forceinline__ float sum_channels(uint32_t mask, Term&& term) {
@@ -581,9 +592,12 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
     // Phase 1: the rows, made safe to compute with; NaN or infinity anywhere makes the row zero.
     bool bad = false;
     float raw[PER], largest = 0.0f;
+    uint32_t bits[PER] = {};
+    // All loads before the first value is looked at.
+    if (token < p.n) load_elements(bits, rows, token * rows.token_stride + head * rows.head_stride, l);
     DQ_UNROLL
     for (int k = 0; k < PER; k++) {
-        raw[k] = token < p.n ? load_row(rows, token, head, l + 16 * k) : 0.0f;
+        raw[k] = element_value(rows, bits[k]);
         bad |= !(fabsf(raw[k]) <= 3.402823466e38f);
         largest = fmaxf(largest, fabsf(raw[k]));
     }
