@@ -277,7 +277,8 @@ template <class S> struct RowCoder {
         return h;
     }
 
-    // A few scales around the rms, each refined by least squares; the least error after rounding wins. By a warp: lane
+    // A few scales around the rms, each then such that the coded row is as long along the row; the least error after
+    // rounding wins. By a warp: lane
     // 4 m + p tries multiple m, with the channels p, p + 4, p + 8, p + 12 of each sixteen, which are four of a sum's lanes.
     // `reach` gets what latents are multiplied with to find their levels.
     __device__ __forceinline__ static Header find_scale(const float* latents, uint32_t set, const float (&kappa)[S::tiers], const uint8_t* books, float& reach, int lane) {
@@ -309,12 +310,12 @@ template <class S> struct RowCoder {
             for (int k = FROM; k < TO; k++) {
                 level[k] = book.look_up(fabsf(__fmul_rn(y[k], reach)), y[k]).level;
                 along[k % 4] = __fadd_rn(along[k % 4], __fmul_rn(y[k], level[k]));
-                own[k % 4] = __fadd_rn(own[k % 4], __fmul_rn(level[k], level[k]));
+                own[k % 4] = __fadd_rn(own[k % 4], __fmul_rn(y[k], y[k]));
             }
             projection = __fadd_rn(projection, __fmul_rn(kappa[T], fold(along)));
             energy = __fadd_rn(energy, __fmul_rn(kappa[T], fold(own)));
         });
-        float scale = __fdiv_rn(projection, energy);
+        float scale = __fdiv_rn(energy, projection);
         scale = scale < 0.0f ? 0.0f : scale > 3.402823466e38f ? 3.402823466e38f : scale;
         const Header mine = pack_header(scale, set);
         const float kept = header_scale(mine.bits);
@@ -362,6 +363,7 @@ template <class S> struct RowCoder {
         int first, n;
         const float* weights;
         LevelBook book;
+        float widening;  // Codebook::widening
     };
     __device__ __forceinline__ static float4 weights_at(const float* at) {
         if constexpr (Layout::weights_fit) return *reinterpret_cast<const float4*>(at);
@@ -375,7 +377,7 @@ template <class S> struct RowCoder {
     __device__ __forceinline__ static float chain(const Tier& tier, const float* latents, float scale, float* errors, uint8_t* codes, bool keeps, int lane) {
         constexpr int OWN = 8 / LANES;
         const int share = lane % LANES * OWN;
-        const float inverse = scale > 0.0f ? __fdiv_rn(1.0f, scale) : 0.0f;
+        const float inverse = __fmul_rn(scale > 0.0f ? __fdiv_rn(1.0f, scale) : 0.0f, tier.widening);
         const float* weights = tier.weights;
         float lost = 0.0f;
         DQ_UNROLL_BY_1
@@ -453,7 +455,7 @@ template <class S> struct RowCoder {
             int t = 0;
             for_each<S::tiers>([&](auto i) {
                 constexpr int T = by_size(decltype(i)::value);
-                if (task / groups == decltype(i)::value) t = T, tier = {S::first(T), S::channels(T), weights + S::feedback_before(T), Books::template of<T>(books, lane)};
+                if (task / groups == decltype(i)::value) t = T, tier = {S::first(T), S::channels(T), weights + S::feedback_before(T), Books::template of<T>(books, lane), __fadd_rn(1.0f, Book<S::bits(T)>::distortion)};
             });
             float multiple = 0.0f;
             for_each<FEEDBACK_SCALES>([&](auto i) { if (s == decltype(i)::value) multiple = feedback_multiple(decltype(i)::value); });

@@ -90,6 +90,7 @@ struct PlainEncoder {
         float rms = std::sqrt(sum(d, [&](int c) { return y[c] * y[c]; }) / float(d)), reach = 0, best = 0;
         if (rms > 0) {
             bool first = true;
+            const float energy = over_tiers(kappa, [&](int c) { return y[c] * y[c]; });
             for (float multiple : {0.76f, 0.83f, 0.9f, 0.97f, 1.04f, 1.11f, 1.18f, 1.26f}) {
                 float r = 1.0f / (rms * multiple);
                 std::vector<float> level(d);
@@ -98,8 +99,7 @@ struct PlainEncoder {
                     level[c] = std::copysign(float(book.table[book.table.size() / 2 + magnitude_index(c, r)]), y[c]) * float(book.unit);
                 }
                 float projection = over_tiers(kappa, [&](int c) { return y[c] * level[c]; });
-                float energy = over_tiers(kappa, [&](int c) { return level[c] * level[c]; });
-                auto [packed, saturated] = pack(std::min(std::max(projection / energy, 0.0f), 3.4028234e38f), set);
+                auto [packed, saturated] = pack(std::min(std::max(energy / projection, 0.0f), 3.4028234e38f), set);
                 float scale = float(ref::header_scale(packed));
                 float error = over_tiers(kappa, [&](int c) { float e = y[c] - scale * level[c]; return e * e; });
                 if (first || error < best) best = error, reach = r, out.header = packed, out.saturated = saturated;
@@ -121,13 +121,14 @@ struct PlainEncoder {
         for (float multiple : {0.94f, 1.0f, 1.06f, 1.12f}) {
             Coded c{std::vector<uint8_t>(f.d), 0, false};
             std::tie(c.header, c.saturated) = pack(float(ref::header_scale(without.header)) * multiple, set);
-            const float scale = float(ref::header_scale(c.header)), inverse = scale > 0 ? 1 / scale : 0;
+            const float scale = float(ref::header_scale(c.header)), narrow = scale > 0 ? 1 / scale : 0;
             const float* row = &f.encode[head * f.encode_len] + f.d * f.d;
             float cost = 0;
             for (size_t t = 0; t < layout.tiers.size(); t++) {
                 const auto [first, channels, bits] = layout.tiers[t];
                 const ref::Book book = ref::book(bits);
                 const int half = 1 << (bits - 1);
+                const float inverse = narrow * (1.0f + float(book.distortion));
                 std::vector<float> errors;
                 float lost = 0;
                 for (int j = 0; j < channels; row += ++j) {

@@ -18,6 +18,14 @@ pub struct Codebook {
     pub edges: Vec<f32>,
 }
 
+impl Codebook {
+    /// How much longer than their codes latents must be taken so that the codes are right on average: a Lloyd-Max level
+    /// is the mean of its cell, and the levels together fall short of the latents by the distortion.
+    pub fn widening(&self) -> f32 {
+        1.0 + self.distortion
+    }
+}
+
 /// Positive halves, ascending, to four decimals.
 const HALF_1: [f64; 1] = [0.7979];
 const HALF_2: [f64; 2] = [0.4528, 1.5104];

@@ -396,6 +396,7 @@ impl<'a> RowCoder<'a> {
         let mut cost = [0f32; LANES];
         for (t, (tier, book)) in self.shape.plan.tiers.iter().zip(self.books).enumerate() {
             let half = 1usize << (book.bits - 1);
+            let inverse = inverse.map(|i| i * book.widening());
             let mut lost = [0f32; LANES];
             for j in 0..tier.channels {
                 let (row, rest) = triangles.split_at(j + 1);
@@ -447,20 +448,22 @@ impl<'a> RowCoder<'a> {
         }
     }
 
-    /// Codes by the nearest level for a few scales around the rms, each scale then refined by least squares; the one
-    /// with the least error after rounding to the header wins. Tiers count with their kappa.
+    /// Codes by the nearest level for a few scales around the rms. Each is then replaced by the scale that makes the coded
+    /// row as long, along the row, as the row itself; the one with the least error after rounding to the header wins. The
+    /// least squares would shorten every row by its share of error, which attention cannot average away as it does the
+    /// rest of the error. Tiers count with their kappa.
     #[inline(always)]
     fn code_levels(&self, y: &[f32], set: u8, kappa: &TierWeights, codes: &mut [u8; MAX_DIM]) -> (u16, bool) {
         let rms = (sum_of_squares(y) / y.len() as f32).sqrt();
         let mut best: Option<(f32, f32, u16, bool)> = None;
         let mut levels = [0f32; MAX_DIM];
         if rms > 0.0 {
+            let energy = self.over_tiers(|t, c| kappa[t] * sum_of_squares(&y[c]));
             for multiple in MULTIPLES {
                 let reach = 1.0 / (rms * multiple);
                 self.levels(y, reach, &mut levels);
                 let projection = self.over_tiers(|t, c| kappa[t] * dot(&y[c.clone()], &levels[c]));
-                let energy = self.over_tiers(|t, c| kappa[t] * sum_of_squares(&levels[c]));
-                let (packed, saturated) = header::pack((projection / energy).clamp(0.0, f32::MAX), set);
+                let (packed, saturated) = header::pack((energy / projection).clamp(0.0, f32::MAX), set);
                 let scale = header::scale(packed);
                 let error = self.over_tiers(|t, c| kappa[t] * residual(&y[c.clone()], &levels[c], scale));
                 if best.is_none_or(|b| error < b.0) {

@@ -24,6 +24,7 @@ use half::f16;
 
 use super::hadamard::spread;
 use super::sets::TierWeights;
+use crate::code::codebook::codebook;
 use crate::shape::{MAX_TIERS, Tier};
 
 /// Part of the mean variance that is added to every channel; times `1 + pull / rows`, so that few rows lean towards the
@@ -143,11 +144,13 @@ fn tiered_spread(s: &[f64], skew: f64, tiers: &[Tier]) -> (Mat<f64>, Mat<f64>) {
     for tier in tiers {
         let (first, n) = (tier.first, tier.channels);
         let h = spread(n);
-        // A latent channel has variance s^(2 - 2 skew): this gives every tier an rms of one.
+        // A latent channel has variance s^(2 - 2 skew): this gives every tier an rms of one over the widening, which the
+        // encoder takes back when it picks codes. Decoded rows are longer by it, and unbiased.
+        let widening = if tiers.len() > 1 { f64::from(codebook(tier.bits).widening()) } else { 1.0 };
         let rms = (s[first..first + n].iter().map(|s| s.powf(2.0 - 2.0 * skew)).sum::<f64>() / n as f64).sqrt();
         for i in 0..n {
             for j in 0..n {
-                let root = s[first + j].powf(skew) * rms;
+                let root = s[first + j].powf(skew) * rms * widening;
                 into[(first + i, first + j)] = h[i * n + j] / root;
                 back[(first + j, first + i)] = root * h[i * n + j];
             }
@@ -370,7 +373,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn tiers_have_one_rms_and_the_first_the_largest_singular_values() {
+    fn tiers_have_one_widened_rms_and_the_first_the_largest_singular_values() {
         let d = 64;
         let tiers = [
             Tier { first: 0, channels: 16, bits: 6 },
@@ -391,7 +394,8 @@ pub(crate) mod tests {
             let e = |i: usize| f64::from(f.encode[i * d + j]);
             (0..d).map(|a| (0..d).map(|b| e(a) * c[(a, b)] * e(b)).sum::<f64>()).sum()
         };
-        let powers: Vec<f64> = tiers.iter().map(|t| over(t, &power)).collect();
+        let widened = |t: &Tier| over(t, &power) * f64::from(codebook(t.bits).widening()).powi(2);
+        let powers: Vec<f64> = tiers.iter().map(widened).collect();
         assert!(powers.iter().all(|p| relative(*p, powers[0]) < 1e-3), "{powers:?}");
         let cost = |j: usize| -> f64 { (0..d).map(|i| f.decode[i * d + j].to_f64().powi(2)).sum() };
         let costs: Vec<f64> = tiers.iter().map(|t| over(t, &cost)).collect();
