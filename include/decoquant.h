@@ -439,7 +439,11 @@ typedef void (*dq_log_fn)(uint32_t level, const char *message, void *user);
 extern "C" {
 #endif // __cplusplus
 
-// Opens a backend. On the CPU nothing but the handle is allocated.
+// Opens a backend. On the CPU nothing but the handle is allocated. On Linux, where the CPU has AMX, the first one asks the
+// kernel to let this process use it (`arch_prctl(ARCH_REQ_XCOMP_PERM)`): for good, for all its threads. Signal frames of
+// threads that are inside `dq_attend` may then be 8 KiB larger, and `sigaltstack` refuses stacks below
+// `getauxval(AT_MINSIGSTKSZ)`. If the kernel says no, as it does where a thread has a smaller one already, AVX-512 is used.
+// `DECOQUANT_SIMD=avx512` in the environment never asks.
 //
 // `desc`: what to open; null: the CPU. `out`: receives the handle; untouched on failure. Destroy it with
 // `dq_context_destroy`.

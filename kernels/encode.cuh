@@ -3,15 +3,15 @@
 //
 // Grid: (runs of ENCODE_ROWS tokens, KV head, side), 256 threads. Rows are loaded and their sets chosen by half a warp
 // each, latents made by the block, scales found by a warp to a row, codes with feedback by lanes of a (row, scale, tier).
-// Shared memory of a block, see `EncodeLayout`: codes [16][FEEDBACK_SCALES][D]; latents f32 [16][D + 4]; stages of the matrix
-// f32 [ENCODE_STAGES][ENCODE_CHUNK][D], later errors; what the feedback weighs with.
+// Shared memory of a block, see `EncodeLayout`: codes [16][FEEDBACK_SCALES][CODES]; latents f32 [16][LATENTS]; stages of the matrix
+// f32 [STAGES][ENCODE_CHUNK][D], later errors; what the feedback weighs with.
 #pragma once
 #include "rows.cuh"
 
 namespace dq {
 
 constexpr int ENCODE_ROWS = 16, ENCODE_THREADS = 16 * ENCODE_ROWS, ENCODE_WARPS = ENCODE_THREADS / 32;
-constexpr int ENCODE_CHUNK = 16, ENCODE_STAGES = 3;
+constexpr int ENCODE_CHUNK = 16;
 constexpr float SWITCH = 0.5f;
 constexpr float HUGE_ROW = 1e15f;
 constexpr int MAX_SINKS = 4;
@@ -24,10 +24,12 @@ __host__ __device__ constexpr float feedback_multiple(int i) { return i == 0 ? 0
 // Bytes of shared memory; src/cuda/launch.rs says the same. Errors are of a pass over some of the rows.
 template <class S> struct EncodeLayout {
     static constexpr int D = S::D, PASS_ROWS = D <= 192 ? ENCODE_ROWS : ENCODE_ROWS / 2;
-    static constexpr int LATENTS = D + 4;           // floats from row to row, so that eight rows differ in their banks
-    static constexpr int ERRORS = D + 4 * DQ_MAX_TIERS;  // floats of a (row, scale)
-    static constexpr int codes = ENCODE_ROWS * FEEDBACK_SCALES * D, latents = ENCODE_ROWS * LATENTS * 4;
-    static constexpr int stages = ENCODE_STAGES * ENCODE_CHUNK * D * 4, errors = PASS_ROWS * FEEDBACK_SCALES * ERRORS * 4;
+    // From row to row, or from scale to scale, with room so that neighbours differ in their banks: floats, bytes, floats.
+    static constexpr int LATENTS = D + 4, CODES = D + 8;
+    static constexpr int ERRORS = D + 4 * DQ_MAX_TIERS;
+    static constexpr int codes = ENCODE_ROWS * FEEDBACK_SCALES * CODES, latents = ENCODE_ROWS * LATENTS * 4;
+    static constexpr int STAGES = D <= 192 ? 4 : 3;
+    static constexpr int stages = STAGES * ENCODE_CHUNK * D * 4, errors = PASS_ROWS * FEEDBACK_SCALES * ERRORS * 4;
     static constexpr int work = stages > errors ? stages : errors;
     static constexpr int spare = D <= 128 ? 112 * D : 0;
     static constexpr bool weights_fit = (S::encode_floats - D * D) * 4 <= spare;
@@ -47,6 +49,17 @@ __device__ __forceinline__ float max_lanes(float v, uint32_t mask) {
     DQ_UNROLL
     for (int d = 8; d > 0; d /= 2) v = fmaxf(v, __shfl_xor_sync(mask, v, d));
     return v;
+}
+// The bits of channels l, l + 16, ... of the row at `at`.
+template <int PER>
+__device__ __forceinline__ void load_elements(uint32_t (&bits)[PER], const DqRows& rows, uint64_t at, int l) {
+    if (rows.type == DQ_TYPE_F32) {
+        DQ_UNROLL
+        for (int k = 0; k < PER; k++) bits[k] = at_bytes<uint32_t>(rows.data, at + 4 * (l + 16 * k));
+    } else {
+        DQ_UNROLL
+        for (int k = 0; k < PER; k++) bits[k] = at_bytes<uint16_t>(rows.data, at + 2 * (l + 16 * k));
+    }
 }
 // sum over channels first .. first + n of term(k), k the index into the lane's channels.
 template <int FIRST, int N, class Term>
@@ -131,9 +144,9 @@ __device__ __forceinline__ Header pack_header(float scale, uint32_t set) {
 
 // Magnitudes are cut into bins of equal width with at most one edge of the book in each: a look at the bin's edge decides
 // between two levels. The last bin takes all that lies beyond the last edge, and NaN, which no edge is below.
-struct alignas(8) Bin {
-    float edge;
-    uint32_t levels;  // bytes: steps of the level below and above the edge, numbers of these magnitudes
+struct alignas(16) Bin {
+    float edge, below, above;  // levels in units of a unit row
+    uint32_t numbers;          // of these magnitudes: bytes 0 and 1
 };
 template <int BITS> struct Bins {
     using B = Book<BITS>;
@@ -169,29 +182,32 @@ template <int BITS> struct Bins {
         bins[LAST] = entry(-1.0f, 0, HALF - 1);
     }
     __host__ __device__ static constexpr Bin entry(float edge, int below, int above) {
-        return {edge, uint32_t(B::magnitude(below) | B::magnitude(above) << 8 | below << 16 | above << 24)};
+        return {edge, float(B::magnitude(below)) * B::unit, float(B::magnitude(above)) * B::unit, uint32_t(below | above << 8)};
     }
 };
 template <> struct Bins<8> { static constexpr int COUNT = 0; };
 template <int BITS> __device__ constexpr Bins<BITS> BINS{};
 
-// A book's bins in shared memory, sixteen copies of each next to each other: lanes meet in no bank.
-constexpr int BIN_COPIES = 16, BIN_BYTES = BIN_COPIES * 8;
+// A book's bins in shared memory, eight copies of each next to each other: lanes meet in no bank.
+constexpr int BIN_COPIES = 8, BIN_BYTES = BIN_COPIES * int(sizeof(Bin));
 struct LevelBook {
     const uint8_t* bins;  // this lane's copy of the first
-    float cap, per_unit, unit;
+    float cap, per_unit;
     int half;
 
-    // Byte 0: steps of the nearest level; byte 2: its number among the magnitudes.
-    __device__ __forceinline__ uint32_t look_up(float magnitude) const {
+    // The level nearest to a value of this magnitude and sign, in units of a unit row; its number among the magnitudes.
+    struct Found {
+        float level;
+        uint32_t number;
+    };
+    __device__ __forceinline__ Found look_up(float magnitude, float sign) const {
         // The sum's last bits are the bin, and what is above them leaves with the shift.
         const float at = __fmaf_rn(fminf(magnitude, cap), per_unit, 2097152.0f);
         const Bin bin = *reinterpret_cast<const Bin*>(bins + (__float_as_uint(at) << 7));
-        return magnitude > bin.edge ? bin.levels >> 8 : bin.levels;
+        const bool above = magnitude > bin.edge;
+        return {copysignf(above ? bin.above : bin.below, sign), above ? bin.numbers >> 8 : bin.numbers & 0xFF};
     }
-    // In units of a unit row, with the sign of y.
-    __device__ __forceinline__ float level(uint32_t found, float y) const { return copysignf(__fmul_rn(float(found & 0xFF), unit), y); }
-    __device__ __forceinline__ uint32_t code(uint32_t found, float y) const { return uint32_t(half + (int(found >> 16 & 0xFF) ^ (__float_as_int(y) >> 31))); }
+    __device__ __forceinline__ uint32_t code(Found found, float y) const { return uint32_t(half + (int(found.number) ^ (__float_as_int(y) >> 31))); }
 };
 static_assert(BIN_BYTES == 1 << 7, "");
 
@@ -204,7 +220,7 @@ template <class S> struct SideBooks {
     __host__ __device__ static constexpr int bins_of(int bits) {
         return bits == 2 ? Bins<2>::COUNT : bits == 3 ? Bins<3>::COUNT : bits == 4 ? Bins<4>::COUNT : bits == 5 ? Bins<5>::COUNT : bits == 6 ? Bins<6>::COUNT : 0;
     }
-    static constexpr int COUNT = bins_before(S::tiers), BYTES = COUNT > 0 ? COUNT * BIN_BYTES : 8;
+    static constexpr int COUNT = bins_before(S::tiers), BYTES = COUNT > 0 ? COUNT * BIN_BYTES : 16;
 
     __device__ __forceinline__ static void fill(uint8_t* shared, int t) {
         for_each<S::tiers>([&](auto tier) {
@@ -217,7 +233,7 @@ template <class S> struct SideBooks {
     }
     template <int T> __device__ __forceinline__ static LevelBook of(const uint8_t* shared, int lane) {
         using B = Bins<S::bits(T)>;
-        return {shared + bins_before(T) * BIN_BYTES + lane % BIN_COPIES * 8, B::cap, B::per_unit, B::B::unit, B::HALF};
+        return {shared + bins_before(T) * BIN_BYTES + lane % BIN_COPIES * int(sizeof(Bin)), B::cap, B::per_unit, B::HALF};
     }
 };
 
@@ -292,7 +308,7 @@ template <class S> struct RowCoder {
             float along[4] = {}, own[4] = {};
             DQ_UNROLL
             for (int k = FROM; k < TO; k++) {
-                level[k] = book.level(book.look_up(fabsf(__fmul_rn(y[k], reach))), y[k]);
+                level[k] = book.look_up(fabsf(__fmul_rn(y[k], reach)), y[k]).level;
                 along[k % 4] = __fadd_rn(along[k % 4], __fmul_rn(y[k], level[k]));
                 own[k % 4] = __fadd_rn(own[k % 4], __fmul_rn(y[k], y[k]));
             }
@@ -334,7 +350,7 @@ template <class S> struct RowCoder {
             const LevelBook book = Books::template of<T>(books, lane);
             for (int c = S::first(T) + lane; c < S::first(T) + S::channels(T); c += 32) {
                 const float y = latents[c];
-                codes[c] = uint8_t(book.code(book.look_up(fabsf(__fmul_rn(y, reach))), y));
+                codes[c] = uint8_t(book.code(book.look_up(fabsf(__fmul_rn(y, reach)), y), y));
             }
         });
     }
@@ -399,8 +415,8 @@ template <class S> struct RowCoder {
                 float weight[8];
                 if (i < 4) put(weight, weights_at(weights));
                 put(weight + 4, weights_at(weights + 4));
-                const uint32_t found = tier.book.look_up(fabsf(__fmul_rn(target[i], inverse)));
-                const float value = __fmul_rn(scale, tier.book.level(found, target[i])), left = __fsub_rn(value, target[i]);
+                const LevelBook::Found found = tier.book.look_up(fabsf(__fmul_rn(target[i], inverse)), target[i]);
+                const float value = __fmul_rn(scale, found.level), left = __fsub_rn(value, target[i]);
                 error[i] = __fsub_rn(value, latent[i]);
                 sums.lost = __fadd_rn(sums.lost, __fmul_rn(weight[i], __fmul_rn(left, left)));
                 sums.size = __fadd_rn(sums.size, __fmul_rn(weight[i], __fmul_rn(target[i], target[i])));
@@ -451,7 +467,7 @@ template <class S> struct RowCoder {
             for_each<FEEDBACK_SCALES>([&](auto i) { if (s == decltype(i)::value) multiple = feedback_multiple(decltype(i)::value); });
             const float scale = header_scale(pack_header(__fmul_rn(header_scale(headers[row] & 0xFFFF), multiple), 0).bits);
             // Lanes without a pair of their own write where nobody reads: the same as the last pair, by its own lane.
-            const Sums mine = chain<LANES>(tier, latents + row * Layout::LATENTS + tier.first, scale, errors + pair * Layout::ERRORS + tier.first + 4 * t, codes + pair * D + tier.first, keeps, lane);
+            const Sums mine = chain<LANES>(tier, latents + row * Layout::LATENTS + tier.first, scale, errors + pair * Layout::ERRORS + tier.first + 4 * t, codes + pair * Layout::CODES + tier.first, keeps, lane);
             if (keeps && lane % LANES == 0) sums[t * ENCODE_ROWS * FEEDBACK_SCALES + pair] = mine;
         }
     }
@@ -510,25 +526,25 @@ template <class S> struct RowCoder {
 // nobody's.
 template <class S, int MINE>
 __device__ __forceinline__ void dense_latents(float* rows, const float* matrix, float* stages, uint32_t n) {
-    constexpr int D = S::D, LATENTS = EncodeLayout<S>::LATENTS, GROUPS = D / 4, CHUNKS = D / ENCODE_CHUNK;
+    constexpr int D = S::D, LATENTS = EncodeLayout<S>::LATENTS, GROUPS = D / 4, CHUNKS = D / ENCODE_CHUNK, STAGES = EncodeLayout<S>::STAGES;
     const int t = threadIdx.x, channel = t % GROUPS * 4, first = t / GROUPS * MINE;
     const bool works = first + MINE <= ENCODE_ROWS && uint32_t(first) < n;
     auto fetch = [&](int chunk) {
-        float* stage = stages + chunk % ENCODE_STAGES * (ENCODE_CHUNK * D);
+        float* stage = stages + chunk % STAGES * (ENCODE_CHUNK * D);
         for (int i = 4 * t; i < ENCODE_CHUNK * D && chunk < CHUNKS; i += 4 * ENCODE_THREADS) cp_async_16(stage + i, matrix + chunk * (ENCODE_CHUNK * D) + i);
         cp_async_commit();
     };
     DQ_UNROLL
-    for (int s = 0; s < ENCODE_STAGES - 1; s++) fetch(s);
+    for (int s = 0; s < STAGES - 1; s++) fetch(s);
     float4 acc[MINE] = {};
     DQ_UNROLL_BY_1
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
-        cp_async_wait<ENCODE_STAGES - 2>();
+        cp_async_wait<STAGES - 2>();
         // Also: the rows are there, and nobody reads the stage that is filled next.
         __syncthreads();
-        fetch(chunk + ENCODE_STAGES - 1);
+        fetch(chunk + STAGES - 1);
         if (!works) continue;
-        const float* stage = stages + chunk % ENCODE_STAGES * (ENCODE_CHUNK * D) + channel;
+        const float* stage = stages + chunk % STAGES * (ENCODE_CHUNK * D) + channel;
         DQ_UNROLL_BY_4
         for (int i = 0; i < ENCODE_CHUNK; i += 4) {
             float4 weight[4];
@@ -589,9 +605,12 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
     // Phase 1: the rows, made safe to compute with; NaN or infinity anywhere makes the row zero.
     bool bad = false;
     float raw[PER], largest = 0.0f;
+    uint32_t bits[PER] = {};
+    // All loads before the first value is looked at.
+    if (token < p.n) load_elements(bits, rows, token * rows.token_stride + head * rows.head_stride, l);
     DQ_UNROLL
     for (int k = 0; k < PER; k++) {
-        raw[k] = token < p.n ? load_row(rows, token, head, l + 16 * k) : 0.0f;
+        raw[k] = element_value(rows, bits[k]);
         bad |= !(fabsf(raw[k]) <= 3.402823466e38f);
         largest = fmaxf(largest, fabsf(raw[k]));
     }
@@ -667,7 +686,7 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
 
     // Phase 4: scales and codes without feedback.
     if constexpr (UNIFORM) {
-        uint8_t* codes = all_codes + half * FEEDBACK_SCALES * D;
+        uint8_t* codes = all_codes + half * FEEDBACK_SCALES * Layout::CODES;
         Header header{};
         if (stored) {
             header = Coder::code_uniform(latents, use_other ? other : newest, codes, l, mask);
@@ -698,7 +717,7 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
                 __syncwarp();
             }
             const bool feed = FEEDBACK && dense && fits;
-            if (!feed) Coder::code(row_latents, reach, books, all_codes + row * FEEDBACK_SCALES * D, lane);
+            if (!feed) Coder::code(row_latents, reach, books, all_codes + row * FEEDBACK_SCALES * Layout::CODES, lane);
             if (lane == 0) headers[row] = header.bits | (feed ? Coder::FEED : 0) | ((state & 4) || (!fits && header.saturated) ? Coder::REPLACED : 0);
         }
     }
@@ -714,7 +733,7 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
                 __syncthreads();
                 const int n = n_rows - from < Layout::PASS_ROWS ? n_rows - from : Layout::PASS_ROWS;
                 const float* of_rows = all_latents + from * Layout::LATENTS;
-                uint8_t* codes = all_codes + from * FEEDBACK_SCALES * D;
+                uint8_t* codes = all_codes + from * FEEDBACK_SCALES * Layout::CODES;
                 if (n <= 2) Coder::template feed_back<8>(of_rows, headers + from, n, weights, books, work, codes, sums + from * FEEDBACK_SCALES);
                 else Coder::template feed_back<1>(of_rows, headers + from, n, weights, books, work, codes, sums + from * FEEDBACK_SCALES);
             }
@@ -731,7 +750,7 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
     if constexpr (FEEDBACK) {
         if (header & Coder::FEED) header = Coder::least_loss(header, newest, kappa, sums + half * FEEDBACK_SCALES, slot).bits;
     }
-    Coder::write(all_codes + (half * FEEDBACK_SCALES + slot) * D, record, side, p.n_kv_heads, head, l);
+    Coder::write(all_codes + (half * FEEDBACK_SCALES + slot) * Layout::CODES, record, side, p.n_kv_heads, head, l);
     if (l == 0) *reinterpret_cast<uint16_t*>(record + headers_at + 2 * head) = uint16_t(header);
     if (pad && head == 0) {
         for (uint32_t b = headers_at + 2 * p.n_kv_heads + l; b < slot_bytes; b += 16) record[b] = 0;

@@ -79,15 +79,35 @@ __device__ __forceinline__ Entered& entered_of(const DqObserve& p, uint32_t kind
 }
 
 // Where an entered row is, worked out once for all its channels: an address whose top bit says that it waited before,
-// as f32. 0: no row.
-constexpr uint64_t WAITED = 1ull << 63;
+// as f32. NO_PLACE: no row.
+constexpr uint64_t WAITED = 1ull << 63, NO_PLACE = WAITED;
 __device__ __forceinline__ uint64_t place_of(const UnitRows& rows, const float* waited, uint32_t d, int16_t row) {
-    if (row == NO_ROW) return 0;
+    if (row == NO_ROW) return NO_PLACE;
     return row >= 0 ? uint64_t(rows.at(uint32_t(row))) : uint64_t(waited + uint32_t(-1 - row) * d) | WAITED;
 }
 __device__ __forceinline__ float load_place(uint32_t type, uint64_t place, uint32_t c) {
-    if (place == 0) return 0.0f;
+    if (place == NO_PLACE) return 0.0f;
     return UnitRows::load_type(place & WAITED ? DQ_TYPE_F32 : type, reinterpret_cast<const uint8_t*>(place & ~WAITED), c);
+}
+// Channel c of N rows. Rows of the caller's are loaded together, before any is waited for.
+template <int N>
+__device__ __forceinline__ void load_places(float (&x)[N], uint32_t type, const uint64_t (&places)[N], uint32_t c) {
+    uint64_t any = 0;
+    DQ_UNROLL
+    for (int k = 0; k < N; k++) any |= places[k];
+    if (any & WAITED) {
+        DQ_UNROLL
+        for (int k = 0; k < N; k++) x[k] = load_place(type, places[k], c);
+    } else if (type == DQ_TYPE_F32) {
+        DQ_UNROLL
+        for (int k = 0; k < N; k++) x[k] = reinterpret_cast<const float*>(places[k])[c];
+    } else {
+        uint16_t bits[N];
+        DQ_UNROLL
+        for (int k = 0; k < N; k++) bits[k] = reinterpret_cast<const uint16_t*>(places[k])[c];
+        DQ_UNROLL
+        for (int k = 0; k < N; k++) x[k] = type == DQ_TYPE_F16 ? half_to_float(bits[k]) : bf16_to_float(bits[k]);
+    }
 }
 
 // Channels of a tile of rows on its way to energies; rows whose places are known at a time.
@@ -175,19 +195,16 @@ __device__ inline void keep_rows(ObserveShared& s, uint32_t turn, uint32_t n, ui
 __device__ inline void measure(ObserveShared& s, const UnitRows& rows, uint32_t d) {
     const uint32_t t = threadIdx.x;
     for (uint32_t from = 0; from < rows.count; from += OBSERVE_THREADS) {
-        const uint8_t* at[OBSERVE_STRIP];
+        uint64_t at[OBSERVE_STRIP];
         DQ_UNROLL
         for (int k = 0; k < OBSERVE_STRIP; k++) {
             const uint32_t row = from + t / OBSERVE_STRIP + k * (OBSERVE_THREADS / OBSERVE_STRIP);
-            at[k] = rows.at(row < rows.count ? row : rows.count - 1);
+            at[k] = uint64_t(rows.at(row < rows.count ? row : rows.count - 1));
         }
         double energy = 0.0;
         bool fine = true;
         float x[OBSERVE_STRIP];
-        auto fetch = [&](uint32_t strip) {
-            DQ_UNROLL
-            for (int k = 0; k < OBSERVE_STRIP; k++) x[k] = UnitRows::load_type(rows.rows.type, at[k], strip + t % OBSERVE_STRIP);
-        };
+        auto fetch = [&](uint32_t strip) { load_places(x, rows.rows.type, at, strip + t % OBSERVE_STRIP); };
         fetch(0);
         for (uint32_t strip = 0; strip < d; strip += OBSERVE_STRIP) {
             __syncthreads();
@@ -265,8 +282,10 @@ __device__ inline void add_turns(ObserveShared& s, const UnitRows& rows, const U
             const float reference = s.reference[c];
             float next[OBSERVE_BLOCK];
             auto fetch = [&](uint32_t i) {
+                uint64_t places[OBSERVE_BLOCK];
                 DQ_UNROLL
-                for (int k = 0; k < OBSERVE_BLOCK; k++) next[k] = load_place(rows.rows.type, s.places[i + k], c);
+                for (int k = 0; k < OBSERVE_BLOCK; k++) places[k] = s.places[i + k];
+                load_places(next, rows.rows.type, places, c);
             };
             fetch(0);
             for (uint32_t i = 0; i < n; i += OBSERVE_BLOCK) {
@@ -276,7 +295,7 @@ __device__ inline void add_turns(ObserveShared& s, const UnitRows& rows, const U
                 if (i + OBSERVE_BLOCK < n) fetch(i + OBSERVE_BLOCK);
                 DQ_UNROLL
                 for (int k = 0; k < OBSERVE_BLOCK; k++) {
-                    if (s.places[i + k] != 0) sum = __dadd_rn(sum, double(__fsub_rn(x[k], reference)));
+                    if (s.places[i + k] != NO_PLACE) sum = __dadd_rn(sum, double(__fsub_rn(x[k], reference)));
                 }
             }
             s.sum[c] = sum;
@@ -467,11 +486,13 @@ __device__ __forceinline__ void products(const DqObserve& p) {
     const float reference = c < d ? unit.reference[c] : 0.0f;
     float next[AHEAD][EACH];
     auto fetch = [&](float (&to)[EACH], uint32_t turn) {
+        uint64_t of_turn[EACH];
+        float x[EACH] = {};
         DQ_UNROLL
-        for (int k = 0; k < EACH; k++) {
-            const uint64_t place = places[turn * OBSERVE_BLOCK + t / (2 * TILE) + k * (OBSERVE_THREADS / (2 * TILE))];
-            to[k] = place == 0 || c >= d ? 0.0f : __fsub_rn(load_place(rows.rows.type, place, c), reference);
-        }
+        for (int k = 0; k < EACH; k++) of_turn[k] = places[turn * OBSERVE_BLOCK + t / (2 * TILE) + k * (OBSERVE_THREADS / (2 * TILE))];
+        if (c < d) load_places(x, rows.rows.type, of_turn, c);
+        DQ_UNROLL
+        for (int k = 0; k < EACH; k++) to[k] = of_turn[k] == NO_PLACE ? 0.0f : __fsub_rn(x[k], reference);
     };
     fetch(next[0], 0);
     if (turns > 1) fetch(next[1], 1);

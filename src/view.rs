@@ -7,6 +7,7 @@
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use crate::batch::Sequences;
 use crate::error::{Error, Result};
@@ -282,6 +283,16 @@ impl Mask<'_> {
                 load_f16(&self.bytes[at + 2 * first..at + 2 * (first + out.len())], out);
             }
         }
+    }
+
+    /// Whether all values of some queries and keys are 0, positive zero.
+    #[inline(always)]
+    pub fn is_zero(&self, stream: usize, queries: Range<usize>, keys: Range<usize>) -> bool {
+        let size = if self.dtype == MaskType::F32 { 4 } else { 2 };
+        queries.into_iter().all(|query| {
+            let at = stream * self.stream_stride + query * self.query_stride;
+            self.bytes[at + size * keys.start..at + size * keys.end].iter().fold(0, |any, byte| any | byte) == 0
+        })
     }
 }
 

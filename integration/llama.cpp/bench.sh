@@ -3,8 +3,9 @@
 # and to q4_0, and a plot of decode speed against depth. Cold, fits included; a whole prompt and decode from an empty
 # cache also with loaded factors.
 #   bench.sh [MODEL.gguf]     SmolLM2-135M if none is given
-# Environment: THREADS (all cores). DEPTHS (0 4096 16384). TYPES (all seven). DEEP_TYPES (f16 dq4 dq3): those measured
-# beyond 4096, where most of the time goes into filling caches: q4_0 takes half an hour for 16,384 on two cores.
+# Environment: THREADS (all cores). DEPTHS (0 4096): "0 4096 16384" for the whole table. TYPES (all seven). DEEP_TYPES
+# (f16 dq4 dq3): those measured beyond 4096, where most of the time goes into filling caches: with 16,384 every one of them
+# takes minutes on two cores, q4_0 half an hour.
 # RUNS (3): medians are of so many. OUT (build/llama.cpp/bench): results, table and plot.
 # BENCH_FLAGS: more arguments for llama-bench. BUILD (1): 0 takes what is built.
 set -euo pipefail
@@ -14,7 +15,7 @@ export CUDA_VISIBLE_DEVICES='' # the CPU is measured, also with a build that has
 
 model=${1:-$small}
 threads=${THREADS:-$(nproc)}
-read -ra depths <<<"${DEPTHS:-0 4096 16384}"
+read -ra depths <<<"${DEPTHS:-0 4096}"
 runs=${RUNS:-3}
 out=${OUT:-$work/bench}
 read -ra types <<<"${TYPES:-f16 q8_0 q4_0 dq8 dq4 dq3 dq2}"

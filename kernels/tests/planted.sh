@@ -48,9 +48,12 @@ plant "tail: earlier weights not rescaled" tail.cuh 's/sum\[r\] \* shrink + weig
 plant "tail: keys of two turns in shared memory" tail.cuh '/bits\[k\] = element_bits(p.tail.k/{n;d}'
 plant "tail: left out of the sum of weights" merge.cuh 's/float total = weights\[DQ_MAX_SETS\] + /float total = /'
 plant "tail: not counted among the keys" attend_rows.cuh 's/coded_keys(p, stream)) + tail_of(p, stream).count - n_q/coded_keys(p, stream)) - n_q/'
-plant "encode: other lanes' codes too early" encode.cuh '/bad_row |= header.saturated;/{n;n;d}' encode_emu
+plant "encode: other lanes' codes too early" encode.cuh '/^    __syncwarp();$/{N;s/^    __syncwarp();\n    if (!stored)/    if (!stored)/}' encode_emu
 plant "encode: the matrix before it is there" encode.cuh '/Also: the rows are there/{n;d}' encode_emu
-plant "encode: an error that the next latent does not hear of" encode.cuh 's/for (int k = i + 1; k < 4; k++) four/for (int k = i + 2; k < 4; k++) four/' encode_emu
-plant "encode: errors carried to the block before" encode.cuh 's/load(weight\[0\], triangles.template four<T>(4 \* (block + b) + c/load(weight[0], triangles.template four<T>(4 * (block + b - 1) + c/' encode_emu
-plant "encode: ties the other way" encode.cuh 's/if (magnitude > edge)/if (magnitude >= edge * 1.0001f)/' encode_emu
+plant "encode: an error that the next latent does not hear of" encode.cuh 's/for (int k = i + 1; k < 8; k++) target/for (int k = i + 2; k < 8; k++) target/' encode_emu
+plant "encode: errors of other latents" encode.cuh 's/(errors + k))/(errors + (k ^ 4)))/' encode_emu
+plant "encode: errors before the lane that has them wrote them" encode.cuh '/keeps) \*reinterpret_cast<uint2/{n;n;d}' encode_emu
+plant "encode: chains before their rows are there" encode.cuh '/from += Layout::PASS_ROWS/{n;d}' encode_emu
+plant "encode: ties the other way" encode.cuh 's/return magnitude > bin.edge/return magnitude >= bin.edge * 1.0001f/' encode_emu
+plant "encode: beyond the last edge" encode.cuh 's/bins\[LAST\] = entry(-1.0f, 0/bins[LAST] = entry(2.0f * cap, 0/' encode_emu
 exit $missed

@@ -5,10 +5,15 @@ use std::sync::Arc;
 use super::convert::{self, Context};
 use super::guard;
 use super::types::*;
+use crate::cpu::simd::Isa;
 use crate::cuda;
 use crate::error::{Error, Result};
 
-/// Opens a backend. On the CPU nothing but the handle is allocated.
+/// Opens a backend. On the CPU nothing but the handle is allocated. On Linux, where the CPU has AMX, the first one asks the
+/// kernel to let this process use it (`arch_prctl(ARCH_REQ_XCOMP_PERM)`): for good, for all its threads. Signal frames of
+/// threads that are inside `dq_attend` may then be 8 KiB larger, and `sigaltstack` refuses stacks below
+/// `getauxval(AT_MINSIGSTKSZ)`. If the kernel says no, as it does where a thread has a smaller one already, AVX-512 is used.
+/// `DECOQUANT_SIMD=avx512` in the environment never asks.
 ///
 /// `desc`: what to open; null: the CPU. `out`: receives the handle; untouched on failure. Destroy it with
 /// `dq_context_destroy`.
@@ -43,7 +48,7 @@ pub unsafe extern "C" fn dq_context_destroy(context: *mut dq_context) {
 /// `desc` is null or a `dq_context_desc`.
 unsafe fn open(desc: *const dq_context_desc) -> Result<Context> {
     if desc.is_null() {
-        return Ok(Context::Cpu);
+        return Ok(open_cpu());
     }
     // SAFETY: the caller's word.
     let desc = unsafe { convert::read_struct("desc", desc) }?;
@@ -51,11 +56,16 @@ unsafe fn open(desc: *const dq_context_desc) -> Result<Context> {
         return Err(Error::invalid(format!("desc->reserved is {}; it must be 0", desc.reserved)));
     }
     match desc.backend {
-        0 | DQ_BACKEND_CPU if desc.device == 0 => Ok(Context::Cpu),
+        0 | DQ_BACKEND_CPU if desc.device == 0 => Ok(open_cpu()),
         0 | DQ_BACKEND_CPU => Err(Error::invalid(format!("desc->device is {}; it must be 0 on the CPU", desc.device))),
         DQ_BACKEND_CUDA => cuda::open(desc.device).map(Context::Cuda),
         other => Err(Error::invalid(format!(
             "desc->backend is {other}; it must be DQ_BACKEND_CPU ({DQ_BACKEND_CPU}) or DQ_BACKEND_CUDA ({DQ_BACKEND_CUDA})"
         ))),
     }
+}
+/// Chooses the instructions here, not in some thread's first call: the choice may change the process.
+fn open_cpu() -> Context {
+    Isa::detect();
+    Context::Cpu
 }

@@ -63,7 +63,7 @@ const TILE_LANES: usize = 16 * MAX_LANES;
 /// Query rows of an item, at most, and floats of their queries or outputs: blocks this large make the cost of unfolding
 /// codes small, and still stay in L2.
 const MAX_ROWS: usize = 48;
-const ROW_FLOATS: usize = 48 * 96;
+const ROW_FLOATS: usize = 32 * 256;
 /// Bytes of a row's spread low bits.
 const LOW_STRIDE: usize = 128;
 /// Items that a call is cut into if it is long enough, and the fewest keys of a chunk: folding queries and unfolding

@@ -65,9 +65,10 @@ pub const ENCODE_ROWS: usize = 16;
 
 /// Bytes of its shared memory, as encode.cuh's `EncodeLayout`.
 fn encode_shared(d: usize) -> usize {
-    let pass_rows = if d <= 192 { ENCODE_ROWS } else { ENCODE_ROWS / 2 };
-    let (stages, errors) = (3 * 16 * d * 4, pass_rows * 4 * (d + 4 * MAX_TIERS) * 4);
-    ENCODE_ROWS * (d + d + 4) * 4 + stages.max(errors) + if d <= 128 { 112 * d } else { 0 }
+    let (pass_rows, n_stages) = if d <= 192 { (ENCODE_ROWS, 4) } else { (ENCODE_ROWS / 2, 3) };
+    let (codes, latents) = (4 * (d + 8), 4 * (d + 4));
+    let (stages, errors) = (n_stages * 16 * d * 4, pass_rows * 4 * (d + 4 * MAX_TIERS) * 4);
+    ENCODE_ROWS * (codes + latents) + stages.max(errors) + if d <= 128 { 112 * d } else { 0 }
 }
 
 /// Codes of 32 channels of a tier are a group.

@@ -95,7 +95,8 @@ pub fn lay(arena: &mut Arena, partial_rows: usize, d_v: usize) -> Partials {
 /// Query rows of a block, at most, and keys of a tile.
 fn block_shape(layer: &LayerShape) -> (usize, usize) {
     let widest = layer.k.head_dim.max(row_lanes(&layer.v));
-    ((ROW_FLOATS / widest).min(MAX_ROWS), if widest <= 128 { MAX_TILE } else { MAX_TILE / 2 })
+    // By sixteen, as tiles have them.
+    ((ROW_FLOATS / widest / 16 * 16).min(MAX_ROWS), if widest <= 128 { MAX_TILE } else { MAX_TILE / 2 })
 }
 
 fn least_chunk(layer: &LayerShape) -> usize {

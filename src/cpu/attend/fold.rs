@@ -29,7 +29,7 @@ pub const ROUND: f32 = 12_582_912.0;
 pub const LARGEST: f32 = 32639.0;
 
 /// Rows that pass over the matrix together.
-const BLOCK: usize = 4;
+pub const BLOCK: usize = 4;
 pub const MAX_DIM: usize = 256;
 
 /// Where folded queries go: 16 bits a channel, `[row][head_dim / 2]`, and per row the start of its sums and the worth of a step.
@@ -71,7 +71,7 @@ pub unsafe fn fold<S: Engine>(
                 Some(decode) => {
                     // Rows beyond the last repeat it.
                     let q: [*const f32; BLOCK] = std::array::from_fn(|r| q.add((first + r.min(block - 1)) * d));
-                    fold_dense(s, decode, d, q, &mut folded);
+                    s.fold(decode, d, q, &mut folded);
                 }
             }
             for (r, y) in folded[..block].iter_mut().enumerate() {
@@ -82,8 +82,11 @@ pub unsafe fn fold<S: Engine>(
 }
 
 /// `y[r][j] = sum over i of q[r][i] * decode[i][j]`.
+///
+/// # Safety
+/// Every row of `q` holds `d` floats, a multiple of 16.
 #[inline(always)]
-unsafe fn fold_dense<S: Simd>(s: S, decode: &[f16], d: usize, q: [*const f32; BLOCK], y: &mut [[f32; MAX_DIM]; BLOCK]) {
+pub unsafe fn fold_dense<S: Simd>(s: S, decode: &[f16], d: usize, q: [*const f32; BLOCK], y: &mut [[f32; MAX_DIM]; BLOCK]) {
     assert!(decode.len() == d * d && d <= MAX_DIM);
     for j in (0..d).step_by(2 * LANES) {
         let mut sums = [[s.splat(0.0); 2]; BLOCK];

@@ -358,6 +358,27 @@ fn every_width_and_head_dim() {
     }
 }
 
+/// Blocks of many rows, which have code of their own: counts that sixteen does not divide, tiles of keys of every length.
+#[test]
+fn many_rows() {
+    for (i, d_k) in HEAD_DIMS.into_iter().enumerate() {
+        for (j, plan) in [2, 3, 4, 8, 102, 103, 104].into_iter().enumerate() {
+            let case = Case {
+                d: (d_k, HEAD_DIMS[(i + 2 * j) % 6]),
+                plans: (plan, [4, 2, 8, 3, 103, 4, 104][(i + j) % 7]),
+                heads: ([1, 2, 3, 5, 8][(i + j) % 5], 1),
+                kind: [Kind::Dense, Kind::Rotation, Kind::Mixed, Kind::Steep][(i + j) % 4],
+                n_q: [8, 9, 17, 33, 50, 23, 16][j],
+                n_kv: [64, 100, 120, 150, 180, 300, 56][(i + j) % 7],
+                mask: ["none", "causal", "holes", "random"][j % 4],
+                softcap: if (i + j) % 6 == 5 { 20.0 } else { 0.0 },
+                ..Case::BASE
+            };
+            check_case(&format!("{} queries, d {:?}, plans {:?}, {} keys", case.n_q, case.d, case.plans, case.n_kv), &case);
+        }
+    }
+}
+
 #[test]
 fn hostile_rows() {
     for kind in [Kind::Steep, Kind::Extreme] {

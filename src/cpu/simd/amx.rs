@@ -173,3 +173,45 @@ pub unsafe fn multiply<const SUM: u8, const A: u8, const B: u8>() {
         asm!("tdpbsud tmm{}, tmm{}, tmm{}", const SUM, const A, const B, options(nomem, nostack, preserves_flags));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_multiply_and_are_given_back() {
+        let Some(amx) = Amx::new() else { return };
+        // Whether any tile of this thread is shaped.
+        let shaped = || {
+            let mut config = [0u64; 8];
+            // SAFETY: `amx` is the proof of the instruction; it writes 64 bytes.
+            unsafe { asm!("sttilecfg [{}]", in(reg) &raw mut config, options(nostack, preserves_flags)) };
+            config != [0; 8]
+        };
+        assert!(!shaped());
+        let (rows, depth) = (3, 8);
+        let left: Vec<i8> = (0..rows * depth).map(|i| (i * 37 % 251) as u8 as i8).collect();
+        let right: Vec<u8> = (0..depth * ROWS).map(|i| (i * 91 % 256) as u8).collect();
+        let mut out = vec![0i32; rows * ROWS];
+        {
+            let tiles = Tiles::new(amx);
+            tiles.shape(rows, depth);
+            assert!(shaped());
+            // SAFETY: tiles are shaped for these factors.
+            unsafe {
+                zero::<0>();
+                load::<4>(left.as_ptr().cast(), depth);
+                load::<6>(right.as_ptr(), ROW_BYTES);
+                multiply::<0, 4, 6>();
+                multiply::<0, 4, 6>();
+                store::<0>(out.as_mut_ptr(), ROW_BYTES);
+            }
+        }
+        assert!(!shaped());
+        for (at, sum) in out.into_iter().enumerate() {
+            let (row, lane) = (at / ROWS, at % ROWS);
+            let product = |k: usize| i32::from(left[row * depth + k]) * i32::from(right[(k / 4 * ROWS + lane) * 4 + k % 4]);
+            assert_eq!(sum, 2 * (0..depth).map(product).sum::<i32>());
+        }
+    }
+}

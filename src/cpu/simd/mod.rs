@@ -49,6 +49,7 @@ impl Isa {
     }
 
     /// The best one, or the one that `DECOQUANT_SIMD` (portable, avx2, avx512, amx) names if the CPU has it. Looked up once.
+    /// AMX has to be asked for, so that the others are not looked at where one of them is named.
     pub fn detect() -> Isa {
         static CHOICE: std::sync::OnceLock<Isa> = std::sync::OnceLock::new();
         *CHOICE.get_or_init(|| {
