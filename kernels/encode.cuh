@@ -490,7 +490,7 @@ template <class S> struct RowCoder {
             // The first never saturates where the scale without feedback does not.
             if (I == 0 || (!header.saturated && cost < least)) best = {header.bits, false}, least = cost, slot = I, ratio = __fdiv_rn(size, along);
         });
-        const float scale = header_scale(best.bits), unbiased = fabsf(ratio) <= 3.402823466e38f ? __fmul_rn(scale, ratio) : scale;
+        const float scale = header_scale(best.bits), unbiased = ratio > 0.0f && ratio <= 3.402823466e38f ? __fmul_rn(scale, ratio) : scale;
         const Header longer = pack_header(unbiased > 3.402823466e38f ? 3.402823466e38f : unbiased, set);
         if (!longer.saturated) best.bits = longer.bits;
         return best;

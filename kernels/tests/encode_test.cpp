@@ -146,7 +146,7 @@ struct PlainEncoder {
                 cost += kappa[t] * lost, size += kappa[t] * tier_size, along += kappa[t] * tier_along;
             }
             if (c.saturated || (any && !(cost < least))) continue;
-            const auto [longer, too_long] = pack(std::min(std::isfinite(size / along) ? scale * (size / along) : scale, 3.4028234e38f), set);
+            const auto [longer, too_long] = pack(std::min(size / along > 0 && std::isfinite(size / along) ? scale * (size / along) : scale, 3.4028234e38f), set);
             if (!too_long) c.header = longer;
             best = c, least = cost, any = true;
         }

@@ -450,8 +450,9 @@ impl<'a> RowCoder<'a> {
             // With all of them beyond the largest scale the row is cut already.
             if let Some(l) = best {
                 let ratio = size[l] / along[l];
-                let unbiased = if ratio.is_finite() { scale[l] * ratio } else { scale[l] };
-                coded.header = match header::pack(unbiased.clamp(0.0, f32::MAX), self.newest.set) {
+                // A factor file may hold weights of any sign.
+                let unbiased = if ratio > 0.0 && ratio.is_finite() { scale[l] * ratio } else { scale[l] };
+                coded.header = match header::pack(unbiased.min(f32::MAX), self.newest.set) {
                     (packed, false) => packed,
                     _ => headers[l].0,
                 };
