@@ -365,6 +365,10 @@ template <class S> struct RowCoder {
         LevelBook book;
         float widening;  // Codebook::widening
     };
+    // Of a chain: its loss, its targets' squares, and their products with what their codes stand for.
+    struct Sums {
+        float lost, size, along;
+    };
     __device__ __forceinline__ static float4 weights_at(const float* at) {
         if constexpr (Layout::weights_fit) return *reinterpret_cast<const float4*>(at);
         else return load_global(reinterpret_cast<const float4*>(at));
@@ -372,14 +376,14 @@ template <class S> struct RowCoder {
 
     // Codes a tier of a row anew with one scale, latent after latent, each against what the errors before it leave to be
     // said (src/factor/fit.rs). LANES lanes next to each other share the work: each takes the errors of earlier eights off
-    // 8 / LANES of the next eight, which all then code. `errors` [n], `codes` [n]; `lost` gets the loss.
+    // 8 / LANES of the next eight, which all then code. `errors` [n], `codes` [n]; returns what it lost.
     template <int LANES>
-    __device__ __forceinline__ static float chain(const Tier& tier, const float* latents, float scale, float* errors, uint8_t* codes, bool keeps, int lane) {
+    __device__ __forceinline__ static Sums chain(const Tier& tier, const float* latents, float scale, float* errors, uint8_t* codes, bool keeps, int lane) {
         constexpr int OWN = 8 / LANES;
         const int share = lane % LANES * OWN;
         const float inverse = __fmul_rn(scale > 0.0f ? __fdiv_rn(1.0f, scale) : 0.0f, tier.widening);
         const float* weights = tier.weights;
-        float lost = 0.0f;
+        Sums sums{};
         DQ_UNROLL_BY_1
         for (int block = 0; block < tier.n; block += 8) {
             float own[OWN], target[8], latent[8], error[8];
@@ -414,7 +418,9 @@ template <class S> struct RowCoder {
                 const LevelBook::Found found = tier.book.look_up(fabsf(__fmul_rn(target[i], inverse)), target[i]);
                 const float value = __fmul_rn(scale, found.level), left = __fsub_rn(value, target[i]);
                 error[i] = __fsub_rn(value, latent[i]);
-                lost = __fadd_rn(lost, __fmul_rn(weight[i], __fmul_rn(left, left)));
+                sums.lost = __fadd_rn(sums.lost, __fmul_rn(weight[i], __fmul_rn(left, left)));
+                sums.size = __fadd_rn(sums.size, __fmul_rn(weight[i], __fmul_rn(target[i], target[i])));
+                sums.along = __fadd_rn(sums.along, __fmul_rn(weight[i], __fmul_rn(target[i], value)));
                 DQ_UNROLL
                 for (int k = i + 1; k < 8; k++) target[k] = __fsub_rn(target[k], __fmul_rn(weight[k], error[i]));
                 words[i / 4] |= tier.book.code(found, target[i]) << (8 * (i % 4));
@@ -426,7 +432,7 @@ template <class S> struct RowCoder {
             }
             __syncwarp();
         }
-        return lost;
+        return sums;
     }
 
     // The tier's number by size, the largest first: its chains are the longest.
@@ -439,11 +445,11 @@ template <class S> struct RowCoder {
         return 0;
     }
 
-    // All chains of `n_rows` rows, by the block. `headers` of rows without feedback, FEED where it is wanted; `lost`
+    // All chains of `n_rows` rows, by the block. `headers` of rows without feedback, FEED where it is wanted; `sums`
     // [tier][row][scale].
     static constexpr uint32_t FEED = 1u << 16, REPLACED = 1u << 17;
     template <int LANES>
-    __device__ __forceinline__ static void feed_back(const float* latents, const uint32_t* headers, int n_rows, const float* weights, const uint8_t* books, float* errors, uint8_t* codes, float* lost) {
+    __device__ __forceinline__ static void feed_back(const float* latents, const uint32_t* headers, int n_rows, const float* weights, const uint8_t* books, float* errors, uint8_t* codes, Sums* sums) {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pairs = n_rows * FEEDBACK_SCALES, groups = (pairs * LANES + 31) / 32;
         DQ_UNROLL_BY_1
         for (int task = warp; task < S::tiers * groups; task += ENCODE_WARPS) {
@@ -461,27 +467,32 @@ template <class S> struct RowCoder {
             for_each<FEEDBACK_SCALES>([&](auto i) { if (s == decltype(i)::value) multiple = feedback_multiple(decltype(i)::value); });
             const float scale = header_scale(pack_header(__fmul_rn(header_scale(headers[row] & 0xFFFF), multiple), 0).bits);
             // Lanes without a pair of their own write where nobody reads: the same as the last pair, by its own lane.
-            const float loss = chain<LANES>(tier, latents + row * Layout::LATENTS + tier.first, scale, errors + pair * Layout::ERRORS + tier.first + 4 * t, codes + pair * Layout::CODES + tier.first, keeps, lane);
-            if (keeps && lane % LANES == 0) lost[t * ENCODE_ROWS * FEEDBACK_SCALES + pair] = loss;
+            const Sums mine = chain<LANES>(tier, latents + row * Layout::LATENTS + tier.first, scale, errors + pair * Layout::ERRORS + tier.first + 4 * t, codes + pair * Layout::CODES + tier.first, keeps, lane);
+            if (keeps && lane % LANES == 0) sums[t * ENCODE_ROWS * FEEDBACK_SCALES + pair] = mine;
         }
     }
 
-    // The scale of least loss, the first of equals.
-    __device__ __forceinline__ static Header least_loss(uint32_t without, uint32_t set, const float (&kappa)[S::tiers], const float* lost, int& slot) {
+    // The scale of least loss, the first of equals; then as long as the targets' codes must be.
+    __device__ __forceinline__ static Header least_loss(uint32_t without, uint32_t set, const float (&kappa)[S::tiers], const Sums* sums, int& slot) {
         Header best{0, false};
-        float least = 0.0f;
+        float least = 0.0f, ratio = 0.0f;
         slot = 0;
         for_each<FEEDBACK_SCALES>([&](auto i) {
             constexpr int I = decltype(i)::value;
             const Header header = pack_header(__fmul_rn(header_scale(without & 0xFFFF), feedback_multiple(I)), set);
-            float cost = 0.0f;
+            float cost = 0.0f, size = 0.0f, along = 0.0f;
             for_each<S::tiers>([&](auto tier) {
                 constexpr int T = decltype(tier)::value;
-                cost = __fadd_rn(cost, __fmul_rn(kappa[T], lost[T * ENCODE_ROWS * FEEDBACK_SCALES + I]));
+                const Sums& of = sums[T * ENCODE_ROWS * FEEDBACK_SCALES + I];
+                cost = __fadd_rn(cost, __fmul_rn(kappa[T], of.lost));
+                size = __fadd_rn(size, __fmul_rn(kappa[T], of.size)), along = __fadd_rn(along, __fmul_rn(kappa[T], of.along));
             });
             // The first never saturates where the scale without feedback does not.
-            if (I == 0 || (!header.saturated && cost < least)) best = {header.bits, false}, least = cost, slot = I;
+            if (I == 0 || (!header.saturated && cost < least)) best = {header.bits, false}, least = cost, slot = I, ratio = __fdiv_rn(size, along);
         });
+        const float scale = header_scale(best.bits), unbiased = fabsf(ratio) <= 3.402823466e38f ? __fmul_rn(scale, ratio) : scale;
+        const Header longer = pack_header(unbiased > 3.402823466e38f ? 3.402823466e38f : unbiased, set);
+        if (!longer.saturated) best.bits = longer.bits;
         return best;
     }
 
@@ -577,7 +588,7 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
     float* latents = all_latents + half * Layout::LATENTS;
     __shared__ __align__(16) uint8_t books[SideBooks<S>::BYTES];
     __shared__ uint32_t headers[ENCODE_ROWS];  // and Coder::FEED, Coder::REPLACED
-    __shared__ float lost[FEEDBACK ? S::tiers * ENCODE_ROWS * FEEDBACK_SCALES : 1];
+    __shared__ typename Coder::Sums sums[FEEDBACK ? S::tiers * ENCODE_ROWS * FEEDBACK_SCALES : 1];
 
     const DqHeadSets& sets = f.heads[head];
     const uint32_t newest = header_set(sets.newest);
@@ -723,8 +734,8 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
                 const int n = n_rows - from < Layout::PASS_ROWS ? n_rows - from : Layout::PASS_ROWS;
                 const float* of_rows = all_latents + from * Layout::LATENTS;
                 uint8_t* codes = all_codes + from * FEEDBACK_SCALES * Layout::CODES;
-                if (n <= 2) Coder::template feed_back<8>(of_rows, headers + from, n, weights, books, work, codes, lost + from * FEEDBACK_SCALES);
-                else Coder::template feed_back<1>(of_rows, headers + from, n, weights, books, work, codes, lost + from * FEEDBACK_SCALES);
+                if (n <= 2) Coder::template feed_back<8>(of_rows, headers + from, n, weights, books, work, codes, sums + from * FEEDBACK_SCALES);
+                else Coder::template feed_back<1>(of_rows, headers + from, n, weights, books, work, codes, sums + from * FEEDBACK_SCALES);
             }
             __syncthreads();
         }
@@ -737,7 +748,7 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
     uint32_t header = headers[half];
     int slot = 0;
     if constexpr (FEEDBACK) {
-        if (header & Coder::FEED) header = Coder::least_loss(header, newest, kappa, lost + half * FEEDBACK_SCALES, slot).bits;
+        if (header & Coder::FEED) header = Coder::least_loss(header, newest, kappa, sums + half * FEEDBACK_SCALES, slot).bits;
     }
     Coder::write(all_codes + (half * FEEDBACK_SCALES + slot) * Layout::CODES, record, side, p.n_kv_heads, head, l);
     if (l == 0) *reinterpret_cast<uint16_t*>(record + headers_at + 2 * head) = uint16_t(header);

@@ -113,7 +113,8 @@ struct PlainEncoder {
         return out;
     }
 
-    // Each latent rounded against what the errors before it in its tier leave; a few scales, the first of least loss.
+    // Each latent rounded against what the errors before it in its tier leave; a few scales, the first of least loss, at the
+    // length of what was rounded.
     Coded feed_back(const std::vector<float>& y, const Coded& without, int set, uint32_t head, const Weights& kappa) const {
         Coded best = without;
         float least = 0;
@@ -123,14 +124,14 @@ struct PlainEncoder {
             std::tie(c.header, c.saturated) = pack(float(ref::header_scale(without.header)) * multiple, set);
             const float scale = float(ref::header_scale(c.header)), narrow = scale > 0 ? 1 / scale : 0;
             const float* row = &f.encode[head * f.encode_len] + f.d * f.d;
-            float cost = 0;
+            float cost = 0, size = 0, along = 0;
             for (size_t t = 0; t < layout.tiers.size(); t++) {
                 const auto [first, channels, bits] = layout.tiers[t];
                 const ref::Book book = ref::book(bits);
                 const int half = 1 << (bits - 1);
                 const float inverse = narrow * (1.0f + float(book.distortion));
                 std::vector<float> errors;
-                float lost = 0;
+                float lost = 0, tier_size = 0, tier_along = 0;
                 for (int j = 0; j < channels; row += ++j) {
                     float target = y[first + j];
                     for (int k = 0; k < j; k++) target -= row[k] * errors[k];
@@ -139,11 +140,14 @@ struct PlainEncoder {
                     const float value = scale * (std::copysign(float(book.table[half + m]), target) * float(book.unit)), left = value - target;
                     errors.push_back(value - y[first + j]);
                     lost += row[j] * (left * left);
+                    tier_size += row[j] * (target * target), tier_along += row[j] * (target * value);
                     c.codes[first + j] = uint8_t(std::signbit(target) ? half - 1 - m : half + m);
                 }
-                cost += kappa[t] * lost;
+                cost += kappa[t] * lost, size += kappa[t] * tier_size, along += kappa[t] * tier_along;
             }
             if (c.saturated || (any && !(cost < least))) continue;
+            const auto [longer, too_long] = pack(std::min(std::isfinite(size / along) ? scale * (size / along) : scale, 3.4028234e38f), set);
+            if (!too_long) c.header = longer;
             best = c, least = cost, any = true;
         }
         return best;

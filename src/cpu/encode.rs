@@ -373,7 +373,8 @@ impl<'a> RowCoder<'a> {
     }
 
     /// Codes the rows of `wanted` anew, latent after latent, each against what the errors before it leave to be said (see
-    /// `factor::fit`). A few scales around the one found without; the least loss wins.
+    /// `factor::fit`). A few scales around the one found without; the least loss wins, at the scale that makes the targets'
+    /// codes as long as the targets.
     #[inline(always)]
     fn feed_back(
         &self,
@@ -394,10 +395,12 @@ impl<'a> RowCoder<'a> {
         let scale = headers.map(|(packed, _)| header::scale(packed));
         let inverse = scale.map(|s| if s > 0.0 { 1.0 / s } else { 0.0 });
         let mut cost = [0f32; LANES];
+        // Of the targets, with themselves and with what their codes stand for.
+        let (mut size, mut along) = ([0f32; LANES], [0f32; LANES]);
         for (t, (tier, book)) in self.shape.plan.tiers.iter().zip(self.books).enumerate() {
             let half = 1usize << (book.bits - 1);
             let inverse = inverse.map(|i| i * book.widening());
-            let mut lost = [0f32; LANES];
+            let (mut lost, mut tier_size, mut tier_along) = ([0f32; LANES], [0f32; LANES], [0f32; LANES]);
             for j in 0..tier.channels {
                 let (row, rest) = triangles.split_at(j + 1);
                 triangles = rest;
@@ -424,6 +427,8 @@ impl<'a> RowCoder<'a> {
                     let left = value - target[l];
                     scratch.errors[j][l] = value - latent[l];
                     lost[l] += row[j] * (left * left);
+                    tier_size[l] += row[j] * (target[l] * target[l]);
+                    tier_along[l] += row[j] * (target[l] * value);
                     let half = half as i32;
                     scratch.codes[tier.first + j][l] =
                         if target[l].is_sign_negative() { half - 1 - above[l] } else { half + above[l] } as u8;
@@ -431,6 +436,8 @@ impl<'a> RowCoder<'a> {
             }
             for l in 0..LANES {
                 cost[l] += self.newest_kappa[t] * lost[l];
+                size[l] += self.newest_kappa[t] * tier_size[l];
+                along[l] += self.newest_kappa[t] * tier_along[l];
             }
         }
         for (r, coded) in coded.iter_mut().enumerate().filter(|(r, _)| wanted[*r]) {
@@ -442,7 +449,12 @@ impl<'a> RowCoder<'a> {
             }
             // With all of them beyond the largest scale the row is cut already.
             if let Some(l) = best {
-                coded.header = headers[l].0;
+                let ratio = size[l] / along[l];
+                let unbiased = if ratio.is_finite() { scale[l] * ratio } else { scale[l] };
+                coded.header = match header::pack(unbiased.clamp(0.0, f32::MAX), self.newest.set) {
+                    (packed, false) => packed,
+                    _ => headers[l].0,
+                };
                 coded.codes[..d].iter_mut().zip(&scratch.codes).for_each(|(code, lanes)| *code = lanes[l]);
             }
         }
