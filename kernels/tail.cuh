@@ -68,8 +68,10 @@ __device__ __forceinline__ void tail_part(const DqAttend& p) {
         for (int at = 0; at < dim; at += 32) {
             const int c = at + lane < dim ? at + lane : dim - 1;
             uint32_t bits[KEYS_PER_WARP];
-            DQ_UNROLL
-            for (int k = 0; k < KEYS_PER_WARP; k++) bits[k] = element_bits(p.tail.k, row_at(p.tail.k, k), c);
+            by_width(p.tail.k, [&](auto zero) {
+                DQ_UNROLL
+                for (int k = 0; k < KEYS_PER_WARP; k++) bits[k] = element_bits<decltype(zero)>(p.tail.k, row_at(p.tail.k, k), c);
+            });
             __syncwarp();
             DQ_UNROLL
             for (int k = 0; k < KEYS_PER_WARP; k++) keys[k][lane] = element_value(p.tail.k, bits[k]);
@@ -105,12 +107,14 @@ __device__ __forceinline__ void tail_part(const DqAttend& p) {
         DQ_UNROLL_BY_1
         for (int from = 0; from < KEYS_PER_WARP && first + from < tail.count; from += AT_ONCE) {
             uint32_t bits[AT_ONCE][PER];
-            DQ_UNROLL
-            for (int i = 0; i < AT_ONCE; i++) {
-                const uint64_t at = row_at(p.tail.v, from + i);
+            by_width(p.tail.v, [&](auto zero) {
                 DQ_UNROLL
-                for (int k = 0; k < PER; k++) bits[i][k] = lane + 32 * k < dim ? element_bits(p.tail.v, at, lane + 32 * k) : 0;
-            }
+                for (int i = 0; i < AT_ONCE; i++) {
+                    const uint64_t at = row_at(p.tail.v, from + i);
+                    DQ_UNROLL
+                    for (int k = 0; k < PER; k++) bits[i][k] = lane + 32 * k < dim ? element_bits<decltype(zero)>(p.tail.v, at, lane + 32 * k) : 0;
+                }
+            });
             DQ_UNROLL
             for (int i = 0; i < AT_ONCE; i++) {
                 const float4 of_key = weights[from + i];

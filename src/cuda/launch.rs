@@ -358,6 +358,7 @@ pub fn plan_attend(
         merge_threads: match parts_per_transform.max(tail_parts) {
             0..=8 if kernels.v_transforms == 1 => 32,
             0..=16 => 128,
+            17..=64 if kernels.v_transforms == 1 => 256,
             _ => 512,
         },
     })
