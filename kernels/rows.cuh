@@ -17,18 +17,9 @@ __device__ __forceinline__ bool in_store(const DqStore& store, int64_t slot) {
 }
 
 // An element as it is in memory, and what it is worth: so that many loads can be under way before the first is looked at.
-template <class T>
 __device__ __forceinline__ uint32_t element_bits(const DqRows& rows, uint64_t at, uint32_t channel) {
-    return at_bytes<T>(rows.data, at + sizeof(T) * channel);
-}
-__device__ __forceinline__ uint32_t element_bits(const DqRows& rows, uint64_t at, uint32_t channel) {
-    return rows.type == DQ_TYPE_F32 ? element_bits<uint32_t>(rows, at, channel) : element_bits<uint16_t>(rows, at, channel);
-}
-// Calls `body` with a zero as wide as the elements: one branch to many loads, not one to each.
-template <class Body>
-__device__ __forceinline__ void by_width(const DqRows& rows, Body&& body) {
-    if (rows.type == DQ_TYPE_F32) body(uint32_t(0));
-    else body(uint16_t(0));
+    if (rows.type == DQ_TYPE_F32) return at_bytes<uint32_t>(rows.data, at + 4ull * channel);
+    return at_bytes<uint16_t>(rows.data, at + 2ull * channel);
 }
 __device__ __forceinline__ float element_value(const DqRows& rows, uint32_t bits) {
     if (rows.type == DQ_TYPE_F32) return __uint_as_float(bits);

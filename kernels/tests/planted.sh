@@ -43,9 +43,9 @@ plant "blocks that the window has left are read" attend.cuh 's/key = key < keys.
 plant "blocks that the window has left are read, bulk copies" attend.cuh 's/const uint32_t from = keys.first > first_key.*/const uint32_t from = 0;/' attend_emu "-fsanitize=address $BULK"
 plant "queries of the sequence before" fold.cuh 's|(queries.first + row / p.group)|(uint64_t(of) * p.n_q + row / p.group)|'
 plant "tail: a key behind its end" tail.cuh 's/n_coded + tail.count) : NEVER/n_coded + tail.count + 1) : NEVER/'
-plant "tail: no weight times NaN" tail.cuh 's/if (w\[r\] == 0.0f) continue;//'
+plant "tail: no weight times NaN" tail.cuh 's/w\[r\] == 0.0f ? of_turn\[r\] : //'
 plant "tail: earlier weights not rescaled" tail.cuh 's/sum\[r\] \* shrink + weight/sum[r] + weight/'
-plant "tail: keys of two turns in shared memory" tail.cuh '/bits\[k\] = element_bits<decltype(zero)>(p.tail.k/{n;n;d}'
+plant "tail: keys of two turns in shared memory" tail.cuh '/__syncwarp();  .. rows are there/d'
 plant "tail: left out of the sum of weights" merge.cuh 's/float total = set_sums\[DQ_MAX_SETS\] + /float total = /'
 plant "tail: not counted among the keys" attend_rows.cuh 's/coded_keys(p, stream)) + tail_of(p, stream).count - n_q/coded_keys(p, stream)) - n_q/'
 plant "encode: other lanes' codes too early" encode.cuh '/bad_row |= header.saturated;/{n;n;d}' encode_emu
