@@ -77,7 +77,6 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     const uint32_t unit = warp / sharers, first_unit = blockIdx.y * units;
     const uint32_t stream = (first_unit + unit) / n_tiles, tile = (first_unit + unit) % n_tiles;
     const DqHeadSets& sets = p.k.heads[head];
-    wait_for_previous_kernel();
     start_next_kernel();
 
     // Phase 1: the matrix starts on its way before anything else is known, since memory is far away; queries come to shared

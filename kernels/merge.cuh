@@ -14,7 +14,7 @@ constexpr uint32_t MERGE_PARTS = 512;
 
 template <class V>
 __device__ __forceinline__ void attend_merge(const DqAttend& p) {
-    constexpr int D = V::D, WARPS = 16, PER = (D + 127) / 128, AT_ONCE = 8;
+    constexpr int D = V::D, WARPS = 16, PER = (D + 127) / 128, AT_ONCE = 4;
     __shared__ __align__(16) float gathered[WARPS][D];
     __shared__ __align__(16) float latents[D];
     __shared__ float maxima[MERGE_PARTS], set_sums[DQ_MAX_SETS + 1];
@@ -33,7 +33,6 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
     const uint32_t runs = blockDim.x >= MOST_RUNS_OF_LATENTS * D && D % (8 * MOST_RUNS_OF_LATENTS) == 0 ? MOST_RUNS_OF_LATENTS : 1;
 
     const uint32_t present = p.v.heads[head].present;
-    start_next_kernel();
     wait_for_previous_kernel();
 
     // Phase 1: the maximum over all parts, and the sink's logit.

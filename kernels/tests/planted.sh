@@ -25,7 +25,7 @@ plant() {
 
 BULK=-DDQ_EMU_BULK
 plant "missing barrier after a tile's copies" attend.cuh '/cp_async_wait<STAGES - 2>/{n;d}'
-plant "a stage filled anew before all are done with it" attend.cuh 's/missing, 0) == 1/missing, 0) == warps/;/over already/d' attend_emu $BULK
+plant "a stage filled anew before all are done with it" attend.cuh 's/missing, 0) == 1/missing, 0) > 1/;/over already/d' attend_emu $BULK
 plant "wait one group short" attend.cuh 's/cp_async_wait<STAGES - 2>/cp_async_wait<STAGES - 1>/'
 plant "wait for the wrong phase" attend.cuh 's/index = 0, phase ^= 1/index = 0/' attend_emu $BULK
 plant "fewer bytes announced than copied" attend.cuh 's|barrier_expect(barriers + index, (to - from)|barrier_expect(barriers + index, (to - from - 1)|' attend_emu $BULK
