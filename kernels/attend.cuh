@@ -60,7 +60,7 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
     if (t == 0) {
         RowImage<K, V> again;
         again.lay_out(p.n_kv_heads, first_head, p.heads_per_block, first_head, runs);
-        for (int s = 0; s < STAGES; s++) barrier_init(barriers + s, 1), barrier_init(done + s, warps);
+        for (int s = 0; s < STAGES; s++) barrier_init(barriers + s, 1), barrier_init(done + s, 32 * warps);
         barrier_init_done();
     }
     __syncthreads();
@@ -142,8 +142,10 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
 
         // Phase 6: the warp that is the last to be done with a stage fills it anew.
         if constexpr (HAS_BULK_COPY) {
-            __syncwarp();
             if (tile + STAGES < end_tile) {
+                // Each lane for its own reads; lane 0 behind the others, so that the very last arrival is some warp's lane 0.
+                if (lane != 0) barrier_arrive(done + index);
+                __syncwarp();
                 const uint32_t missing = lane == 0 ? barrier_arrive(done + index) : 0;
                 if (__shfl_sync(ALL_LANES, missing, 0) == 1) {
                     barrier_wait(done + index, phase);  // over already: it orders the others' reads before the copies

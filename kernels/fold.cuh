@@ -77,15 +77,13 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     const uint32_t unit = warp / sharers, first_unit = blockIdx.y * units;
     const uint32_t stream = (first_unit + unit) / n_tiles, tile = (first_unit + unit) % n_tiles;
     const DqHeadSets& sets = p.k.heads[head];
-    wait_for_previous_kernel();
     start_next_kernel();
-    // Nothing to do for a linear part that no set names.
-    if (!names_transform(sets, transform)) return;
 
-    // Phase 1: the matrix starts on its way, and queries come to shared memory; rows that do not exist are zero.
+    // Phase 1: the matrix starts on its way before anything else is known, since memory is far away; queries come to shared
+    // memory, where rows that do not exist are zero.
     const bool turns = BUTTERFLIES && transform == 0;
     auto copy_chunk = [&](int first) {
-        if (turns) return;
+        if (turns || transform > p.k.max_dense) return;
         if (transform != 0) {
             const uint16_t* from = p.k.decode + ((uint64_t(head) * p.k.max_dense + transform - 1) * D + first) * D;
             for (int i = t; i < CHUNK * D / 8; i += FOLD_THREADS) cp_async_16(&matrix[i / (D / 8)][i % (D / 8) * 8], from + 8 * i);
@@ -96,6 +94,11 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
         }
     };
     copy_chunk(0);
+    // Nothing to do for a linear part that no set names.
+    if (!names_transform(sets, transform)) {
+        cp_async_wait<0>();
+        return;
+    }
     if (t < int(units) * ROWS) {
         const uint32_t u = first_unit + t / ROWS, of = u / n_tiles, row = u % n_tiles * ROWS + t % ROWS;
         row_at[t] = NO_ROW;

@@ -9,7 +9,7 @@
 
 namespace dq {
 
-// Weights of parts that wait in shared memory.
+// Maxima of parts that wait in shared memory.
 constexpr uint32_t MERGE_PARTS = 512;
 
 template <class V>
@@ -17,7 +17,7 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
     constexpr int D = V::D, WARPS = 16, PER = (D + 127) / 128, AT_ONCE = 4;
     __shared__ __align__(16) float gathered[WARPS][D];
     __shared__ __align__(16) float latents[D];
-    __shared__ float weights[MERGE_PARTS];
+    __shared__ float maxima[MERGE_PARTS], set_sums[DQ_MAX_SETS + 1];
     __shared__ float sums[WARPS][DQ_MAX_SETS + 1];  // the last: the tail's
     __shared__ float reduced[WARPS];
     const uint32_t t = threadIdx.x, warp = t >> 5, lane = t & 31, warps = blockDim.x >> 5;
@@ -33,63 +33,56 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
     const uint32_t runs = blockDim.x >= MOST_RUNS_OF_LATENTS * D && D % (8 * MOST_RUNS_OF_LATENTS) == 0 ? MOST_RUNS_OF_LATENTS : 1;
 
     const uint32_t present = p.v.heads[head].present;
-    start_next_kernel();
     wait_for_previous_kernel();
 
     // Phase 1: the maximum over all parts, and the sink's logit.
     float m = p.sink_logits != nullptr ? p.sink_logits[q_head] * LOG2_E : NEVER;
     const float sink = m;
-    for (uint32_t i = t; i < attend_parts(p); i += blockDim.x) m = fmaxf(m, p.partial_sums[(first + i) * SUMS + DQ_MAX_SETS]);
+    for (uint32_t i = t; i < attend_parts(p); i += blockDim.x) {
+        const float part_m = p.partial_sums[(first + i) * SUMS + DQ_MAX_SETS];
+        if (i < MERGE_PARTS) maxima[i] = part_m;
+        m = fmaxf(m, part_m);
+    }
     m = warp_max(m);
     if (lane == 0) reduced[warp] = m;
     __syncthreads();
     for (uint32_t w = 0; w < warps; w++) m = fmaxf(m, reduced[w]);
-
-    // Phase 2: each linear part gathered, unfolded and added; sums per set. A thread's channels are t, t + blockDim ...;
-    // with runs, thread t has channel t % D. Behind the linear parts comes the tail, which was never folded.
     const bool any = m > NEVER;
-    float x[4 * PER] = {}, set_sum = 0.0f, tail_sum = 0.0f;
-    for (uint32_t transform = 0; transform < p.v_transforms + (p.tail.parts > 0); transform++) {
-        const bool tail = transform == p.v_transforms;
-        const uint32_t own_parts = tail ? p.tail.parts : parts_per_transform, own_sums = tail ? 1 : DQ_MAX_SETS;
+    auto weight_of = [&](uint32_t part) {
+        const float part_m = part < MERGE_PARTS ? maxima[part] : p.partial_sums[(first + part) * SUMS + DQ_MAX_SETS];
+        // A part that saw no key left nothing behind but its maximum.
+        return any && part_m > NEVER ? exp2_fast(part_m - m) : 0.0f;
+    };
+    // The weighted sum of `n` parts from `begin` on, in `latents`, unless all are without weight; to `sum` what the lane's
+    // entry of their sums adds up to. Several parts at a time, so that their loads overlap; nothing is read of a part without
+    // weight. The tail's parts have one entry and no unit.
+    auto gather = [&](auto tail, uint32_t begin, uint32_t n, float& sum) -> bool {
+        constexpr bool TAIL = decltype(tail)::value;
         float4 acc[PER] = {};
         bool seen = false;
-        for (uint32_t from = 0; from < own_parts; from += MERGE_PARTS) {
-            const uint32_t n = own_parts - from < MERGE_PARTS ? own_parts - from : MERGE_PARTS;
-            const uint64_t at = first + transform * parts_per_transform + from;
-            __syncthreads();
-            for (uint32_t i = t; i < n; i += blockDim.x) {
-                // A part that saw no key left nothing behind but its maximum.
-                const float part_m = p.partial_sums[(at + i) * SUMS + DQ_MAX_SETS];
-                const bool counts = any && part_m > NEVER;
-                weights[i] = counts ? exp2_fast(part_m - m) : 0.0f;
-                seen |= counts;
-            }
-            __syncthreads();
-            // Several parts at a time, so that their loads overlap; nothing is read of a part without weight.
-            for (uint32_t i = warp; i < n; i += AT_ONCE * warps) {
-                float weight[AT_ONCE], in_set[AT_ONCE];
-                float4 v[AT_ONCE][PER];
+        for (uint32_t i = warp; i < n; i += AT_ONCE * warps) {
+            float weight[AT_ONCE], entry[AT_ONCE];
+            float4 v[AT_ONCE][PER];
+            DQ_UNROLL
+            for (int a = 0; a < AT_ONCE; a++) {
+                const uint32_t part = begin + i + a * warps;
+                weight[a] = part < begin + n ? weight_of(part) : 0.0f;
+                entry[a] = weight[a] != 0.0f && lane < (TAIL ? 1 : DQ_MAX_SETS) ? p.partial_sums[(first + part) * SUMS + lane] : 0.0f;
                 DQ_UNROLL
-                for (int a = 0; a < AT_ONCE; a++) {
-                    const uint32_t part = i + a * warps;
-                    weight[a] = part < n ? weights[part] : 0.0f;
-                    in_set[a] = weight[a] != 0.0f && lane < own_sums ? p.partial_sums[(at + part) * SUMS + lane] : 0.0f;
-                    DQ_UNROLL
-                    for (int k = 0; k < PER; k++) {
-                        const int c = 4 * (lane + 32 * k);
-                        v[a][k] = {};
-                        if (weight[a] != 0.0f && c < D) v[a][k] = *reinterpret_cast<const float4*>(p.partial + (at + part) * D + c);
-                    }
+                for (int k = 0; k < PER; k++) {
+                    const int c = 4 * (lane + 32 * k);
+                    v[a][k] = {};
+                    if (weight[a] != 0.0f && c < D) v[a][k] = *reinterpret_cast<const float4*>(p.partial + (first + part) * D + c);
                 }
+            }
+            DQ_UNROLL
+            for (int a = 0; a < AT_ONCE; a++) {
+                seen |= weight[a] != 0.0f;
+                sum += weight[a] * entry[a];
                 DQ_UNROLL
-                for (int a = 0; a < AT_ONCE; a++) {
-                    (tail ? tail_sum : set_sum) += weight[a] * in_set[a];
-                    DQ_UNROLL
-                    for (int k = 0; k < PER; k++) {
-                        acc[k].x += weight[a] * v[a][k].x, acc[k].y += weight[a] * v[a][k].y;
-                        acc[k].z += weight[a] * v[a][k].z, acc[k].w += weight[a] * v[a][k].w;
-                    }
+                for (int k = 0; k < PER; k++) {
+                    acc[k].x += weight[a] * v[a][k].x, acc[k].y += weight[a] * v[a][k].y;
+                    acc[k].z += weight[a] * v[a][k].z, acc[k].w += weight[a] * v[a][k].w;
                 }
             }
         }
@@ -98,21 +91,35 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
             const int c = 4 * (lane + 32 * k);
             if (c < D) *reinterpret_cast<float4*>(&gathered[warp][c]) = acc[k];
         }
-        if (!__syncthreads_or(seen)) continue;
+        if (!__syncthreads_or(seen)) return false;
         for (int c = t; c < D; c += blockDim.x) {
             float y = 0.0f;
             for (uint32_t w = 0; w < warps; w++) y += gathered[w][c];
             for_each<V::tiers>([&](auto tier) {
                 constexpr int T = decltype(tier)::value;
-                if (!tail && c >= V::first(T) && c < V::first(T) + V::channels(T)) y *= Book<V::bits(T)>::unit;
+                if (!TAIL && c >= V::first(T) && c < V::first(T) + V::channels(T)) y *= Book<V::bits(T)>::unit;
             });
             latents[c] = y;
         }
         __syncthreads();
+        return true;
+    };
+
+    // Phase 2: each linear part gathered, unfolded and added; sums per set. A thread's channels are t, t + blockDim ...;
+    // with runs, thread t has channel t % D.
+    float x[4 * PER] = {}, set_sum = 0.0f, tail_sum = 0.0f;
+    auto add_latents = [&] {
+        for (uint32_t i = 0, c = t; c < D; c += blockDim.x, i++) {
+            DQ_UNROLL
+            for (int k = 0; k < 4 * PER; k++) if (k == int(i)) x[k] += latents[c];
+        }
+    };
+    for (uint32_t transform = 0; transform < p.v_transforms; transform++) {
+        if (!gather(Int<0>{}, transform * parts_per_transform, parts_per_transform, set_sum)) continue;
         constexpr bool BUTTERFLIES = (D & (D - 1)) == 0;
-        if (tail || (BUTTERFLIES && transform == 0)) {
+        if (BUTTERFLIES && transform == 0) {
             if constexpr (BUTTERFLIES) {
-                if (!tail && warp == 0) {
+                if (warp == 0) {
                     float v[D / 32];
                     DQ_UNROLL
                     for (int k = 0; k < D / 32; k++) v[k] = latents[lane + 32 * k];
@@ -125,10 +132,7 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
                 }
             }
             __syncthreads();
-            for (uint32_t i = 0, c = t; c < D; c += blockDim.x, i++) {
-                DQ_UNROLL
-                for (int k = 0; k < 4 * PER; k++) if (k == int(i)) x[k] += latents[c];
-            }
+            add_latents();
         } else if (runs > 1) {
             if (t < runs * D) x[0] += unfold_channel<D>(p.v, head, transform, latents, t % D, t / D * (D / runs), D / runs);
         } else {
@@ -139,6 +143,9 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
             }
         }
     }
+
+    // The tail was never folded.
+    if (p.tail.parts > 0 && gather(Int<1>{}, coded_parts(p), p.tail.parts, tail_sum)) add_latents();
 
     // Phase 3: the runs of a channel, the means, and the sum of all weights.
     __syncthreads();
@@ -153,13 +160,13 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
     if (t <= DQ_MAX_SETS) {
         float l = 0.0f;
         for (uint32_t w = 0; w < warps; w++) l += sums[w][t];
-        weights[t] = l;
+        set_sums[t] = l;
     }
     __syncthreads();
-    float total = weights[DQ_MAX_SETS] + (any && p.sink_logits != nullptr ? exp2_fast(sink - m) : 0.0f);
+    float total = set_sums[DQ_MAX_SETS] + (any && p.sink_logits != nullptr ? exp2_fast(sink - m) : 0.0f);
     for (uint32_t left = present; left != 0; left &= left - 1) {
         const uint32_t e = __ffs(left) - 1;
-        const float l = weights[e];
+        const float l = set_sums[e];
         if (l == 0.0f) continue;
         total += l;
         const uint16_t* mean = p.v.means + (uint64_t(head) * DQ_MAX_SETS + e) * D;

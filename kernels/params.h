@@ -55,7 +55,7 @@ typedef struct DqTail {
     const int32_t* lengths;       /* [n_streams]: rows of each; null: n_rows */
     uint32_t n_rows;              /* of a stream, at most; 0: there are no tails, and all of this is 0 */
     uint32_t head_dim;
-    uint32_t parts, reserved;     /* warps that share four rows of queries, each a part of their result */
+    uint32_t parts, reserved;     /* blocks that share four rows of queries, each a part of their result */
 } DqTail;
 
 typedef struct DqAttend {

@@ -213,8 +213,7 @@ void run(const Case& c, std::mt19937_64& rng) {
     if (p.fold_units == 3) p.fold_units = 4;
     rt::launch(fold_kernel<K, V, NT>, dim3(c.n_kv * DQ_MAX_TRANSFORMS, (c.n_streams * n_tiles + p.fold_units - 1) / p.fold_units), dq::FOLD_THREADS, dq::fold_shared_bytes<K>(), p);
     if (c.tail) {
-        const uint32_t warps = (c.n_q * c.group + 3) / 4 * c.tail_parts;
-        rt::launch(tail_kernel, dim3((warps + dq::TAIL_WARPS - 1) / dq::TAIL_WARPS, c.n_kv, c.n_streams), 32 * dq::TAIL_WARPS, 0, p);
+        rt::launch(tail_kernel, dim3((c.n_q * c.group + 3) / 4 * c.tail_parts, c.n_kv, c.n_streams), 32 * dq::TAIL_WARPS, 0, p);
     }
     if constexpr (PREFILL > 0) {
         rt::launch(prefill_kernel<K, V, NT>, dim3(p.n_splits, c.n_kv * ((p.row_tiles + PREFILL - 1) / PREFILL), c.n_streams * p.v_transforms), 32 * PREFILL,

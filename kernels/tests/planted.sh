@@ -25,13 +25,13 @@ plant() {
 
 BULK=-DDQ_EMU_BULK
 plant "missing barrier after a tile's copies" attend.cuh '/cp_async_wait<STAGES - 2>/{n;d}'
-plant "a stage filled anew before all are done with it" attend.cuh 's/missing, 0) == 1/missing, 0) == warps/;/over already/d' attend_emu $BULK
+plant "a stage filled anew before all are done with it" attend.cuh 's/missing, 0) == 1/missing, 0) > 1/;/over already/d' attend_emu $BULK
 plant "wait one group short" attend.cuh 's/cp_async_wait<STAGES - 2>/cp_async_wait<STAGES - 1>/'
 plant "wait for the wrong phase" attend.cuh 's/index = 0, phase ^= 1/index = 0/' attend_emu $BULK
 plant "fewer bytes announced than copied" attend.cuh 's|barrier_expect(barriers + index, (to - from)|barrier_expect(barriers + index, (to - from - 1)|' attend_emu $BULK
 plant "maximum over the wrong lanes" attend_warp.cuh '0,/ALL_LANES, v, 8/s//ALL_LANES, v, 4/'
 plant "tail not masked" attend_rows.cuh 's/if (key >= n_keys) return NEVER/if (key > n_keys) return NEVER/'
-plant "stale merge slot" merge.cuh 's/const bool counts = any \&\& part_m > NEVER;/const bool counts = any;/'
+plant "stale merge slot" merge.cuh 's/return any \&\& part_m > NEVER ? /return any ? /'
 plant "earlier sums not rescaled" attend_warp.cuh 's/if (sums_used) {/if (false) {/'
 plant "constant of the wrong set" attend_warp.cuh 's/if (set != k_set) {/if (set > k_set) {/'
 plant "low byte of the query dropped" fold.cuh 's/uint8_t(low)/uint8_t(0)/'
@@ -43,10 +43,10 @@ plant "blocks that the window has left are read" attend.cuh 's/key = key < keys.
 plant "blocks that the window has left are read, bulk copies" attend.cuh 's/const uint32_t from = keys.first > first_key.*/const uint32_t from = 0;/' attend_emu "-fsanitize=address $BULK"
 plant "queries of the sequence before" fold.cuh 's|(queries.first + row / p.group)|(uint64_t(of) * p.n_q + row / p.group)|'
 plant "tail: a key behind its end" tail.cuh 's/n_coded + tail.count) : NEVER/n_coded + tail.count + 1) : NEVER/'
-plant "tail: no weight times NaN" tail.cuh 's/if (w\[r\] == 0.0f) continue;//'
+plant "tail: no weight times NaN" tail.cuh 's/w\[r\] == 0.0f ? of_turn\[r\] : //'
 plant "tail: earlier weights not rescaled" tail.cuh 's/sum\[r\] \* shrink + weight/sum[r] + weight/'
-plant "tail: keys of two turns in shared memory" tail.cuh '/bits\[k\] = element_bits(p.tail.k/{n;d}'
-plant "tail: left out of the sum of weights" merge.cuh 's/float total = weights\[DQ_MAX_SETS\] + /float total = /'
+plant "tail: keys of two turns in shared memory" tail.cuh '/__syncwarp();  .. rows are there/d'
+plant "tail: left out of the sum of weights" merge.cuh 's/float total = set_sums\[DQ_MAX_SETS\] + /float total = /'
 plant "tail: not counted among the keys" attend_rows.cuh 's/coded_keys(p, stream)) + tail_of(p, stream).count - n_q/coded_keys(p, stream)) - n_q/'
 plant "encode: other lanes' codes too early" encode.cuh '/^    __syncwarp();$/{N;s/^    __syncwarp();\n    if (!stored)/    if (!stored)/}' encode_emu
 plant "encode: the matrix before it is there" encode.cuh '/Also: the rows are there/{n;d}' encode_emu

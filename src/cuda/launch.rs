@@ -18,10 +18,9 @@ const FOLD_WARPS: usize = 8;
 const FOLD_HEADS: usize = 32;
 pub const FOLD_THREADS: usize = 32 * FOLD_WARPS;
 const MOST_WARPS: usize = 8;
-/// Warps of a block of the tail's kernel; as many of them share four rows as keep the whole at this number.
-const TAIL_BLOCK: usize = 4;
-const TAIL_WARPS: usize = 1024;
-pub const TAIL_THREADS: usize = 32 * TAIL_BLOCK;
+/// Blocks of the tail's kernel: as many share four rows as keep the whole at this number.
+const TAIL_BLOCKS: usize = 512;
+pub const TAIL_THREADS: usize = 128;
 const TILE_KEYS: usize = 64;
 const MOST_RUNS: usize = 16;
 const RUN_BYTES: usize = 8;
@@ -268,7 +267,7 @@ fn lay(arena: &mut Arena, kernels: &LayerKernels, d_v: usize, c: Counts) -> Piec
 
 /// Parts of each row's result over a tail; `tiles` counts (stream, KV head, four rows).
 fn tail_parts(tiles: usize, tail: usize) -> usize {
-    tail.div_ceil(KEYS_PER_WARP).min((TAIL_WARPS / tiles.max(1)).max(1))
+    tail.div_ceil(KEYS_PER_WARP).min((TAIL_BLOCKS / tiles.max(1)).max(1))
 }
 
 /// Bytes of workspace for any attention within the limits.
@@ -294,8 +293,8 @@ pub fn workspace_size(shape: &LayerShape, kernels: &LayerKernels, limits: Limits
         let parts = (heads * rows).saturating_mul(splits).min((heads * rows).max(of_blocks));
         counts.partials = counts.partials.max(parts.saturating_mul(v.key_warps * kernels.v_transforms));
     }
-    // As in `tail_parts`: either one to a row or four rows to each of the warps.
-    let of_tail = (heads * rows).saturating_mul(limits.tail.div_ceil(KEYS_PER_WARP)).min((heads * rows).max(4 * TAIL_WARPS));
+    // As in `tail_parts`: either one to a row or four rows to each of the blocks.
+    let of_tail = (heads * rows).saturating_mul(limits.tail.div_ceil(KEYS_PER_WARP)).min((heads * rows).max(4 * TAIL_BLOCKS));
     counts.partials = counts.partials.saturating_add(of_tail);
     Ok(size_of_pieces(|arena| lay(arena, kernels, shape.v.head_dim, counts)))
 }
@@ -356,7 +355,7 @@ pub fn plan_attend(
     Ok(AttendPlan {
         fold: (kernels.fold, (shape.n_kv_heads * MAX_TRANSFORMS, (streams * n_tiles).div_ceil(units), 1)),
         fold_shared: kernels.fold_shared,
-        tail: (tail_parts > 0).then(|| (kernels.tail, ((of_four * tail_parts).div_ceil(TAIL_BLOCK), shape.n_kv_heads, streams))),
+        tail: (tail_parts > 0).then(|| (kernels.tail, (of_four * tail_parts, shape.n_kv_heads, streams))),
         attend: (v.kernel, (splits, y, streams * kernels.v_transforms)),
         attend_threads: 32 * v.warps(rows),
         attend_shared: v.shared,
@@ -365,6 +364,7 @@ pub fn plan_attend(
         merge_threads: match parts_per_transform.max(tail_parts) {
             0..=8 if kernels.v_transforms == 1 => 32,
             0..=16 => 128,
+            17..=64 if kernels.v_transforms == 1 => 256,
             _ => 512,
         },
     })

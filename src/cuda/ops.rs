@@ -214,7 +214,7 @@ impl DeviceCodec {
         // SAFETY: `capi` checked what can be checked of the caller's pointers; tables and workspace are as large as the
         // kernels were told.
         unsafe {
-            device.launch_early(plan.fold.0, plan.fold.1, launch::FOLD_THREADS, plan.fold_shared, stream, &p)?;
+            device.launch(plan.fold.0, plan.fold.1, launch::FOLD_THREADS, plan.fold_shared, stream, &p)?;
             if let Some((tail, grid)) = plan.tail {
                 device.launch_early(tail, grid, launch::TAIL_THREADS, 0, stream, &p)?;
             }
