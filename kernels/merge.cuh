@@ -9,7 +9,7 @@
 
 namespace dq {
 
-// Maxima of parts that wait in shared memory.
+// Weights of parts that wait in shared memory.
 constexpr uint32_t MERGE_PARTS = 512;
 
 template <class V>
@@ -17,7 +17,7 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
     constexpr int D = V::D, WARPS = 16, PER = (D + 127) / 128, AT_ONCE = 4;
     __shared__ __align__(16) float gathered[WARPS][D];
     __shared__ __align__(16) float latents[D];
-    __shared__ float maxima[MERGE_PARTS], set_sums[DQ_MAX_SETS + 1];
+    __shared__ float weights[MERGE_PARTS], set_sums[DQ_MAX_SETS + 1];
     __shared__ float sums[WARPS][DQ_MAX_SETS + 1];  // the last: the tail's
     __shared__ float reduced[WARPS];
     const uint32_t t = threadIdx.x, warp = t >> 5, lane = t & 31, warps = blockDim.x >> 5;
@@ -38,21 +38,12 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
     // Phase 1: the maximum over all parts, and the sink's logit.
     float m = p.sink_logits != nullptr ? p.sink_logits[q_head] * LOG2_E : NEVER;
     const float sink = m;
-    for (uint32_t i = t; i < attend_parts(p); i += blockDim.x) {
-        const float part_m = p.partial_sums[(first + i) * SUMS + DQ_MAX_SETS];
-        if (i < MERGE_PARTS) maxima[i] = part_m;
-        m = fmaxf(m, part_m);
-    }
+    for (uint32_t i = t; i < attend_parts(p); i += blockDim.x) m = fmaxf(m, p.partial_sums[(first + i) * SUMS + DQ_MAX_SETS]);
     m = warp_max(m);
     if (lane == 0) reduced[warp] = m;
     __syncthreads();
     for (uint32_t w = 0; w < warps; w++) m = fmaxf(m, reduced[w]);
     const bool any = m > NEVER;
-    auto weight_of = [&](uint32_t part) {
-        const float part_m = part < MERGE_PARTS ? maxima[part] : p.partial_sums[(first + part) * SUMS + DQ_MAX_SETS];
-        // A part that saw no key left nothing behind but its maximum.
-        return any && part_m > NEVER ? exp2_fast(part_m - m) : 0.0f;
-    };
     // The weighted sum of `n` parts from `begin` on, in `latents`, unless all are without weight; to `sum` what the lane's
     // entry of their sums adds up to. Several parts at a time, so that their loads overlap; nothing is read of a part without
     // weight. The tail's parts have one entry and no unit.
@@ -60,29 +51,41 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
         constexpr bool TAIL = decltype(tail)::value;
         float4 acc[PER] = {};
         bool seen = false;
-        for (uint32_t i = warp; i < n; i += AT_ONCE * warps) {
-            float weight[AT_ONCE], entry[AT_ONCE];
-            float4 v[AT_ONCE][PER];
-            DQ_UNROLL
-            for (int a = 0; a < AT_ONCE; a++) {
-                const uint32_t part = begin + i + a * warps;
-                weight[a] = part < begin + n ? weight_of(part) : 0.0f;
-                entry[a] = weight[a] != 0.0f && lane < (TAIL ? 1 : DQ_MAX_SETS) ? p.partial_sums[(first + part) * SUMS + lane] : 0.0f;
-                DQ_UNROLL
-                for (int k = 0; k < PER; k++) {
-                    const int c = 4 * (lane + 32 * k);
-                    v[a][k] = {};
-                    if (weight[a] != 0.0f && c < D) v[a][k] = *reinterpret_cast<const float4*>(p.partial + (first + part) * D + c);
-                }
+        for (uint32_t from = 0; from < n; from += MERGE_PARTS) {
+            const uint32_t some = n - from < MERGE_PARTS ? n - from : MERGE_PARTS;
+            const uint64_t at = first + begin + from;
+            __syncthreads();
+            for (uint32_t i = t; i < some; i += blockDim.x) {
+                // A part that saw no key left nothing behind but its maximum.
+                const float part_m = p.partial_sums[(at + i) * SUMS + DQ_MAX_SETS];
+                const bool counts = any && part_m > NEVER;
+                weights[i] = counts ? exp2_fast(part_m - m) : 0.0f;
+                seen |= counts;
             }
-            DQ_UNROLL
-            for (int a = 0; a < AT_ONCE; a++) {
-                seen |= weight[a] != 0.0f;
-                sum += weight[a] * entry[a];
+            __syncthreads();
+            for (uint32_t i = warp; i < some; i += AT_ONCE * warps) {
+                float weight[AT_ONCE], entry[AT_ONCE];
+                float4 v[AT_ONCE][PER];
                 DQ_UNROLL
-                for (int k = 0; k < PER; k++) {
-                    acc[k].x += weight[a] * v[a][k].x, acc[k].y += weight[a] * v[a][k].y;
-                    acc[k].z += weight[a] * v[a][k].z, acc[k].w += weight[a] * v[a][k].w;
+                for (int a = 0; a < AT_ONCE; a++) {
+                    const uint32_t part = i + a * warps;
+                    weight[a] = part < some ? weights[part] : 0.0f;
+                    entry[a] = weight[a] != 0.0f && lane < (TAIL ? 1 : DQ_MAX_SETS) ? p.partial_sums[(at + part) * SUMS + lane] : 0.0f;
+                    DQ_UNROLL
+                    for (int k = 0; k < PER; k++) {
+                        const int c = 4 * (lane + 32 * k);
+                        v[a][k] = {};
+                        if (weight[a] != 0.0f && c < D) v[a][k] = *reinterpret_cast<const float4*>(p.partial + (at + part) * D + c);
+                    }
+                }
+                DQ_UNROLL
+                for (int a = 0; a < AT_ONCE; a++) {
+                    sum += weight[a] * entry[a];
+                    DQ_UNROLL
+                    for (int k = 0; k < PER; k++) {
+                        acc[k].x += weight[a] * v[a][k].x, acc[k].y += weight[a] * v[a][k].y;
+                        acc[k].z += weight[a] * v[a][k].z, acc[k].w += weight[a] * v[a][k].w;
+                    }
                 }
             }
         }

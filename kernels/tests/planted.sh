@@ -31,7 +31,7 @@ plant "wait for the wrong phase" attend.cuh 's/index = 0, phase ^= 1/index = 0/'
 plant "fewer bytes announced than copied" attend.cuh 's|barrier_expect(barriers + index, (to - from)|barrier_expect(barriers + index, (to - from - 1)|' attend_emu $BULK
 plant "maximum over the wrong lanes" attend_warp.cuh '0,/ALL_LANES, v, 8/s//ALL_LANES, v, 4/'
 plant "tail not masked" attend_rows.cuh 's/if (key >= n_keys) return NEVER/if (key > n_keys) return NEVER/'
-plant "stale merge slot" merge.cuh 's/return any \&\& part_m > NEVER ? /return any ? /'
+plant "stale merge slot" merge.cuh 's/const bool counts = any \&\& part_m > NEVER;/const bool counts = any;/'
 plant "earlier sums not rescaled" attend_warp.cuh 's/if (sums_used) {/if (false) {/'
 plant "constant of the wrong set" attend_warp.cuh 's/if (set != k_set) {/if (set > k_set) {/'
 plant "low byte of the query dropped" fold.cuh 's/uint8_t(low)/uint8_t(0)/'
