@@ -278,9 +278,8 @@ template <class S> struct RowCoder {
     }
 
     // A few scales around the rms, each then such that the coded row is as long along the row; the least error after
-    // rounding wins. By a warp: lane
-    // 4 m + p tries multiple m, with the channels p, p + 4, p + 8, p + 12 of each sixteen, which are four of a sum's lanes.
-    // `reach` gets what latents are multiplied with to find their levels.
+    // rounding wins. By a warp: lane 4 m + p tries multiple m, with the channels p, p + 4, p + 8, p + 12 of each sixteen,
+    // which are four of a sum's lanes. `reach` gets what latents are multiplied with to find their levels.
     __device__ __forceinline__ static Header find_scale(const float* latents, uint32_t set, const float (&kappa)[S::tiers], const uint8_t* books, float& reach, int lane) {
         const int m = lane >> 2, p = lane & 3;
         auto fold = [](const float (&v)[4]) {
@@ -466,7 +465,7 @@ template <class S> struct RowCoder {
             float multiple = 0.0f;
             for_each<FEEDBACK_SCALES>([&](auto i) { if (s == decltype(i)::value) multiple = feedback_multiple(decltype(i)::value); });
             const float scale = header_scale(pack_header(__fmul_rn(header_scale(headers[row] & 0xFFFF), multiple), 0).bits);
-            // Lanes without a pair of their own write where nobody reads: the same as the last pair, by its own lane.
+            // Lanes without a pair of their own do the last pair's work again, and write the same.
             const Sums mine = chain<LANES>(tier, latents + row * Layout::LATENTS + tier.first, scale, errors + pair * Layout::ERRORS + tier.first + 4 * t, codes + pair * Layout::CODES + tier.first, keeps, lane);
             if (keeps && lane % LANES == 0) sums[t * ENCODE_ROWS * FEEDBACK_SCALES + pair] = mine;
         }

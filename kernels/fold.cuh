@@ -74,7 +74,7 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     const uint32_t n_tiles = p.fold_tiles, units = p.fold_units;
     const int t = threadIdx.x, warp = t >> 5, lane = t & 31;
     const int sharers = FOLD_WARPS / units, share = warp % sharers;
-    const uint32_t unit = warp / sharers, first_unit = blockIdx.y * units;
+    const uint32_t unit = warp / sharers, first_unit = (blockIdx.z * gridDim.y + blockIdx.y) * units;
     const uint32_t stream = (first_unit + unit) / n_tiles, tile = (first_unit + unit) % n_tiles;
     const DqHeadSets& sets = p.k.heads[head];
     start_next_kernel();

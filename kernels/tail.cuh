@@ -153,14 +153,14 @@ __device__ __forceinline__ void tail_part(const DqAttend& p) {
         }
     }
 
-    // Phase 6: the part's result. Where scores were NaN alone, the part must count nevertheless.
+    // Phase 6: the part's result. NaN of a visible row must outweigh all other parts.
     DQ_UNROLL
     for (int r = 0; r < ROWS; r++) {
         if (first_row + r >= n_rows) break;
         const float whole = warp_sum(sum[r]);
         const uint64_t row = (uint64_t(stream) * p.n_kv_heads + head) * (p.n_q * p.group) + first_row + r;
         const uint64_t at = row * attend_parts(p) + coded_parts(p) + part;
-        if (t == 0) p.partial_sums[at * SUMS] = whole, p.partial_sums[at * SUMS + DQ_MAX_SETS] = whole == whole ? m[r] : 0.0f;
+        if (t == 0) p.partial_sums[at * SUMS] = whole, p.partial_sums[at * SUMS + DQ_MAX_SETS] = whole == whole ? m[r] : __builtin_huge_valf();
         DQ_UNROLL
         for (int j = 0; j < TURNS; j++) {
             const int c = t + 32 * TAIL_WARPS * j;

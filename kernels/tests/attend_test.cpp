@@ -261,7 +261,7 @@ void run(const Case& c, std::mt19937_64& rng) {
                 for (int x = 0; x < DV; x++) {
                     double e = std::fabs(out[(size_t(token) * n_heads + head) * DV + x] - want[x]);
                     if (largest > 0) e /= largest;
-                    if (!(e <= worst)) worst = e;
+                    if (!std::isnan(worst) && !(e <= worst)) worst = e;
                 }
             }
         }

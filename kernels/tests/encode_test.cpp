@@ -311,8 +311,11 @@ void encode_case(uint32_t n_kv, uint32_t n, ref::SetKinds k_sets, ref::SetKinds 
             for (uint32_t h = 0; h < n_kv; h++) {
                 auto x = f.decode_row(h, ref::header_of(side, h, record), ref::unpack(side, h, record), side);
                 double norm = 1e-30, e = 0;
-                for (int c = 0; c < f.d; c++) norm = std::max(norm, std::fabs(x[c])), e = std::max(e, std::fabs(x[c] - out[(size_t(t) * n_kv + h) * f.d + c]));
-                if (!(e / norm <= worst)) worst = e / norm;
+                for (int c = 0; c < f.d; c++) norm = std::max(norm, std::fabs(x[c]));
+                for (int c = 0; c < f.d; c++) {
+                    e = std::fabs(x[c] - out[(size_t(t) * n_kv + h) * f.d + c]) / norm;
+                    if (!std::isnan(worst) && !(e <= worst)) worst = e;
+                }
             }
         }
     };

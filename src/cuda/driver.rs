@@ -18,6 +18,8 @@ include!(concat!(env!("OUT_DIR"), "/cuda_kernels.rs"));
 
 /// Whether the kernels are in this library.
 pub const COMPILED_IN: bool = KERNELS.is_some();
+/// Most blocks of a grid in its second dimension, and in its third.
+pub const MOST_BLOCKS_Y: usize = 65_535;
 
 /// The image must not lie at an odd address.
 #[repr(C, align(64))]
@@ -244,9 +246,9 @@ impl Device {
         params: &P,
         early: bool,
     ) -> Result<()> {
-        if grid.1 > 65_535 || grid.2 > 65_535 || grid.0 > i32::MAX as usize {
+        if grid.1 > MOST_BLOCKS_Y || grid.2 > MOST_BLOCKS_Y || grid.0 > i32::MAX as usize {
             return Err(Error::unsupported(format!(
-                "this call would need a grid of {} x {} x {} blocks; CUDA has 2147483647 x 65535 x 65535",
+                "this call would need a grid of {} x {} x {} blocks; CUDA has 2147483647 x {MOST_BLOCKS_Y} x {MOST_BLOCKS_Y}",
                 grid.0, grid.1, grid.2
             )));
         }

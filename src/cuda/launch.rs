@@ -1,6 +1,6 @@
 //! How work is cut: kernels of a layer, grids, shared memory, workspace. The kernels' comments say what each number means.
 
-use super::driver::{Device, Kernel};
+use super::driver::{Device, Kernel, MOST_BLOCKS_Y};
 use super::params::{self, MAX_SETS, MAX_TRANSFORMS};
 use super::view::{Address, Workspace};
 use super::Limits;
@@ -347,13 +347,17 @@ pub fn plan_attend(
     p.fold_tiles = n_tiles as u32;
     p.fold_units = units as u32;
 
+    // Runs of units, over two dimensions of the grid: one alone ends at 65,535.
+    let runs = (streams * n_tiles).div_ceil(units);
+    let run_rows = runs.div_ceil(MOST_BLOCKS_Y);
+
     let y = if v.prefill {
         shape.n_kv_heads * row_tiles.div_ceil(v.warps(rows))
     } else {
         shape.n_kv_heads / v.heads_per_block * row_tiles
     };
     Ok(AttendPlan {
-        fold: (kernels.fold, (shape.n_kv_heads * MAX_TRANSFORMS, (streams * n_tiles).div_ceil(units), 1)),
+        fold: (kernels.fold, (shape.n_kv_heads * MAX_TRANSFORMS, runs.div_ceil(run_rows), run_rows)),
         fold_shared: kernels.fold_shared,
         tail: (tail_parts > 0).then(|| (kernels.tail, (of_four * tail_parts, shape.n_kv_heads, streams))),
         attend: (v.kernel, (splits, y, streams * kernels.v_transforms)),

@@ -170,7 +170,9 @@ pub trait Engine: Simd {
     /// # Safety
     /// The factors and the result hold what their fields say.
     #[inline(always)]
-    unsafe fn weighed_outputs(self, _weights: Left, _values: Right, _to: Outputs) {}
+    unsafe fn weighed_outputs(self, _weights: Left, _values: Right, _to: Outputs) {
+        unreachable!("an engine that overrides `weigh` has this, too")
+    }
 }
 
 impl Engine for Portable {}
