@@ -11,6 +11,7 @@
 #include <random>
 #include <string>
 
+#include "cuda_checks.hpp"
 #include "cuda_memory.hpp"
 
 namespace {
@@ -62,12 +63,6 @@ void fine(dq_status status, const char* what) {
     dq_last_error(text, sizeof text);
     std::printf("%s: %s, %s\n", what, dq_status_name(status), text);
     std::exit(1);
-}
-template <class T> T sized() {
-    T t;
-    std::memset(&t, 0, sizeof t);
-    t.struct_size = sizeof t;
-    return t;
 }
 dq_tensor tensor(void* data, uint32_t heads, uint32_t dtype) {
     const uint64_t size = dtype == DQ_F32 ? 4 : 2;

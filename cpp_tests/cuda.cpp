@@ -12,20 +12,13 @@
 #include <string>
 #include <thread>
 
+#include "cuda_checks.hpp"
 #include "cuda_memory.hpp"
 
 namespace {
 
-int passed = 0, failed = 0;
 // Share of record bytes that may differ from the CPU's: none on the stand-in driver, whose arithmetic is the CPU's.
 double record_limit = 1e-4;
-void expect(bool fine, const std::string& what) {
-    if (fine) { passed++; return; }
-    failed++;
-    char text[512];
-    dq_last_error(text, sizeof text);
-    std::printf("FAIL %s (last error: %s)\n", what.c_str(), text);
-}
 void expect_at_most(double value, double limit, const std::string& what) {
     expect(value <= limit, what + ": " + std::to_string(value) + ", limit " + std::to_string(limit));
 }
@@ -34,14 +27,6 @@ void expect_status(dq_status got, dq_status want, const std::string& what, const
     dq_last_error(text, sizeof text);
     expect(got == want && std::strstr(text, says) != nullptr, what + ": " + dq_status_name(got) + ", wanted " + dq_status_name(want) + " and \"" + says + "\"");
 }
-template <class T> T sized() {
-    T t;
-    std::memset(&t, 0, sizeof t);
-    t.struct_size = sizeof t;
-    return t;
-}
-
-struct Shape { uint32_t n_q, n_kv, d, k_plan, v_plan; };
 
 dq_context* open(uint32_t backend) {
     auto desc = sized<dq_context_desc>();

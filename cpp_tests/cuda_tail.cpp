@@ -9,27 +9,13 @@
 #include <random>
 #include <string>
 
+#include "cuda_checks.hpp"
 #include "cuda_memory.hpp"
 
 namespace {
 
-int passed = 0, failed = 0;
-void expect(bool fine, const std::string& what) {
-    if (fine) { passed++; return; }
-    failed++;
-    char text[512];
-    dq_last_error(text, sizeof text);
-    std::printf("FAIL %s (last error: %s)\n", what.c_str(), text);
-}
 void good(dq_status status, const std::string& what) { expect(status == DQ_OK, what + ": " + dq_status_name(status)); }
-template <class T> T sized() {
-    T t;
-    std::memset(&t, 0, sizeof t);
-    t.struct_size = sizeof t;
-    return t;
-}
 
-struct Shape { uint32_t n_q, n_kv, d, k_plan, v_plan; };
 constexpr uint32_t SLOTS = 320;
 
 struct Codec {

@@ -64,6 +64,7 @@ unsafe fn open(desc: *const dq_context_desc) -> Result<Context> {
         ))),
     }
 }
+
 /// Chooses the instructions here, not in some thread's first call: the choice may change the process.
 fn open_cpu() -> Context {
     Isa::detect();
