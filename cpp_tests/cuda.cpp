@@ -22,31 +22,6 @@ double record_limit = 1e-4;
 void expect_at_most(double value, double limit, const std::string& what) {
     expect(value <= limit, what + ": " + std::to_string(value) + ", limit " + std::to_string(limit));
 }
-void expect_status(dq_status got, dq_status want, const std::string& what, const char* says = "") {
-    char text[512];
-    dq_last_error(text, sizeof text);
-    expect(got == want && std::strstr(text, says) != nullptr, what + ": " + dq_status_name(got) + ", wanted " + dq_status_name(want) + " and \"" + says + "\"");
-}
-
-dq_context* open(uint32_t backend) {
-    auto desc = sized<dq_context_desc>();
-    desc.backend = backend;
-    dq_context* context = nullptr;
-    expect_status(dq_context_create(&desc, &context), DQ_OK, "context");
-    return context;
-}
-dq_codec* make(const dq_context* context, const Shape& s, uint32_t n_layers = 1, uint32_t flags = 0) {
-    std::vector<dq_layer_desc> layers(n_layers, sized<dq_layer_desc>());
-    for (auto& l : layers) {
-        l.n_q_heads = s.n_q, l.n_kv_heads = s.n_kv, l.head_dim_k = l.head_dim_v = s.d;
-        l.k_plan = s.k_plan, l.v_plan = s.v_plan;
-    }
-    auto desc = sized<dq_codec_desc>();
-    desc.n_layers = n_layers, desc.layers = layers.data(), desc.flags = flags;
-    dq_codec* codec = nullptr;
-    expect_status(dq_codec_create(context, &desc, &codec), DQ_OK, "codec");
-    return codec;
-}
 
 // Rows with a mean, a steep spectrum, and a wild row at position 0.
 struct Rows {

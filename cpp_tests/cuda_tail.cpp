@@ -19,19 +19,10 @@ void good(dq_status status, const std::string& what) { expect(status == DQ_OK, w
 constexpr uint32_t SLOTS = 320;
 
 struct Codec {
-    dq_context* context = nullptr;
-    dq_codec* codec = nullptr;
+    dq_context* context;
+    dq_codec* codec;
     uint64_t slot_bytes = 0;
-    Codec(uint32_t backend, const Shape& s) {
-        auto context_desc = sized<dq_context_desc>();
-        context_desc.backend = backend;
-        good(dq_context_create(&context_desc, &context), "context");
-        auto layer = sized<dq_layer_desc>();
-        layer.n_q_heads = s.n_q, layer.n_kv_heads = s.n_kv, layer.head_dim_k = layer.head_dim_v = s.d;
-        layer.k_plan = s.k_plan, layer.v_plan = s.v_plan;
-        auto desc = sized<dq_codec_desc>();
-        desc.n_layers = 1, desc.layers = &layer;
-        good(dq_codec_create(context, &desc, &codec), "codec");
+    Codec(uint32_t backend, const Shape& s) : context(open(backend)), codec(make(context, s)) {
         auto layout = sized<dq_layout>();
         good(dq_codec_layout(codec, 0, 0, &layout), "layout");
         slot_bytes = layout.slot_bytes;
@@ -116,6 +107,7 @@ class Scene {
     ~Scene() { cuda::driver().stream_destroy(stream); }
 
     void check(const Case& c);
+    void check_refusals();
 
   private:
     void wait() { cuda::need(cuda::driver().stream_wait(stream), "wait"); }
@@ -240,6 +232,49 @@ void Scene::check(const Case& c) {
     }
 }
 
+// Bad tails are refused by name, and nothing is launched: the output stays as it was.
+void Scene::check_refusals() {
+    constexpr uint32_t N_Q = 2, N_KV = 40, N_TAIL = 8;
+    const std::vector<float> untouched(N_Q * s.n_q * s.d, -77.0f);
+    cuda::Buffer<float> q(noise(untouched.size(), rng)), out(untouched), k(noise(N_TAIL * s.n_kv * s.d, rng)), v(noise(N_TAIL * s.n_kv * s.d, rng));
+    cuda::Buffer<int32_t> numbers({0, 0});
+    auto limits = sized<dq_limits>();
+    limits.max_streams = 1, limits.max_queries = N_Q, limits.max_kv = N_KV;
+    uint64_t without = 0, bytes = 0;
+    good(dq_workspace_size(gpu.codec, 0, &limits, &without), "size without a tail");
+    limits.max_tail = N_TAIL;
+    good(dq_workspace_size(gpu.codec, 0, &limits, &bytes), "size with a tail");
+    expect(bytes > without, "a tail takes workspace");
+    cuda::Buffer<uint8_t> workspace(bytes);
+
+    auto args = sized<dq_attend_args>();
+    args.n_streams = 1, args.n_q = N_Q, args.n_kv = N_KV;
+    args.store = {device_store->get(), SLOTS, gpu.slot_bytes};
+    args.q = tensor(q.get(), s.n_q, s.d), args.out = tensor(out.get(), s.n_q, s.d);
+    args.tail.n_rows = N_TAIL;
+    args.tail.k = tensor(k.get(), s.n_kv, s.d), args.tail.v = tensor(v.get(), s.n_kv, s.d);
+    auto refuse = [&](const char* what, dq_status status, const char* says, uint64_t room, auto&& spoil) {
+        dq_attend_args bad = args;
+        spoil(bad);
+        expect_status(dq_attend(gpu.codec, 0, &bad, workspace.get(), room, stream), status, what, says);
+        wait();
+        expect(out.take() == untouched, std::string(what) + ": the output is as it was");
+    };
+    const auto invalid = DQ_ERROR_INVALID_ARGUMENT;
+    refuse("no keys in the tail", invalid, "args->tail.k.data is null", bytes, [](auto& a) { a.tail.k.data = nullptr; });
+    refuse("no values in the tail", invalid, "args->tail.v.data is null", bytes, [](auto& a) { a.tail.v.data = nullptr; });
+    refuse("type of the tail", invalid, "args->tail.k.dtype is 77", bytes, [](auto& a) { a.tail.k.dtype = 77; });
+    refuse("stride of the tail", invalid, "args->tail.v.token_stride is 2", bytes, [](auto& a) { a.tail.v.token_stride = 2; });
+    refuse("a tail without rows", invalid, "n_rows is 0", bytes, [](auto& a) { a.tail.n_rows = 0; });
+    refuse("uneven tails of queries alike", invalid, "tail.starts is given", bytes, [&](auto& a) { a.tail.starts = numbers.get(); });
+    refuse("output over the tail", invalid, "overlaps args->tail.v.data", bytes, [&](auto& a) { a.tail.v = a.out; });
+    refuse("workspace over the tail", invalid, "overlaps args->tail.k.data", bytes, [&](auto& a) { a.tail.k.data = workspace.get(); });
+    refuse("workspace without room for the tail", DQ_ERROR_WORKSPACE, "workspace has", without, [](auto&) {});
+    expect_status(dq_attend(gpu.codec, 0, &args, workspace.get(), bytes, stream), DQ_OK, "the same call without a fault");
+    wait();
+    expect(out.take() != untouched, "it writes the output");
+}
+
 }  // namespace
 
 int main() {
@@ -269,6 +304,7 @@ int main() {
     for (const Shape& s : {Shape{4, 2, 64, 104, 4}, Shape{9, 3, 64, 103, 3}, Shape{8, 2, 128, 104, 4}}) {
         Scene scene(s, rng);
         for (const Case& c : cases) scene.check(c);
+        scene.check_refusals();
     }
     std::printf("cuda_tail: %d passed, %d failed\n", passed, failed);
     return failed != 0;
