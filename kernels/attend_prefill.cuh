@@ -20,25 +20,25 @@ constexpr int TILE_KEYS = 64;
 // Levels that the block has looked up: 32 keys.
 template <class K, class V>
 struct FromFragments {
-    template <int BITS> static constexpr bool two_tables = false;
+    template <int BITS> static constexpr int parts = 1;
     static constexpr int KEYS = 2 * K::groups, COUNT = KEYS + 2 * V::groups;
     const uint4* fragments;
     int lane;
 
     template <int T, int G>
-    __device__ __forceinline__ void keys(uint32_t (&high)[2][4], uint32_t (&)[2][4]) const {
+    __device__ __forceinline__ void keys(uint32_t (&levels)[1][2][4]) const {
         DQ_UNROLL
         for (int half = 0; half < 2; half++) {
             const uint4 a = fragments[(half * K::groups + K::groups_before(T) + G) * 32 + lane];
-            high[half][0] = a.x, high[half][1] = a.y, high[half][2] = a.z, high[half][3] = a.w;
+            levels[0][half][0] = a.x, levels[0][half][1] = a.y, levels[0][half][2] = a.z, levels[0][half][3] = a.w;
         }
     }
     template <int T, int G>
-    __device__ __forceinline__ void values(ValueFragments& f) const {
+    __device__ __forceinline__ void values(ValueFragments<1>& f) const {
         DQ_UNROLL
         for (int e = 0; e < 2; e++) {
             const uint4 a = fragments[(KEYS + 2 * (V::groups_before(T) + G) + e) * 32 + lane];
-            f.high[e][0] = a.x, f.high[e][1] = a.y, f.high[e][2] = a.z, f.high[e][3] = a.w;
+            f.part[0][e][0] = a.x, f.part[0][e][1] = a.y, f.part[0][e][2] = a.z, f.part[0][e][3] = a.w;
         }
     }
 };
@@ -47,13 +47,14 @@ struct FromFragments {
 template <class K, class V>
 __device__ __forceinline__ void look_up_tile(uint4* fragments, const FromCodes<K, V>& codes, uint32_t warp, uint32_t warps, int lane) {
     using Fragments = FromFragments<K, V>;
-    auto store = [&](auto bits, int at, const uint32_t (&h)[4], const uint32_t (&l)[4]) {
-        constexpr int BITS = decltype(bits)::value;
+    auto store = [&](auto n_parts, int at, const auto& levels, int of) {
+        constexpr int PARTS = decltype(n_parts)::value;
         uint32_t whole[4];
         DQ_UNROLL
         for (int i = 0; i < 4; i++) {
-            if constexpr (Book<BITS>::two_tables) whole[i] = join_levels<BITS>(h[i], l[i]);
-            else whole[i] = h[i];
+            whole[i] = levels[0][of][i];
+            DQ_UNROLL
+            for (int part = 1; part < PARTS; part++) whole[i] = add_bytes(whole[i], levels[part][of][i]);
         }
         fragments[at * 32 + lane] = make_uint4(whole[0], whole[1], whole[2], whole[3]);
     };
@@ -62,10 +63,11 @@ __device__ __forceinline__ void look_up_tile(uint4* fragments, const FromCodes<K
         for_each<(K::channels(T) + 31) / 32>([&](auto group) {
             constexpr int G = decltype(group)::value, AT = K::groups_before(T) + G;
             if (AT % warps != warp) return;
-            uint32_t high[2][4], low[2][4];
-            codes.template keys<T, G>(high, low);
+            constexpr int PARTS = parts_of(K::bits(T));
+            uint32_t levels[PARTS][2][4];
+            codes.template keys<T, G>(levels);
             DQ_UNROLL
-            for (int half = 0; half < 2; half++) store(Int<K::bits(T)>{}, half * K::groups + AT, high[half], low[half]);
+            for (int half = 0; half < 2; half++) store(Int<PARTS>{}, half * K::groups + AT, levels, half);
         });
     });
     for_each<V::tiers>([&](auto tier) {
@@ -73,10 +75,11 @@ __device__ __forceinline__ void look_up_tile(uint4* fragments, const FromCodes<K
         for_each<(V::channels(T) + 31) / 32>([&](auto group) {
             constexpr int G = decltype(group)::value, AT = V::groups_before(T) + G;
             if ((K::groups + AT) % warps != warp) return;
-            ValueFragments f;
+            constexpr int PARTS = parts_of(V::bits(T));
+            ValueFragments<PARTS> f;
             codes.template values<T, G>(f);
             DQ_UNROLL
-            for (int e = 0; e < 2; e++) store(Int<V::bits(T)>{}, Fragments::KEYS + 2 * AT + e, f.high[e], f.low[e]);
+            for (int e = 0; e < 2; e++) store(Int<PARTS>{}, Fragments::KEYS + 2 * AT + e, f.part, e);
         });
     });
 }

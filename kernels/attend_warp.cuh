@@ -35,29 +35,29 @@ __host__ __device__ __forceinline__ uint32_t attend_parts(const DqAttend& p) { r
 // Looked up by the warp that uses them, straight from a stage of rows.
 template <class K, class V>
 struct FromCodes {
-    template <int BITS> static constexpr bool two_tables = Book<BITS>::two_tables;
+    template <int BITS> static constexpr int parts = parts_of(BITS);
     const uint8_t* rows;
     uint32_t stride;
     const RowImage<K, V>& image;
     const Tables& tables;
     int lane;
 
-    // A fragments of one group of channels: those of the keys 0 ... 15, then 16 ... 31.
+    // A fragments of one group of channels, as the sum of parts: those of the keys 0 ... 15, then 16 ... 31.
     template <int T, int G>
-    __device__ __forceinline__ void keys(uint32_t (&high)[2][4], uint32_t (&low)[2][4]) const {
-        Levels first[4], second[4];
+    __device__ __forceinline__ void keys(uint32_t (&a)[parts_of(K::bits(T))][2][4]) const {
+        Levels<K::bits(T)> first[4], second[4];
         key_levels<K, T, G>(tables, first, second, rows, stride, image.k_planes, lane);
         DQ_UNROLL
-        for (int half = 0; half < 2; half++) {
+        for (int p = 0; p < parts_of(K::bits(T)); p++) {
             DQ_UNROLL
-            for (int i = 0; i < 2; i++) {
-                high[half][i] = first[2 * half + i].high, high[half][2 + i] = second[2 * half + i].high;
-                low[half][i] = first[2 * half + i].low, low[half][2 + i] = second[2 * half + i].low;
+            for (int key = 0; key < 4; key++) {
+                a[p][key / 2][key % 2] = first[key].part[p];
+                a[p][key / 2][2 + key % 2] = second[key].part[p];
             }
         }
     }
     template <int T, int G>
-    __device__ __forceinline__ void values(ValueFragments& f) const {
+    __device__ __forceinline__ void values(ValueFragments<parts_of(V::bits(T))>& f) const {
         value_levels<V, T, G>(tables, f, rows, stride, image.v_planes, lane);
     }
 };
@@ -67,13 +67,10 @@ struct FromCodes {
 template <class K, int NT>
 struct Query {
     uint32_t b[NT][K::groups][2];
-    // What the ones of codes of two tables are worth (codes.cuh), as an accumulator to start from.
-    int32_t ones[NT][4];
     // `step` counts for scales that are too small by SCALE_UP.
     float step[NT], constant[NT];
 
     // Fragments and step of a linear part.
-    template <class Source>
     __device__ __forceinline__ void load(const DqAttend& p, uint32_t stream, uint32_t head, uint32_t transform, uint32_t tile, int lane) {
         const uint32_t n_tiles = p.row_tiles * NT;
         DQ_UNROLL
@@ -86,16 +83,6 @@ struct Query {
             }
             uint64_t at = ((uint64_t(stream) * p.n_kv_heads + head) * DQ_MAX_TRANSFORMS + transform) * n_tiles + tile + n;
             step[n] = p.folded_scales[at * 4 + (lane & 3)] * SCALE_UP;
-            DQ_UNROLL
-            for (int i = 0; i < 4; i++) ones[n][i] = 0;
-            for_each<K::tiers>([&](auto tier) {
-                constexpr int T = decltype(tier)::value;
-                if constexpr (Source::template two_tables<K::bits(T)>) {
-                    const uint32_t one[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
-                    DQ_UNROLL
-                    for (int g = 0; g < (K::channels(T) + 31) / 32; g++) mma_s8_s8(ones[n], one, b[n][K::groups_before(T) + g], ones[n]);
-                }
-            });
         }
     }
 
@@ -157,7 +144,7 @@ struct AttendWarp {
         __syncwarp();
         // Most rows are in the newest sets.
         k_set = header_set(k_sets.newest), v_set = header_set(v_sets.newest);
-        query.template load<Source>(p, stream, head, transform_of(k_sets, k_set), row_tile * NT, lane);
+        query.load(p, stream, head, transform_of(k_sets, k_set), row_tile * NT, lane);
         query.load_constants(p, stream, head, k_set, row_tile * NT, lane);
     }
 
@@ -181,21 +168,22 @@ struct AttendWarp {
             DQ_UNROLL
             for (int n = 0; n < NT; n++) {
                 DQ_UNROLL
-                for (int i = 0; i < 4; i++) d[half][n][i] = query.ones[n][i];
+                for (int i = 0; i < 4; i++) d[half][n][i] = 0;
             }
         }
         for_each<K::tiers>([&](auto tier) {
             constexpr int T = decltype(tier)::value;
             for_each<(K::channels(T) + 31) / 32>([&](auto group) {
                 constexpr int G = decltype(group)::value, KG = K::groups_before(T) + G;
-                uint32_t high[2][4], low[2][4];
-                source.template keys<T, G>(high, low);
+                constexpr int PARTS = Source::template parts<K::bits(T)>;
+                uint32_t a[PARTS][2][4];
+                source.template keys<T, G>(a);
                 DQ_UNROLL
-                for (int half = 0; half < 2; half++) {
+                for (int part = 0; part < PARTS; part++) {
                     DQ_UNROLL
-                    for (int n = 0; n < NT; n++) {
-                        mma_s8_s8(d[half][n], high[half], query.b[n][KG], d[half][n]);
-                        if constexpr (Source::template two_tables<K::bits(T)>) mma_s8_s8(d[half][n], low[half], query.b[n][KG], d[half][n]);
+                    for (int half = 0; half < 2; half++) {
+                        DQ_UNROLL
+                        for (int n = 0; n < NT; n++) mma_s8_s8(d[half][n], a[part][half], query.b[n][KG], d[half][n]);
                     }
                 }
             });
@@ -219,7 +207,7 @@ struct AttendWarp {
             if (set != k_set) {
                 const uint32_t transform = transform_of(k_sets, set);
                 if (transform != transform_of(k_sets, k_set)) {
-                    query.template load<Source>(p, stream, head, transform, row_tile * NT, lane);
+                    query.load(p, stream, head, transform, row_tile * NT, lane);
                     fresh = false;
                 }
                 query.load_constants(p, stream, head, set, row_tile * NT, lane);
@@ -385,30 +373,21 @@ struct AttendWarp {
     // Adds step * (b times levels); b are the weights of 32 keys.
     __device__ __forceinline__ void add_values(const Source& source, const uint32_t (&b)[NT][2], const float (&step)[NT]) {
         const int32_t none[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
-        int32_t ones[NT][4];
-        DQ_UNROLL
-        for (int n = 0; n < NT; n++) {
-            const uint32_t one[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
-            mma_s8_u8(ones[n], one, b[n], none);
-        }
         for_each<V::tiers>([&](auto tier) {
             constexpr int T = decltype(tier)::value;
-            constexpr bool TWO = Source::template two_tables<V::bits(T)>;
+            constexpr int PARTS = Source::template parts<V::bits(T)>;
             for_each<(V::channels(T) + 31) / 32>([&](auto group) {
                 constexpr int G = decltype(group)::value, BASE = 2 * (V::groups_before(T) + G);
-                ValueFragments f;
+                ValueFragments<PARTS> f;
                 source.template values<T, G>(f);
                 DQ_UNROLL
                 for (int e = 0; e < 2; e++) {
                     DQ_UNROLL
                     for (int n = 0; n < NT; n++) {
                         int32_t d[4];
-                        if constexpr (TWO) {
-                            mma_s8_u8(d, f.high[e], b[n], ones[n]);
-                            mma_s8_u8(d, f.low[e], b[n], d);
-                        } else {
-                            mma_s8_u8(d, f.high[e], b[n], none);
-                        }
+                        mma_s8_u8(d, f.part[0][e], b[n], none);
+                        DQ_UNROLL
+                        for (int part = 1; part < PARTS; part++) mma_s8_u8(d, f.part[part][e], b[n], d);
                         DQ_UNROLL
                         for (int i = 0; i < 2; i++) {
                             const float whole = __fmaf_rn(__int_as_float(d[2 * i]) - MAGIC, 256.0f, __int_as_float(d[2 * i + 1]));

@@ -12,76 +12,69 @@
 
 namespace dq {
 
-// Levels that an A register holds. Codes of two tables: a level is high + low + 1, where one of the two is 0 or -1; the
-// tensor core adds them, and who asks for the products knows what all the ones are worth.
-struct Levels {
-    uint32_t high, low;
+// Levels of four codes, as the sum of registers of four bytes: the tensor core adds them.
+template <int BITS> struct Levels {
+    uint32_t part[parts_of(BITS)];
 };
 
-// Levels as they are, for codes of two tables.
-template <int BITS>
-__device__ __forceinline__ uint32_t join_levels(uint32_t high, uint32_t low) {
-    if constexpr (BITS == 4) return high | ((low + 0x80808081u) ^ 0x80808080u);
-    // Five and six bits: high is less than 128, and low -1, or -128 for negative levels.
-    return (high ^ (~low << 1 & 0x80808080u)) + (~low & 0x01010101u);
+// Byte by byte: nothing carries from one to the next.
+__device__ __forceinline__ uint32_t add_bytes(uint32_t a, uint32_t b) {
+    constexpr uint32_t SIGNS = 0x80808080u;
+    return ((a & ~SIGNS) + (b & ~SIGNS)) ^ ((a ^ b) & SIGNS);
 }
-
 // The first four entries of tables (`prmt` takes the others as immediates); those that no plan of the kernel needs cost
 // nothing.
 struct Tables {
-    uint32_t two, three, four_high, four_low, five_0, five_2, six_0, six_2, six_4, six_6, low;
+    uint32_t two, three, base[7][2], fine[7][2];
     __device__ __forceinline__ Tables()
-        : two(in_register(Book<2>::table_0)), three(in_register(Book<3>::table_0)), four_high(in_register(Book<4>::high_0)),
-          four_low(in_register(~Book<4>::low_0)), five_0(in_register(Book<5>::word(0))), five_2(in_register(Book<5>::word(2))),
-          six_0(in_register(Book<6>::word(0))), six_2(in_register(Book<6>::word(2))), six_4(in_register(Book<6>::word(4))),
-          six_6(in_register(Book<6>::word(6))), low(in_register(0x80808080u)) {}
+        : two(in_register(Book<2>::table_0)), three(in_register(Book<3>::table_0)), base{}, fine{} {
+        DQ_UNROLL
+        for (int half = 0; half < 2; half++) {
+            base[4][half] = in_register(BaseHalves<4>::word(half, 0));
+            base[5][half] = in_register(BaseHalves<5>::word(half, 0));
+            base[6][half] = in_register(BaseHalves<6>::word(half, 0));
+            fine[5][half] = in_register(FineHalves<5>::word(half, 0));
+            fine[6][half] = in_register(FineHalves<6>::word(half, 0));
+        }
+    }
 };
 
-// Four codes, one to a nibble of the selector's low half.
+// Codes of up to four bits, one to a nibble, or numbers of another table: those of the selectors' low halves.
+constexpr uint32_t OTHER_HALF = 0x88888888u;
+
 template <int BITS>
-__device__ __forceinline__ Levels look_up(const Tables& t, uint32_t selector, uint32_t flipped) {
-    using B = Book<BITS>;
-    if constexpr (BITS == 4) return {prmt(t.four_high, B::high_1, flipped), prmt(t.four_low, ~B::low_1, selector)};
-    else return {prmt(BITS == 3 ? t.three : t.two, B::table_1, selector), 0};
+__device__ __forceinline__ Levels<BITS> look_up(const Tables& t, uint32_t selector, uint32_t flipped) {
+    if constexpr (BITS == 4) {
+        using Base = BaseHalves<4>;
+        return {{prmt(t.base[4][0], Base::word(0, 1), selector), prmt(t.base[4][1], Base::word(1, 1), flipped)}};
+    } else {
+        return {{prmt(BITS == 3 ? t.three : t.two, Book<BITS>::table_1, selector)}};
+    }
 }
 
 // Eight codes, one to a nibble: those of the low half, then those of the high half.
 template <int BITS>
-__device__ __forceinline__ void look_up_word(const Tables& t, uint32_t nibbles, Levels& first, Levels& second) {
-    const uint32_t flipped = nibbles ^ 0x88888888u;
+__device__ __forceinline__ void look_up_word(const Tables& t, uint32_t nibbles, Levels<BITS>& first, Levels<BITS>& second) {
+    const uint32_t flipped = nibbles ^ OTHER_HALF;
     first = look_up<BITS>(t, nibbles, flipped);
     second = look_up<BITS>(t, upper_half(nibbles), BITS == 4 ? upper_half(flipped) : 0);
 }
 
-// Four codes of five or six bits, a nibble each: `sign` has bit 3 set for positive levels, `index` is the magnitude's
-// number without its fifth bit, which is bit 2 of `fifth`; bit 3 of `fifth` is set.
 template <int BITS>
-__device__ __forceinline__ Levels look_up_wide(const Tables& t, uint32_t sign, uint32_t index, uint32_t flipped, uint32_t fifth) {
-    using B = Book<BITS>;
-    // -1 for positive levels, -128 for negative ones.
-    const uint32_t low = prmt(t.low, 0x80808080u, sign);
-    uint32_t size;
-    if constexpr (BITS == 5) {
-        size = prmt(t.five_0, B::word(1), index) | prmt(t.five_2, B::word(3), flipped);
-    } else {
-        const uint32_t mask = prmt(0, 0xFFFFFFFFu, fifth);
-        size = ((prmt(t.six_0, B::word(1), index) | prmt(t.six_2, B::word(3), flipped)) & ~mask)
-            | ((prmt(t.six_4, B::word(5), index) | prmt(t.six_6, B::word(7), flipped)) & mask);
-    }
-    // The magnitude, or 127 less the magnitude.
-    return {size ^ ~low, low};
+__device__ __forceinline__ Levels<BITS> look_up_wide(const Tables& t, uint32_t upper, uint32_t flipped, uint32_t index, uint32_t flipped_index) {
+    using Base = BaseHalves<BITS>;
+    using Fine = FineHalves<BITS>;
+    return {{prmt(t.base[BITS][0], Base::word(0, 1), upper), prmt(t.base[BITS][1], Base::word(1, 1), flipped),
+             prmt(t.fine[BITS][0], Fine::word(0, 1), index), prmt(t.fine[BITS][1], Fine::word(1, 1), flipped_index)}};
 }
 
 // Eight codes of five or six bits: the four upper bits, and the lower ones at bit 0 of each nibble (with anything above).
-// The book is symmetric: the codes of its negative half are those of the positive one with every bit flipped.
 template <int BITS>
-__device__ __forceinline__ void look_up_wide_word(const Tables& t, uint32_t high, uint32_t low, Levels& first, Levels& second) {
-    constexpr int SHIFT = BITS - 4;
-    constexpr uint32_t LOW = SHIFT == 1 ? 0x11111111u : 0x33333333u;
-    const uint32_t flip = ((~high & 0x88888888u) >> 3) * 15, upper = high ^ flip;
-    const uint32_t index = pick_bits(low ^ flip, upper << SHIFT, LOW), flipped = index ^ 0x88888888u;
-    first = look_up_wide<BITS>(t, high, index, flipped, upper);
-    second = look_up_wide<BITS>(t, upper_half(high), upper_half(index), upper_half(flipped), BITS == 6 ? upper_half(upper) : 0);
+__device__ __forceinline__ void look_up_wide_word(const Tables& t, uint32_t upper, uint32_t low, Levels<BITS>& first, Levels<BITS>& second) {
+    const uint32_t index = pick_bits(low, upper, BITS == 5 ? 0x11111111u : 0x33333333u);
+    const uint32_t flipped = upper ^ OTHER_HALF, flipped_index = index ^ OTHER_HALF;
+    first = look_up_wide<BITS>(t, upper, flipped, index, flipped_index);
+    second = look_up_wide<BITS>(t, upper_half(upper), upper_half(flipped), upper_half(index), upper_half(flipped_index));
 }
 
 // Puts a 2-bit plane's part and a 1-bit plane's part of a 3-bit code together; each already stands four bits apart.
@@ -140,7 +133,7 @@ __device__ __forceinline__ void key_bits(uint32_t (&r)[4], const uint8_t* rows, 
 
 // Levels of word q of a group: the two quads of key 8 i + g.
 template <class S, int TIER, int GROUP>
-__device__ __forceinline__ void key_levels(const Tables& t, Levels (&first)[4], Levels (&second)[4], const uint8_t* rows, uint32_t stride, const uint32_t* planes, int lane) {
+__device__ __forceinline__ void key_levels(const Tables& t, Levels<S::bits(TIER)> (&first)[4], Levels<S::bits(TIER)> (&second)[4], const uint8_t* rows, uint32_t stride, const uint32_t* planes, int lane) {
     constexpr int N = S::channels(TIER), BITS = S::bits(TIER), P = S::plane_index(TIER, 0);
     uint32_t r[4];
     if constexpr (BITS == 8) {
@@ -150,8 +143,8 @@ __device__ __forceinline__ void key_levels(const Tables& t, Levels (&first)[4], 
         DQ_UNROLL
         for (int i = 0; i < 4; i++) {
             const uint32_t a = r[i] ^ 0x80808080u, b = there[i] ^ 0x80808080u;
-            first[i] = {prmt(a, b, 0x5140), 0};
-            second[i] = {prmt(a, b, 0x7362), 0};
+            first[i] = {{prmt(a, b, 0x5140)}};
+            second[i] = {{prmt(a, b, 0x7362)}};
         }
     } else if constexpr (planes_of(BITS) == 2) {
         uint32_t low[4];
@@ -210,9 +203,10 @@ __device__ __forceinline__ void value_bits(uint32_t (&r)[4], const uint8_t* rows
     }
 }
 
-// A fragments of a group's two m blocks: rows g and g + 8 of block e are the channels 2u + e and 2u + e + n/2.
-struct ValueFragments {
-    uint32_t high[2][4], low[2][4];
+// A fragments, as the sum of parts, of a group's two m blocks: rows g and g + 8 of block e are the channels 2u + e and
+// 2u + e + n/2.
+template <int PARTS> struct ValueFragments {
+    uint32_t part[PARTS][2][4];
 };
 
 // Eight keys' worth of four nibble channels: r0 has keys 2q, 2q+1, r1 has 2q+8, 2q+9. Gathers each channel's four keys.
@@ -224,7 +218,7 @@ __device__ __forceinline__ void transpose_nibbles(uint32_t r0, uint32_t r1, uint
 }
 
 template <class S, int TIER, int GROUP>
-__device__ __forceinline__ void value_levels(const Tables& t, ValueFragments& f, const uint8_t* rows, uint32_t stride, const uint32_t* planes, int lane) {
+__device__ __forceinline__ void value_levels(const Tables& t, ValueFragments<parts_of(S::bits(TIER))>& f, const uint8_t* rows, uint32_t stride, const uint32_t* planes, int lane) {
     constexpr int N = S::channels(TIER), BITS = S::bits(TIER), P = S::plane_index(TIER, 0);
     static_assert(BITS != 5 && BITS != 6, "tiers are for keys");
     if constexpr (BITS == 8) {
@@ -236,8 +230,8 @@ __device__ __forceinline__ void value_levels(const Tables& t, ValueFragments& f,
             DQ_UNROLL
             for (int i = 0; i < 2; i++) {
                 uint32_t a = r[2 * i] ^ 0x80808080u, b = r[2 * i + 1] ^ 0x80808080u;
-                f.high[0][2 * i + upper] = prmt(a, b, 0x6240);
-                f.high[1][2 * i + upper] = prmt(a, b, 0x7351);
+                f.part[0][0][2 * i + upper] = prmt(a, b, 0x6240);
+                f.part[0][1][2 * i + upper] = prmt(a, b, 0x7351);
             }
         }
     } else {
@@ -259,13 +253,17 @@ __device__ __forceinline__ void value_levels(const Tables& t, ValueFragments& f,
         for (int i = 0; i < 2; i++) {
             uint32_t even, odd;
             transpose_nibbles(r[2 * i], r[2 * i + 1], even, odd);
-            Levels a0, a1, b0, b1;
-            look_up_word<BITS>(t, even, a0, b0);
-            look_up_word<BITS>(t, odd, a1, b1);
-            f.high[0][2 * i] = a0.high, f.high[0][2 * i + 1] = a1.high;
-            f.high[1][2 * i] = b0.high, f.high[1][2 * i + 1] = b1.high;
-            f.low[0][2 * i] = a0.low, f.low[0][2 * i + 1] = a1.low;
-            f.low[1][2 * i] = b0.low, f.low[1][2 * i + 1] = b1.low;
+            Levels<BITS> first[2], second[2];
+            look_up_word<BITS>(t, even, first[0], second[0]);
+            look_up_word<BITS>(t, odd, first[1], second[1]);
+            DQ_UNROLL
+            for (int p = 0; p < parts_of(BITS); p++) {
+                DQ_UNROLL
+                for (int row = 0; row < 2; row++) {
+                    f.part[p][0][2 * i + row] = first[row].part[p];
+                    f.part[p][1][2 * i + row] = second[row].part[p];
+                }
+            }
         }
     }
 }

@@ -27,16 +27,6 @@ __device__ __forceinline__ uint32_t read_code(const uint8_t* record, uint32_t si
     return code;
 }
 
-template <int BITS>
-__device__ __forceinline__ float level_of(uint32_t code) {
-    if constexpr (BITS == 8) {
-        return float(int(code) - 128);
-    } else {
-        constexpr uint32_t HALF = 1u << (BITS - 1);
-        return code < HALF ? -float(Book<BITS>::magnitude(HALF - 1 - code)) : float(Book<BITS>::magnitude(code - HALF));
-    }
-}
-
 template <class S>
 __device__ __forceinline__ void dequantize_side(const DqDequantize& p, const DqFactors& f, const DqRows& out, uint32_t side, uint32_t headers) {
     constexpr int D = S::D, ROWS = DEQUANTIZE_ROWS;
@@ -58,7 +48,7 @@ __device__ __forceinline__ void dequantize_side(const DqDequantize& p, const DqF
         float level = 0.0f;
         for_each<S::tiers>([&](auto tier) {
             constexpr int T = decltype(tier)::value, BITS = S::bits(T);
-            if (c >= S::first(T) && c < S::first(T) + S::channels(T)) level = level_of<BITS>(code) * Book<BITS>::unit;
+            if (c >= S::first(T) && c < S::first(T) + S::channels(T)) level = float(Book<BITS>::level(int(code))) * Book<BITS>::unit;
         });
         y[row][c] = level * header_scale(header);
         if (c == 0) sets[row] = header_set(header);

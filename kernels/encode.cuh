@@ -146,13 +146,30 @@ __device__ __forceinline__ Header pack_header(float scale, uint32_t set) {
 // between two levels. The last bin takes all that lies beyond the last edge, and NaN, which no edge is below.
 struct alignas(16) Bin {
     float edge, below, above;  // levels in units of a unit row
-    uint32_t numbers;          // of these magnitudes: bytes 0 and 1
+    uint32_t codes;            // bytes 0 and 1 of these levels, 2 and 3 of the negative ones
+};
+// The codes of positive levels, ascending, and of the negative ones of the same magnitudes.
+template <int BITS> struct Ladder {
+    static constexpr int HALF = 1 << (BITS - 1);
+    int positive[HALF], negative[HALF];
+    __host__ __device__ constexpr Ladder() : positive{}, negative{} {
+        for (int code = 0; code < 2 * HALF; code++) {
+            const int level = Book<BITS>::level(code), magnitude = level < 0 ? -level : level;
+            int place = 0;
+            for (int other = 0; other < 2 * HALF; other++) {
+                if (Book<BITS>::level(other) > 0 && Book<BITS>::level(other) < magnitude) place++;
+            }
+            (level < 0 ? negative : positive)[place] = code;
+        }
+    }
 };
 template <int BITS> struct Bins {
     using B = Book<BITS>;
     static constexpr int HALF = 1 << (BITS - 1);
+    static constexpr Ladder<BITS> LADDER{};
+    __host__ __device__ static constexpr int magnitude(int i) { return B::level(LADDER.positive[i]); }
     // In steps of the book.
-    __host__ __device__ static constexpr double edge(int i) { return (double(B::magnitude(i)) + double(B::magnitude(i + 1))) / 2.0; }
+    __host__ __device__ static constexpr double edge(int i) { return (double(magnitude(i)) + double(magnitude(i + 1))) / 2.0; }
     __host__ __device__ static constexpr int bin_of(double steps, double width) { return int(steps / width + 0.5); }
     __host__ __device__ static constexpr bool apart(double width) {
         for (int i = 0; i + 1 < HALF; i++) {
@@ -182,7 +199,8 @@ template <int BITS> struct Bins {
         bins[LAST] = entry(-1.0f, 0, HALF - 1);
     }
     __host__ __device__ static constexpr Bin entry(float edge, int below, int above) {
-        return {edge, float(B::magnitude(below)) * B::unit, float(B::magnitude(above)) * B::unit, uint32_t(below | above << 8)};
+        return {edge, float(magnitude(below)) * B::unit, float(magnitude(above)) * B::unit,
+                four_bytes(LADDER.positive[below], LADDER.positive[above], LADDER.negative[below], LADDER.negative[above])};
     }
 };
 template <> struct Bins<8> { static constexpr int COUNT = 0; };
@@ -193,21 +211,21 @@ constexpr int BIN_COPIES = 8, BIN_BYTES = BIN_COPIES * int(sizeof(Bin));
 struct LevelBook {
     const uint8_t* bins;  // this lane's copy of the first
     float cap, per_unit;
-    int half;
 
-    // The level nearest to a value of this magnitude and sign, in units of a unit row; its number among the magnitudes.
+    // The level nearest to a value of this magnitude and sign, in units of a unit row; bytes 0 and 2 are the codes of its
+    // magnitude, positive and negative.
     struct Found {
         float level;
-        uint32_t number;
+        uint32_t codes;
     };
     __device__ __forceinline__ Found look_up(float magnitude, float sign) const {
         // The sum's last bits are the bin, and what is above them leaves with the shift.
         const float at = __fmaf_rn(fminf(magnitude, cap), per_unit, 2097152.0f);
         const Bin bin = *reinterpret_cast<const Bin*>(bins + (__float_as_uint(at) << 7));
         const bool above = magnitude > bin.edge;
-        return {copysignf(above ? bin.above : bin.below, sign), above ? bin.numbers >> 8 : bin.numbers & 0xFF};
+        return {copysignf(above ? bin.above : bin.below, sign), above ? bin.codes >> 8 : bin.codes};
     }
-    __device__ __forceinline__ uint32_t code(Found found, float y) const { return uint32_t(half + (int(found.number) ^ (__float_as_int(y) >> 31))); }
+    __device__ __forceinline__ uint32_t code(Found found, float y) const { return (__float_as_int(y) < 0 ? found.codes >> 16 : found.codes) & 0xFF; }
 };
 static_assert(BIN_BYTES == 1 << 7, "");
 
@@ -233,7 +251,7 @@ template <class S> struct SideBooks {
     }
     template <int T> __device__ __forceinline__ static LevelBook of(const uint8_t* shared, int lane) {
         using B = Bins<S::bits(T)>;
-        return {shared + bins_before(T) * BIN_BYTES + lane % BIN_COPIES * int(sizeof(Bin)), B::cap, B::per_unit, B::HALF};
+        return {shared + bins_before(T) * BIN_BYTES + lane % BIN_COPIES * int(sizeof(Bin)), B::cap, B::per_unit};
     }
 };
 

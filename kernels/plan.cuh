@@ -122,60 +122,99 @@ struct Record {
 __device__ __forceinline__ float header_scale(uint32_t header) { return half_to_float(uint16_t((header & 0xFFF0) >> 1)); }
 __device__ __forceinline__ uint32_t header_set(uint32_t header) { return header & 15; }
 
-// Levels of the codes as bytes for `prmt`, and what one step is worth; the same numbers as src/code/codebook.rs.
-// Four bits: sixteen levels are two tables of eight. `prmt` turns a selector nibble with bit 3 set into copies of the
-// chosen byte's sign, which is zero in both tables. So the code itself picks from `low` (magnitudes of the codes below
-// 8, zero for the others), the code with bit 3 flipped picks from `high`; a level is high - low.
+// ---- Levels ----
+
+// Four bytes as a table for `prmt`, the first lowest.
+__host__ __device__ constexpr uint32_t four_bytes(int a, int b, int c, int d) {
+    return uint32_t(a & 0xFF) | uint32_t(b & 0xFF) << 8 | uint32_t(c & 0xFF) << 16 | uint32_t(d & 0xFF) << 24;
+}
+
+// Levels of the codes, and what one step is worth; the same numbers as src/code/codebook.rs.
 template <int BITS> struct Book;
+// Up to three bits a level is an entry of one table of eight.
 template <> struct Book<2> {
-    static constexpr bool two_tables = false;
     static constexpr uint32_t table_0 = 0x7F26DA81u, table_1 = 0;
     static constexpr double exact_unit = 1.5104 / 127.0;
     static constexpr float unit = float(exact_unit), distortion = 0.1175f;
-    // Magnitude m of the positive half, in steps.
-    __host__ __device__ static constexpr int magnitude(int m) { return table_0 >> (16 + 8 * m) & 0xFF; }
+    __host__ __device__ static constexpr int level(int code) { return int8_t(table_0 >> (8 * code)); }
 };
 template <> struct Book<3> {
-    static constexpr bool two_tables = false;
     static constexpr uint32_t table_0 = 0xF2D3B181u, table_1 = 0x7F4F2D0Eu;
     static constexpr double exact_unit = 2.1519 / 127.0;
     static constexpr float unit = float(exact_unit), distortion = 0.03454f;
-    // Magnitude m of the positive half, in steps.
-    __host__ __device__ static constexpr int magnitude(int m) { return table_1 >> (8 * m) & 0xFF; }
+    __host__ __device__ static constexpr int level(int code) { return int8_t((code < 4 ? table_0 : table_1) >> (8 * (code & 3))); }
 };
+// From four bits on a level is base[upper four bits] + fine[upper bits, in place of those that do not fit: lower bits].
 template <> struct Book<4> {
-    static constexpr bool two_tables = true;
-    static constexpr uint32_t low_0 = 0x3A4B607Fu, low_1 = 0x06121F2Cu;
-    static constexpr uint32_t high_0 = 0x2C1F1206u, high_1 = 0x7F604B3Au;
     static constexpr double exact_unit = 2.7326 / 127.0;
     static constexpr float unit = float(exact_unit), distortion = 0.009497f;
-    // Magnitude m of the positive half, in steps.
-    __host__ __device__ static constexpr int magnitude(int m) { return (m < 4 ? high_0 : high_1) >> (8 * (m & 3)) & 0xFF; }
+    __host__ __device__ static constexpr int base(int n) {
+        constexpr int levels[16] = {-127, 127, -96, 96, -75, 75, -58, 58, -44, 44, -31, 31, -18, 18, -6, 6};
+        return levels[n];
+    }
+    __host__ __device__ static constexpr int fine(int) { return 0; }
+    __host__ __device__ static constexpr int level(int code) { return base(code); }
 };
-// Five and six bits are sign and magnitude: magnitudes in words of four, ascending.
 template <> struct Book<5> {
-    static constexpr bool two_tables = true;
     static constexpr double exact_unit = 3.2607 / 127.0;
     static constexpr float unit = float(exact_unit), distortion = 0.00253f;
-    __host__ __device__ static constexpr uint32_t word(int i) {
-        return i < 2 ? (i == 0 ? 0x120D0803u : 0x29231D18u) : (i == 2 ? 0x463D362Fu : 0x7F695A4Fu);
+    __host__ __device__ static constexpr int base(int n) {
+        constexpr int levels[16] = {-127, 105, -90, 79, -70, 61, -54, 47, -41, 35, -29, 24, -18, 13, -8, 3};
+        return levels[n];
     }
-    __host__ __device__ static constexpr int magnitude(int m) { return word(m >> 2) >> (8 * (m & 3)) & 0xFF; }
+    __host__ __device__ static constexpr int fine(int i) {
+        constexpr int levels[16] = {0, 22, 0, 11, 0, 9, 0, 7, 0, 6, 0, 5, 0, 5, 0, 5};
+        return levels[i];
+    }
+    __host__ __device__ static constexpr int level(int code) { return base(code >> 1) + fine((code >> 1 & 14) | (code & 1)); }
 };
 template <> struct Book<6> {
-    static constexpr bool two_tables = true;
-    static constexpr double exact_unit = 3.7441 / 108.0;
-    static constexpr float unit = float(exact_unit), distortion = 0.00066f;
-    __host__ __device__ static constexpr uint32_t word(int i) {
-        return i < 4 ? (i < 2 ? (i == 0 ? 0x07050301u : 0x0F0D0B09u) : (i == 2 ? 0x17151311u : 0x201E1B19u))
-                     : (i < 6 ? (i == 4 ? 0x2A272522u : 0x3633302Du) : (i == 6 ? 0x47423E3Au : 0x6C5D544Du));
+    static constexpr double exact_unit = 0.0352;
+    static constexpr float unit = float(exact_unit), distortion = 0.000693f;
+    __host__ __device__ static constexpr int base(int n) {
+        constexpr int levels[16] = {-105, 37, -83, 15, -77, 30, -44, -3, -57, -25, -21, -61, -52, 1, -40, -11};
+        return levels[n];
     }
-    __host__ __device__ static constexpr int magnitude(int m) { return word(m >> 2) >> (8 * (m & 3)) & 0xFF; }
+    __host__ __device__ static constexpr int fine(int i) {
+        constexpr int levels[16] = {0, 12, 56, 68, 0, 12, 35, 47, 0, 38, 44, 82, 0, 6, 45, 51};
+        return levels[i];
+    }
+    __host__ __device__ static constexpr int level(int code) { return base(code >> 2) + fine((code >> 2 & 12) | (code & 3)); }
 };
 template <> struct Book<8> {
-    static constexpr bool two_tables = false;
     static constexpr double exact_unit = 4.0 / 127.0;
     static constexpr float unit = float(exact_unit), distortion = float(exact_unit * exact_unit / 12.0);
+    __host__ __device__ static constexpr int level(int code) { return code - 128; }
 };
+
+// How many registers' sum is a level.
+__host__ __device__ constexpr int parts_of(int bits) { return bits == 4 ? 2 : bits == 5 || bits == 6 ? 4 : 1; }
+
+// A table of sixteen entries as two of eight. `prmt` turns a selector nibble with bit 3 set into copies of the chosen byte's
+// sign: 0, or -1. So the number itself looks at the first half, the number with bit 3 flipped at the second, and the sum of
+// both is the entry, if each half makes up for the -1 that the other gives in its place.
+template <class Entries> struct Halves {
+    // Entry k of a half, k = 0 ... 7; the other half's at k is negative by itself if it is less than -1, and -1 or more is not.
+    __host__ __device__ static constexpr int byte(int half, int k) {
+        return Entries::at(8 * half + k) + (Entries::at(8 * (1 - half) + k) < -1 ? 1 : 0);
+    }
+    __host__ __device__ static constexpr uint32_t word(int half, int i) {
+        return four_bytes(byte(half, 4 * i), byte(half, 4 * i + 1), byte(half, 4 * i + 2), byte(half, 4 * i + 3));
+    }
+    __host__ __device__ static constexpr bool hold() {
+        for (int k = 0; k < 8; k++) {
+            for (int half = 0; half < 2; half++) {
+                if (byte(half, k) < -128 || byte(half, k) > 127) return false;
+                if (byte(half, k) + (byte(1 - half, k) < 0 ? -1 : 0) != Entries::at(8 * half + k)) return false;
+            }
+        }
+        return true;
+    }
+};
+template <int BITS> struct BaseEntries { __host__ __device__ static constexpr int at(int n) { return Book<BITS>::base(n); } };
+template <int BITS> struct FineEntries { __host__ __device__ static constexpr int at(int i) { return Book<BITS>::fine(i); } };
+template <int BITS> using BaseHalves = Halves<BaseEntries<BITS>>;
+template <int BITS> using FineHalves = Halves<FineEntries<BITS>>;
+static_assert(BaseHalves<4>::hold() && BaseHalves<5>::hold() && BaseHalves<6>::hold() && FineHalves<5>::hold() && FineHalves<6>::hold(), "");
 
 }  // namespace dq

@@ -84,7 +84,7 @@ struct PlainEncoder {
         auto magnitude_index = [&](int c, float reach) {
             const int bits = layout.bits_of(c), half = 1 << (bits - 1);
             int m = 0;
-            for (int i = half; i < 2 * half - 1; i++) m += std::fabs(y[c] * reach) > ref::edge(bits, books[bits], i);
+            for (int i = half; i < 2 * half - 1; i++) m += std::fabs(y[c] * reach) > ref::edge(books[bits], i);
             return m;
         };
         float rms = std::sqrt(sum(d, [&](int c) { return y[c] * y[c]; }) / float(d)), reach = 0, best = 0;
@@ -96,7 +96,7 @@ struct PlainEncoder {
                 std::vector<float> level(d);
                 for (int c = 0; c < d; c++) {
                     const ref::Book& book = books[layout.bits_of(c)];
-                    level[c] = std::copysign(float(book.table[book.table.size() / 2 + magnitude_index(c, r)]), y[c]) * float(book.unit);
+                    level[c] = std::copysign(float(book.table[book.codes[book.codes.size() / 2 + magnitude_index(c, r)]]), y[c]) * float(book.unit);
                 }
                 float projection = over_tiers(kappa, [&](int c) { return y[c] * level[c]; });
                 auto [packed, saturated] = pack(std::min(std::max(energy / projection, 0.0f), 3.4028234e38f), set);
@@ -108,7 +108,7 @@ struct PlainEncoder {
         }
         for (int c = 0; c < d; c++) {
             const int m = magnitude_index(c, reach), half = 1 << (layout.bits_of(c) - 1);
-            out.codes[c] = uint8_t(std::signbit(y[c]) ? half - 1 - m : half + m);
+            out.codes[c] = uint8_t(books[layout.bits_of(c)].codes[std::signbit(y[c]) ? half - 1 - m : half + m]);
         }
         return out;
     }
@@ -136,12 +136,12 @@ struct PlainEncoder {
                     float target = y[first + j];
                     for (int k = 0; k < j; k++) target -= row[k] * errors[k];
                     int m = 0;
-                    while (m < half - 1 && std::fabs(target * inverse) > ref::edge(bits, book, half + m)) m++;
-                    const float value = scale * (std::copysign(float(book.table[half + m]), target) * float(book.unit)), left = value - target;
+                    while (m < half - 1 && std::fabs(target * inverse) > ref::edge(book, half + m)) m++;
+                    const float value = scale * (std::copysign(float(book.table[book.codes[half + m]]), target) * float(book.unit)), left = value - target;
                     errors.push_back(value - y[first + j]);
                     lost += row[j] * (left * left);
                     tier_size += row[j] * (target * target), tier_along += row[j] * (target * value);
-                    c.codes[first + j] = uint8_t(std::signbit(target) ? half - 1 - m : half + m);
+                    c.codes[first + j] = uint8_t(book.codes[std::signbit(target) ? half - 1 - m : half + m]);
                 }
                 cost += kappa[t] * lost, size += kappa[t] * tier_size, along += kappa[t] * tier_along;
             }

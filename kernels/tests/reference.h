@@ -37,12 +37,12 @@ inline uint16_t to_half(double v) {
 // ---- Codebooks ----
 
 struct Book {
-    std::vector<int> table;
-    double unit, distortion;
+    std::vector<int> table, codes;  // levels by code; codes by ascending level
+    double exact_unit, unit, distortion;
 };
 inline Book book(int bits) {
     if (bits == 8) {
-        Book b{{}, double(float(4.0 / 127.0)), 4.0 / 127 * (4.0 / 127) / 12};
+        Book b{{}, {}, 4.0 / 127.0, double(float(4.0 / 127.0)), 4.0 / 127 * (4.0 / 127) / 12};
         for (int c = 0; c < 256; c++) b.table.push_back(c - 128);
         return b;
     }
@@ -51,21 +51,33 @@ inline Book book(int bits) {
         : bits == 4      ? Vec{0.1284, 0.3880, 0.6568, 0.9423, 1.2562, 1.6180, 2.0690, 2.7326}
         : bits == 5      ? Vec{0.0659, 0.1981, 0.3314, 0.4667, 0.6049, 0.7471, 0.8946, 1.0488,
                                1.2118, 1.3863, 1.5762, 1.7872, 2.0287, 2.3177, 2.6911, 3.2607}
-                         : Vec{0.0334, 0.1003, 0.1673, 0.2346, 0.3022, 0.3703, 0.4389, 0.5083, 0.5785, 0.6497, 0.7219,
-                               0.7955, 0.8705, 0.9472, 1.0257, 1.1065, 1.1897, 1.2758, 1.3651, 1.4583, 1.5558, 1.6586,
-                               1.7675, 1.8840, 2.0096, 2.1468, 2.2990, 2.4713, 2.6723, 2.9174, 3.2404, 3.7441};
-    const double distortions[] = {0, 0, 0.1175, 0.03454, 0.009497, 0.00253, 0.00066};
-    double unit = half.back() / (bits == 6 ? 108.0 : 127.0);
-    Book b{{}, double(float(unit)), distortions[bits]};
-    for (size_t i = half.size(); i-- > 0;) b.table.push_back(-int(std::nearbyint(half[i] / unit)));
-    for (double h : half) b.table.push_back(int(std::nearbyint(h / unit)));
+                         : Vec{};
+    const double distortions[] = {0, 0, 0.1175, 0.03454, 0.009497, 0.00253, 0.000693};
+    double unit = bits == 6 ? 0.0352 : half.back() / 127.0;
+    Book b{{}, {}, unit, double(float(unit)), distortions[bits]};
+    const int n = int(half.size());
+    auto step = [&](int i) { return int(std::nearbyint(half[i] / unit)); };
+    if (bits < 4) {
+        for (int c = 0; c < n; c++) b.table.push_back(-step(n - 1 - c));
+        for (int c = 0; c < n; c++) b.table.push_back(step(c));
+    } else if (bits < 6) {
+        // Cells of one or two magnitudes, from outside; of each the negative levels, then the positive ones.
+        for (int size = 1 << (bits - 4), first = n - size; first >= 0; first -= size) {
+            for (int i = size; i-- > 0;) b.table.push_back(-step(first + i));
+            for (int i = 0; i < size; i++) b.table.push_back(step(first + i));
+        }
+    } else {
+        const int base[] = {-105, 37, -83, 15, -77, 30, -44, -3, -57, -25, -21, -61, -52, 1, -40, -11};
+        const int fine[4][4] = {{0, 12, 56, 68}, {0, 12, 35, 47}, {0, 38, 44, 82}, {0, 6, 45, 51}};
+        for (int c = 0; c < 64; c++) b.table.push_back(base[c / 4] + fine[c / 16][c % 4]);
+    }
+    b.codes.resize(b.table.size());
+    for (size_t c = 0; c < b.codes.size(); c++) b.codes[c] = int(c);
+    std::sort(b.codes.begin(), b.codes.end(), [&](int c, int d) { return b.table[c] < b.table[d]; });
     return b;
 }
-// Where code c ends, in units of a row of unit variance.
-inline float edge(int bits, const Book& b, int c) {
-    const double tops[] = {0, 0, 1.5104 / 127, 2.1519 / 127, 2.7326 / 127, 3.2607 / 127, 3.7441 / 108};
-    return float((b.table[c] + b.table[c + 1]) / 2.0 * tops[bits]);
-}
+// Where the level at place i ends, in units of a row of unit variance.
+inline float edge(const Book& b, int i) { return float((b.table[b.codes[i]] + b.table[b.codes[i + 1]]) / 2.0 * b.exact_unit); }
 
 // ---- Layout ----
 

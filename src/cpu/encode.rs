@@ -411,12 +411,12 @@ impl<'a> RowCoder<'a> {
                         target[l] -= weight * error[l];
                     }
                 }
-                let mut level = [f32::from(book.table[half]); LANES];
+                let mut level = [f32::from(book.levels[half]); LANES];
                 let mut above = [0i32; LANES];
                 let magnitude: [f32; LANES] = std::array::from_fn(|l| (target[l] * inverse[l]).abs());
                 for m in 1..half {
                     let edge = book.edges[half - 1 + m];
-                    let step = f32::from(book.table[half + m]) - f32::from(book.table[half + m - 1]);
+                    let step = f32::from(book.levels[half + m]) - f32::from(book.levels[half + m - 1]);
                     for l in 0..LANES {
                         level[l] += if magnitude[l] > edge { step } else { 0.0 };
                         above[l] += i32::from(magnitude[l] > edge);
@@ -430,8 +430,8 @@ impl<'a> RowCoder<'a> {
                     tier_size[l] += row[j] * (target[l] * target[l]);
                     tier_along[l] += row[j] * (target[l] * value);
                     let half = half as i32;
-                    scratch.codes[tier.first + j][l] =
-                        if target[l].is_sign_negative() { half - 1 - above[l] } else { half + above[l] } as u8;
+                    let place = if target[l].is_sign_negative() { half - 1 - above[l] } else { half + above[l] };
+                    scratch.codes[tier.first + j][l] = book.codes[usize::from(place as u8)];
                 }
             }
             for l in 0..LANES {
@@ -507,13 +507,13 @@ impl<'a> RowCoder<'a> {
 #[inline(always)]
 fn nearest_levels(y: &[f32], reach: f32, book: &Codebook, levels: &mut [f32]) {
     let half = 1usize << (book.bits - 1);
-    let lowest = f32::from(book.table[half]);
+    let lowest = f32::from(book.levels[half]);
     for (out, y) in levels.as_chunks_mut::<LANES>().0.iter_mut().zip(y.as_chunks::<LANES>().0) {
         let mut level = [lowest; LANES];
         let magnitude: [f32; LANES] = std::array::from_fn(|l| (y[l] * reach).abs());
         for m in 1..half {
             let edge = book.edges[half - 1 + m];
-            let step = f32::from(book.table[half + m]) - f32::from(book.table[half + m - 1]);
+            let step = f32::from(book.levels[half + m]) - f32::from(book.levels[half + m - 1]);
             for l in 0..LANES {
                 level[l] += if magnitude[l] > edge { step } else { 0.0 };
             }
@@ -537,7 +537,8 @@ fn nearest_codes(y: &[f32], reach: f32, book: &Codebook, codes: &mut [u8]) {
             }
         }
         for l in 0..LANES {
-            out[l] = if y[l].is_sign_negative() { half - 1 - m[l] } else { half + m[l] } as u8;
+            let place = if y[l].is_sign_negative() { half - 1 - m[l] } else { half + m[l] };
+            out[l] = book.codes[usize::from(place as u8)];
         }
     }
 }

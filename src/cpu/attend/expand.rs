@@ -125,10 +125,13 @@ unsafe fn spread_low_bits<const BITS: u8>(tier: &TierLanes, rows: &[*const u8; M
 /// The unfolding proper: one vector of code words to `fields` vectors of levels.
 #[derive(Clone, Copy)]
 struct Fields<S: Simd, const BITS: u8> {
-    tables: [S::I; 4],
+    tables: [S::I; 2],
     nibble: S::I,
     m66: S::I,
     m11: S::I,
+    /// Of a nibble, the low bits of a code, and the upper ones that choose among `fine` with them.
+    below: S::I,
+    above: S::I,
     byte: S::I,
 }
 
@@ -148,6 +151,8 @@ impl<S: Simd, const BITS: u8> Fields<S, BITS> {
             nibble: s.splat_i(0x000f_000f),
             m66: s.splat_i(0x6666_6666),
             m11: s.splat_i(0x1111_1111),
+            below: s.splat_i(if BITS == 6 { 0x3333_3333 } else { 0x1111_1111 }),
+            above: s.splat_i(!if BITS == 6 { 0x3333_3333 } else { 0x1111_1111 }),
             byte: s.splat_i(0x00ff_00ff),
         }
     }
@@ -174,32 +179,24 @@ impl<S: Simd, const BITS: u8> Fields<S, BITS> {
                     self.nibbles(s, self.tables[0], codes, out, stride);
                     self.nibbles(s, self.tables[1], codes, out.add(4 * stride), stride);
                 }
-                // Bit 0 of the low bits, moved to bit 7 of the word's lower byte, and bit 1.
-                _ => {
-                    let nibble = self.nibble;
-                    let x = s.and(codes, nibble);
-                    s.store_i(out, self.choose(s, x, s.shl16::<7>(low), s.shl16::<6>(low)));
-                    let x = s.and(s.shr16::<4>(codes), nibble);
-                    s.store_i(out.add(stride), self.choose(s, x, s.shl16::<3>(low), s.shl16::<2>(low)));
-                    let x = s.and(s.shr16::<8>(codes), nibble);
-                    s.store_i(out.add(2 * stride), self.choose(s, x, s.shr16::<1>(low), s.shr16::<2>(low)));
-                    let x = s.shr16::<12>(codes);
-                    s.store_i(out.add(3 * stride), self.choose(s, x, s.shr16::<5>(low), s.shr16::<6>(low)));
-                }
+                _ => self.sums(s, codes, s.or(s.and(codes, self.above), s.and(low, self.below)), out, stride),
             }
         }
     }
 
-    /// Levels of 5 or 6 bits: one table for each value of the low bits, then a choice. Code 0 is worth 0 in the first
-    /// table only, so the words' upper bytes have to be cleared.
+    /// Levels of 5 or 6 bits. Code 0 is worth 0, in the words' upper bytes too, and no sum carries.
     #[inline(always)]
-    fn choose(&self, s: S, x: S::I, bit_0: S::I, bit_1: S::I) -> S::I {
-        let [t0, t1, t2, t3] = self.tables;
-        let mut level = s.choose(bit_0, s.lookup(t0, x), s.lookup(t1, x));
-        if BITS == 6 {
-            level = s.choose(bit_1, level, s.choose(bit_0, s.lookup(t2, x), s.lookup(t3, x)));
+    unsafe fn sums(&self, s: S, codes: S::I, index: S::I, out: *mut i32, stride: usize) {
+        let [base, fine] = self.tables;
+        let level = |code, index| s.add_i(s.lookup(base, code), s.lookup(fine, index));
+        let masked = |code, index| level(s.and(code, self.nibble), s.and(index, self.nibble));
+        // SAFETY: as for `write`.
+        unsafe {
+            s.store_i(out, masked(codes, index));
+            s.store_i(out.add(stride), masked(s.shr16::<4>(codes), s.shr16::<4>(index)));
+            s.store_i(out.add(2 * stride), masked(s.shr16::<8>(codes), s.shr16::<8>(index)));
+            s.store_i(out.add(3 * stride), level(s.shr16::<12>(codes), s.shr16::<12>(index)));
         }
-        s.and(level, self.byte)
     }
 
     #[inline(always)]

@@ -35,8 +35,9 @@ pub struct TierLanes {
     pub lanes: usize,
     /// What is added to each level.
     pub offset: i32,
-    /// Levels plus offset by nibble: one table per code of a nibble, or per value of the low bits.
-    pub tables: [[u8; 16]; 4],
+    /// Levels plus offset by nibble. 2 bits: by a nibble's first code, by its second; 5 and 6 bits: the two parts of a level
+    /// of `code::codebook`, `fine` without offset.
+    pub tables: [[u8; 16]; 2],
     /// Levels plus offset by code, over and over: upper bits of an index do not matter. Not for 8 bits.
     pub levels: [u8; 64],
     /// For each byte of the main plane, the byte of the plane of low bits that holds those of its first code, and how
@@ -83,7 +84,7 @@ impl TierLanes {
         first_lane: 0,
         lanes: 0,
         offset: 0,
-        tables: [[0; 16]; 4],
+        tables: [[0; 16]; 2],
         levels: [0; 64],
         low_byte: [0; 64],
         low_part: [0; 64],
@@ -120,9 +121,10 @@ impl SideLanes {
                 std::array::from_fn(|n| match tier.bits {
                     2 => level(n >> (2 * t) & 3),
                     3 => level(n & 7),
-                    // The low bits choose the table.
-                    5 => level(2 * n + t % 2),
-                    6 => level(4 * n + t),
+                    5 if t == 0 => level(2 * n),
+                    6 if t == 0 => level(4 * n),
+                    5 => level(2 * (n & 14) | n & 1) - level(2 * (n & 14)),
+                    6 => level(4 * (n & 12) | n & 3) - level(4 * (n & 12)),
                     _ => level(n),
                 })
             });

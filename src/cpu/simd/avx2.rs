@@ -136,10 +136,6 @@ impl Simd for Avx2 {
         unsafe { _mm256_shuffle_epi8(table, index) }
     }
     #[inline(always)]
-    fn choose(self, mask: __m256i, a: __m256i, b: __m256i) -> __m256i {
-        unsafe { _mm256_blendv_epi8(a, b, mask) }
-    }
-    #[inline(always)]
     fn unpack_lo16(self, a: __m256i, b: __m256i) -> __m256i {
         unsafe { _mm256_unpacklo_epi16(a, b) }
     }

@@ -142,10 +142,6 @@ impl Simd for Avx512<'_> {
         self.0.lookup(table, index)
     }
     #[inline(always)]
-    fn choose(self, mask: __m256i, a: __m256i, b: __m256i) -> __m256i {
-        self.0.choose(mask, a, b)
-    }
-    #[inline(always)]
     fn unpack_lo16(self, a: __m256i, b: __m256i) -> __m256i {
         self.0.unpack_lo16(a, b)
     }

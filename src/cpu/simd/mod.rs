@@ -126,8 +126,6 @@ pub trait Simd: Copy {
     fn table(self, bytes: &[u8; 16]) -> Self::I;
     /// Each byte, at most 15, replaced by the table's.
     fn lookup(self, table: Self::I, index: Self::I) -> Self::I;
-    /// Each byte of `b` where the mask's has its top bit set, else of `a`.
-    fn choose(self, mask: Self::I, a: Self::I, b: Self::I) -> Self::I;
     fn unpack_lo16(self, a: Self::I, b: Self::I) -> Self::I;
     fn unpack_hi16(self, a: Self::I, b: Self::I) -> Self::I;
     fn unpack_lo32(self, a: Self::I, b: Self::I) -> Self::I;

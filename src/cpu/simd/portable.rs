@@ -145,14 +145,6 @@ impl Simd for Portable {
         })
     }
     #[inline(always)]
-    fn choose(self, mask: Self::I, a: Self::I, b: Self::I) -> Self::I {
-        from_fn(|i| {
-            let top = (mask[i] as u32 >> 7) & 0x0101_0101;
-            let all = (top * 255) as i32;
-            b[i] & all | a[i] & !all
-        })
-    }
-    #[inline(always)]
     fn unpack_lo16(self, a: Self::I, b: Self::I) -> Self::I {
         let low = |i: usize| from_fn::<_, 4, _>(|w| {
             let shift = 16 * (w % 2);
