@@ -46,13 +46,17 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
 
     RowImage<K, V> image;
     image.lay_out(p.n_kv_heads, first_head, p.heads_per_block, head, nullptr);
-    // Slots that one bulk copy takes: as many as lie behind each other.
+    // Slots that one bulk copy takes: as many as lie behind each other, without a gap between their rows.
     uint32_t together = 1;
+    bool spread = false;
     if (HAS_BULK_COPY && image.runs == 1 && p.store.stride == image.chunks * 16) {
-        together = p.block_table == nullptr ? tile_keys : tile_keys & (0 - tile_keys);
-        if (p.block_table != nullptr && 1u << p.block_shift < together) together = 1u << p.block_shift;
+        const uint32_t in_order = p.block_table == nullptr ? tile_keys : 1u << p.block_shift;
+        spread = image.chunks % 4 == 0 && in_order > 1;
+        const uint32_t most = spread ? KeyRows::RUN : tile_keys & (0 - tile_keys);
+        together = p.block_table == nullptr && !spread ? tile_keys : in_order < most ? in_order : most;
     }
-    const uint32_t stride = together > 1 ? image.chunks * 16 : padded_row(image.chunks), stage_bytes = tile_keys * stride;
+    const KeyRows key_rows(together > 1 ? image.chunks * 16 : padded_row(image.chunks), spread, lane);
+    const uint32_t stride = key_rows.stride, stage_bytes = p.key_warps * key_rows.bytes();
     uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + STAGES * stage_bytes);
     uint64_t* done = barriers + MOST_STAGES;
     Run* runs = reinterpret_cast<Run*>(done + MOST_STAGES);
@@ -77,7 +81,7 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
         if (image.runs == 1) {
             for (uint32_t row = lane * together; row < to; row += 32 * together) {
                 const uint32_t first = row > from ? row : from, end = row + together < to ? row + together : to;
-                if (first < end) bulk_copy(stage + first * stride, record_of(first_key + first), (end - first) * image.chunks * 16, barriers + index);
+                if (first < end) bulk_copy(stage + first * stride + key_rows.gaps(first), record_of(first_key + first), (end - first) * image.chunks * 16, barriers + index);
             }
         } else {
             for (uint32_t i = from * image.runs + lane; i < to * image.runs; i += 32) {
@@ -134,10 +138,10 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
         }
 
         // Phase 5: scores, softmax, weighted sums.
-        const uint8_t* rows = shared + index * stage_bytes + key_warp * KEYS_PER_WARP * stride;
+        const uint8_t* rows = shared + index * stage_bytes + key_warp * key_rows.bytes();
         if (!idle) {
-            const Source source{rows, stride, image, tables, lane};
-            state.take(source, rows, stride, image.k_headers, image.v_headers, tile * tile_keys + key_warp * KEYS_PER_WARP, n_keys);
+            const Source source{rows, key_rows, image, tables, lane};
+            state.take(source, rows, key_rows, image.k_headers, image.v_headers, tile * tile_keys + key_warp * KEYS_PER_WARP, n_keys);
         }
 
         // Phase 6: the warp that is the last to be done with a stage fills it anew.

@@ -110,6 +110,7 @@ __device__ __forceinline__ void attend_prefill(const DqAttend& p) {
     RowImage<K, V> image;
     image.lay_out(p.n_kv_heads, head, 1, head, nullptr);
     const uint32_t stride = padded_row(image.chunks), stage_bytes = TILE_KEYS * stride;
+    const KeyRows key_rows(stride, false, lane);
     uint4* fragments = reinterpret_cast<uint4*>(shared + 2 * stage_bytes);
     Run* runs = reinterpret_cast<Run*>(fragments + HALVES * Fragments::COUNT * 32);
     float* sums = reinterpret_cast<float*>(runs + MOST_RUNS) + warp * DQ_MAX_SETS * 4 * NT;
@@ -151,7 +152,7 @@ __device__ __forceinline__ void attend_prefill(const DqAttend& p) {
         // Phase 4: levels, once for all rows.
         DQ_UNROLL_BY_1
         for (int part = 0; part < HALVES; part++) {
-            const FromCodes<K, V> codes{rows + part * KEYS_PER_WARP * stride, stride, image, tables, lane};
+            const FromCodes<K, V> codes{rows + part * key_rows.bytes(), key_rows, image, tables, lane};
             look_up_tile(fragments + part * Fragments::COUNT * 32, codes, warp, warps, lane);
         }
         __syncthreads();
@@ -161,7 +162,7 @@ __device__ __forceinline__ void attend_prefill(const DqAttend& p) {
         DQ_UNROLL_BY_1
         for (int part = 0; part < HALVES; part++) {
             const Fragments source{fragments + part * Fragments::COUNT * 32, lane};
-            state.take(source, rows + part * KEYS_PER_WARP * stride, stride, image.k_headers, image.v_headers, tile * TILE_KEYS + part * KEYS_PER_WARP, n_keys);
+            state.take(source, rows + part * key_rows.bytes(), key_rows, image.k_headers, image.v_headers, tile * TILE_KEYS + part * KEYS_PER_WARP, n_keys);
         }
     }
     cp_async_wait<0>();

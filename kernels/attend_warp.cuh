@@ -36,8 +36,8 @@ __host__ __device__ __forceinline__ uint32_t attend_parts(const DqAttend& p) { r
 template <class K, class V>
 struct FromCodes {
     template <int BITS> static constexpr int parts = parts_of(BITS);
-    const uint8_t* rows;
-    uint32_t stride;
+    const uint8_t* stage;
+    const KeyRows& rows;
     const RowImage<K, V>& image;
     const Tables& tables;
     int lane;
@@ -46,7 +46,7 @@ struct FromCodes {
     template <int T, int G>
     __device__ __forceinline__ void keys(uint32_t (&a)[parts_of(K::bits(T))][2][4]) const {
         Levels<K::bits(T)> first[4], second[4];
-        key_levels<K, T, G>(tables, first, second, rows, stride, image.k_planes, lane);
+        key_levels<K, T, G>(tables, first, second, stage, rows, image.k_planes, lane);
         DQ_UNROLL
         for (int p = 0; p < parts_of(K::bits(T)); p++) {
             DQ_UNROLL
@@ -58,7 +58,7 @@ struct FromCodes {
     }
     template <int T, int G>
     __device__ __forceinline__ void values(ValueFragments<parts_of(V::bits(T))>& f) const {
-        value_levels<V, T, G>(tables, f, rows, stride, image.v_planes, lane);
+        value_levels<V, T, G>(tables, f, stage, rows, image.v_planes, lane);
     }
 };
 
@@ -241,11 +241,11 @@ struct AttendWarp {
         }
     }
 
-    // Takes in 32 keys from `first_key`; their headers start at `rows`, a row every `stride` bytes.
-    __device__ __forceinline__ void take(const Source& source, const uint8_t* rows, uint32_t stride, uint32_t k_headers, uint32_t v_headers, uint32_t first_key, uint32_t n_keys) {
+    // Takes in 32 keys, whose rows are those from `first_key` on in the order of `rows`.
+    __device__ __forceinline__ void take(const Source& source, const uint8_t* stage, const KeyRows& rows, uint32_t k_headers, uint32_t v_headers, uint32_t first_key, uint32_t n_keys) {
         // Headers of key `lane`, but for the set expected: usually that leaves the scale alone.
-        uint32_t k_header = shared_half(rows + lane * stride + k_headers) ^ k_set;
-        uint32_t v_header = shared_half(rows + lane * stride + v_headers) ^ v_set;
+        uint32_t k_header = shared_half(stage + rows.of_lane + k_headers) ^ k_set;
+        uint32_t v_header = shared_half(stage + rows.of_lane + v_headers) ^ v_set;
 
         // What the mask adds. Where it hides everything, nothing is looked at.
         const bool all_seen = p.mask == nullptr && first_key >= seen_from && first_key + KEYS_PER_WARP <= seen_to;
@@ -257,13 +257,13 @@ struct AttendWarp {
                 const uint32_t token = (row_tile * 4 * NT + 4 * n + q) / p.group;
                 DQ_UNROLL
                 for (int i = 0; i < 4; i++) {
-                    added[n][i] = mask_of(p, stream, token < n_q ? token : n_q - 1, n_q, first_key + g + 8 * i, n_keys);
+                    added[n][i] = mask_of(p, stream, token < n_q ? token : n_q - 1, n_q, first_key + rows.row(g + 8 * i), n_keys);
                     visible |= added[n][i] > NEVER;
                 }
             }
             if (!__any_sync(ALL_LANES, visible)) return;
             // Behind the last key there may be anything.
-            if (first_key + lane >= n_keys) k_header = v_header = 0;
+            if (first_key + rows.row(lane) >= n_keys) k_header = v_header = 0;
         }
         const bool usual = __all_sync(ALL_LANES, ((k_header | v_header) & 15) == 0);
 

@@ -82,6 +82,29 @@ __device__ __forceinline__ uint32_t join_3(uint32_t two, uint32_t one) {
     return (two << 1 & 0x66666666u) | (one & 0x11111111u);
 }
 
+// Where the rows of a warp's 32 keys lie. A matrix of ldmatrix is eight keys that follow each other, and banks repeat after
+// 128 bytes. Rows of an odd number of chunks meet in no bank. Others lie without padding, as one copy of many leaves them: two
+// to a bank at best, but four or eight if their chunks are a multiple of four. Those lie spread: in runs of RUN with a gap of a
+// chunk behind each, and a matrix takes rows out of all runs.
+struct KeyRows {
+    static constexpr uint32_t RUN = 16, OF_RUN = RUN / 4;
+    uint32_t stride;
+    bool spread;
+    uint32_t of_lane;  // offset of key `lane`
+
+    __device__ __forceinline__ KeyRows(uint32_t stride, bool spread, int lane) : stride(stride), spread(spread), of_lane(offset(lane)) {}
+
+    __device__ __forceinline__ uint32_t row(uint32_t key) const {
+        return spread ? key % 8 / OF_RUN * RUN + key / 8 * OF_RUN + key % OF_RUN : key;
+    }
+    __device__ __forceinline__ uint32_t gaps(uint32_t row) const { return spread ? row / RUN * 16 : 0; }
+    __device__ __forceinline__ uint32_t offset(uint32_t key) const { return row(key) * stride + gaps(row(key)); }
+    // From key g < 8 to key 8 matrix + g; from an even key to the next it is a stride.
+    __device__ __forceinline__ uint32_t to_matrix(uint32_t matrix) const { return matrix * (spread ? OF_RUN : 8) * stride; }
+    // Bytes of 32 rows.
+    __device__ __forceinline__ uint32_t bytes() const { return 32 * stride + gaps(32); }
+};
+
 __device__ __forceinline__ uint32_t shared_half(const uint8_t* at) { return *reinterpret_cast<const uint16_t*>(at); }
 template <bool ALIGNED>
 __device__ __forceinline__ uint32_t shared_word(const uint8_t* at) {
@@ -93,9 +116,9 @@ __device__ __forceinline__ uint32_t shared_word(const uint8_t* at) {
 
 // Item t = 4 group + q of a plane of BITS bits and N channels, for 32 keys: r[i] holds the bits of its eight channels of key
 // 8 i + g, shifted down so that they start at bit 0 of each nibble; higher bits of the nibbles are left as they come.
-// `rows` is the first key's row.
+// `stage` is the first row.
 template <bool ALIGNED, int N, int BITS, int GROUP>
-__device__ __forceinline__ void key_bits(uint32_t (&r)[4], const uint8_t* rows, uint32_t stride, uint32_t plane, int lane) {
+__device__ __forceinline__ void key_bits(uint32_t (&r)[4], const uint8_t* stage, const KeyRows& rows, uint32_t plane, int lane) {
     constexpr int BYTES = N * BITS / 8;
     int w = lane & 3;
     // Beyond the tier: any codes do, the folded query is zero there.
@@ -104,7 +127,7 @@ __device__ __forceinline__ void key_bits(uint32_t (&r)[4], const uint8_t* rows, 
     }
     if constexpr (ALIGNED && BYTES % 16 == 0 && N % 32 == 0) {
         // The same words of the plane serve several groups, at another shift.
-        ldmatrix(r, rows + lane * stride + plane + 16 * GROUP % BYTES);
+        ldmatrix(r, stage + rows.of_lane + plane + 16 * GROUP % BYTES);
         constexpr int SHIFT = BITS < 4 ? BITS * (16 * GROUP / BYTES) : 0;
         if constexpr (SHIFT > 0) {
             DQ_UNROLL
@@ -112,10 +135,10 @@ __device__ __forceinline__ void key_bits(uint32_t (&r)[4], const uint8_t* rows, 
         }
         return;
     }
-    const uint8_t* key = rows + (lane >> 2) * stride + plane;
+    const uint8_t* key = stage + rows.offset(lane >> 2) + plane;
     DQ_UNROLL
     for (int i = 0; i < 4; i++) {
-        const uint8_t* at = key + 8 * i * stride;
+        const uint8_t* at = key + rows.to_matrix(i);
         const int first = 16 * GROUP + 4 * w;
         if constexpr (BITS == 4 || BITS == 8) {
             r[i] = shared_word<ALIGNED>(at + first);
@@ -133,13 +156,13 @@ __device__ __forceinline__ void key_bits(uint32_t (&r)[4], const uint8_t* rows, 
 
 // Levels of word q of a group: the two quads of key 8 i + g.
 template <class S, int TIER, int GROUP>
-__device__ __forceinline__ void key_levels(const Tables& t, Levels<S::bits(TIER)> (&first)[4], Levels<S::bits(TIER)> (&second)[4], const uint8_t* rows, uint32_t stride, const uint32_t* planes, int lane) {
+__device__ __forceinline__ void key_levels(const Tables& t, Levels<S::bits(TIER)> (&first)[4], Levels<S::bits(TIER)> (&second)[4], const uint8_t* stage, const KeyRows& rows, const uint32_t* planes, int lane) {
     constexpr int N = S::channels(TIER), BITS = S::bits(TIER), P = S::plane_index(TIER, 0);
     uint32_t r[4];
     if constexpr (BITS == 8) {
         uint32_t there[4];
-        key_bits<S::aligned, N, 8, GROUP>(r, rows, stride, planes[P], lane);
-        key_bits<S::aligned, N, 8, GROUP>(there, rows, stride, planes[P] + N / 2, lane);
+        key_bits<S::aligned, N, 8, GROUP>(r, stage, rows, planes[P], lane);
+        key_bits<S::aligned, N, 8, GROUP>(there, stage, rows, planes[P] + N / 2, lane);
         DQ_UNROLL
         for (int i = 0; i < 4; i++) {
             const uint32_t a = r[i] ^ 0x80808080u, b = there[i] ^ 0x80808080u;
@@ -148,15 +171,15 @@ __device__ __forceinline__ void key_levels(const Tables& t, Levels<S::bits(TIER)
         }
     } else if constexpr (planes_of(BITS) == 2) {
         uint32_t low[4];
-        key_bits<S::aligned, N, plane_bits(BITS, 0), GROUP>(r, rows, stride, planes[P], lane);
-        key_bits<S::aligned, N, plane_bits(BITS, 1), GROUP>(low, rows, stride, planes[P + 1], lane);
+        key_bits<S::aligned, N, plane_bits(BITS, 0), GROUP>(r, stage, rows, planes[P], lane);
+        key_bits<S::aligned, N, plane_bits(BITS, 1), GROUP>(low, stage, rows, planes[P + 1], lane);
         DQ_UNROLL
         for (int i = 0; i < 4; i++) {
             if constexpr (BITS == 3) look_up_word<3>(t, join_3(r[i], low[i]), first[i], second[i]);
             else look_up_wide_word<BITS>(t, r[i], low[i], first[i], second[i]);
         }
     } else {
-        key_bits<S::aligned, N, BITS, GROUP>(r, rows, stride, planes[P], lane);
+        key_bits<S::aligned, N, BITS, GROUP>(r, stage, rows, planes[P], lane);
         DQ_UNROLL
         for (int i = 0; i < 4; i++) {
             if constexpr (BITS == 2) r[i] &= 0x33333333u;
@@ -178,13 +201,13 @@ __host__ __device__ constexpr KPosition k_position(int n, int c) {
 // ---- Values ----
 
 // One b16 unit of a plane for 32 keys, transposed: r[i] holds keys 8 i + 2 q and 8 i + 2 q + 1 (low and high half) of
-// unit 8 GROUP + g, shifted down as in `key_bits`. `rows` is the first key's row.
+// unit 8 GROUP + g, shifted down as in `key_bits`. `stage` is the first row.
 template <bool ALIGNED, int N, int BITS, int GROUP>
-__device__ __forceinline__ void value_bits(uint32_t (&r)[4], const uint8_t* rows, uint32_t stride, uint32_t plane, int lane) {
+__device__ __forceinline__ void value_bits(uint32_t (&r)[4], const uint8_t* stage, const KeyRows& rows, uint32_t plane, int lane) {
     constexpr int BYTES = N * BITS / 8;
     int g = lane >> 2, q = lane & 3;
     if constexpr (ALIGNED && BYTES % 16 == 0) {
-        ldmatrix_trans(r, rows + lane * stride + plane + 16 * GROUP % BYTES);
+        ldmatrix_trans(r, stage + rows.of_lane + plane + 16 * GROUP % BYTES);
         constexpr int SHIFT = BITS < 4 ? BITS * (16 * GROUP / BYTES) : 0;
         if constexpr (SHIFT > 0) {
             DQ_UNROLL
@@ -197,8 +220,8 @@ __device__ __forceinline__ void value_bits(uint32_t (&r)[4], const uint8_t* rows
         at %= BYTES;
         DQ_UNROLL
         for (int i = 0; i < 4; i++) {
-            const uint8_t* key = rows + (8 * i + 2 * q) * stride + plane + at;
-            r[i] = (shared_half(key) | shared_half(key + stride) << 16) >> shift;
+            const uint8_t* key = stage + rows.offset(2 * q) + rows.to_matrix(i) + plane + at;
+            r[i] = (shared_half(key) | shared_half(key + rows.stride) << 16) >> shift;
         }
     }
 }
@@ -218,7 +241,7 @@ __device__ __forceinline__ void transpose_nibbles(uint32_t r0, uint32_t r1, uint
 }
 
 template <class S, int TIER, int GROUP>
-__device__ __forceinline__ void value_levels(const Tables& t, ValueFragments<parts_of(S::bits(TIER))>& f, const uint8_t* rows, uint32_t stride, const uint32_t* planes, int lane) {
+__device__ __forceinline__ void value_levels(const Tables& t, ValueFragments<parts_of(S::bits(TIER))>& f, const uint8_t* stage, const KeyRows& rows, const uint32_t* planes, int lane) {
     constexpr int N = S::channels(TIER), BITS = S::bits(TIER), P = S::plane_index(TIER, 0);
     static_assert(BITS != 5 && BITS != 6, "tiers are for keys");
     if constexpr (BITS == 8) {
@@ -226,7 +249,7 @@ __device__ __forceinline__ void value_levels(const Tables& t, ValueFragments<par
         DQ_UNROLL
         for (int upper = 0; upper < 2; upper++) {
             uint32_t r[4];
-            value_bits<S::aligned, N / 2, 8, GROUP>(r, rows, stride, planes[P] + upper * (N / 2), lane);
+            value_bits<S::aligned, N / 2, 8, GROUP>(r, stage, rows, planes[P] + upper * (N / 2), lane);
             DQ_UNROLL
             for (int i = 0; i < 2; i++) {
                 uint32_t a = r[2 * i] ^ 0x80808080u, b = r[2 * i + 1] ^ 0x80808080u;
@@ -238,12 +261,12 @@ __device__ __forceinline__ void value_levels(const Tables& t, ValueFragments<par
         uint32_t r[4];
         if constexpr (BITS == 3) {
             uint32_t one[4];
-            value_bits<S::aligned, N, 2, GROUP>(r, rows, stride, planes[P], lane);
-            value_bits<S::aligned, N, 1, GROUP>(one, rows, stride, planes[P + 1], lane);
+            value_bits<S::aligned, N, 2, GROUP>(r, stage, rows, planes[P], lane);
+            value_bits<S::aligned, N, 1, GROUP>(one, stage, rows, planes[P + 1], lane);
             DQ_UNROLL
             for (int i = 0; i < 4; i++) r[i] = join_3(r[i], one[i]);
         } else {
-            value_bits<S::aligned, N, BITS, GROUP>(r, rows, stride, planes[P], lane);
+            value_bits<S::aligned, N, BITS, GROUP>(r, stage, rows, planes[P], lane);
         }
         if constexpr (BITS == 2) {
             DQ_UNROLL
