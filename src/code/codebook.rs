@@ -16,6 +16,10 @@ pub struct Codebook {
     pub distortion: f32,
     /// `edges[i]` parts code `i` from code `i + 1`, in units of a row of unit variance. Empty for 8 bits.
     pub edges: Vec<f32>,
+    /// The smallest positive level, and for each above it the edge before it and how much it is above the one below; an edge
+    /// that nothing passes fills them up to an even number. In steps of the table; empty for 8 bits.
+    pub lowest: f32,
+    pub steps: Vec<(f32, f32)>,
 }
 
 impl Codebook {
@@ -71,8 +75,11 @@ fn lloyd_max(bits: u8, half: &[f64], top: f64, distortion: f32) -> Codebook {
         table[half.len() - 1 - i] = -step;
     }
     let levels = &table[..2 * half.len()];
-    let edges = levels.windows(2).map(|w| ((w[0] as f64 + w[1] as f64) / 2.0 * unit) as f32).collect();
-    Codebook { bits, table, unit: unit as f32, distortion, edges }
+    let edges: Vec<f32> = levels.windows(2).map(|w| ((w[0] as f64 + w[1] as f64) / 2.0 * unit) as f32).collect();
+    let positive = &levels[half.len()..];
+    let above = positive.windows(2).map(|w| f32::from(w[1]) - f32::from(w[0]));
+    let steps = edges[half.len()..].iter().copied().zip(above).chain([(f32::INFINITY, 0.0)]).collect();
+    Codebook { bits, table, unit: unit as f32, distortion, edges, lowest: f32::from(positive[0]), steps }
 }
 
 /// Code `c` stands for `c - 128`; code 0 is not written.
@@ -82,7 +89,15 @@ fn uniform_8() -> Codebook {
         *level = (c as i32 - 128) as i8;
     }
     let unit = SPAN_8 / 127.0;
-    Codebook { bits: 8, table, unit: unit as f32, distortion: (unit * unit / 12.0) as f32, edges: Vec::new() }
+    Codebook {
+        bits: 8,
+        table,
+        unit: unit as f32,
+        distortion: (unit * unit / 12.0) as f32,
+        edges: Vec::new(),
+        lowest: 0.0,
+        steps: Vec::new(),
+    }
 }
 
 #[cfg(test)]
