@@ -10,6 +10,7 @@
 //! significant) first. The planes of a side follow each other, each as `[n_kv_heads][channels * bits / 8]` bytes.
 
 use std::ffi::CStr;
+use std::ops::Range;
 
 use crate::error::{Error, Result};
 
@@ -143,6 +144,14 @@ pub struct Plane {
     pub first: usize,
     /// Latent channels, those of the tier.
     pub channels: usize,
+}
+
+impl Plane {
+    /// A head's bytes in a record.
+    pub fn of_head(&self, head: usize) -> Range<usize> {
+        let at = self.offset + head * self.head_bytes;
+        at..at + self.head_bytes
+    }
 }
 
 /// Keys or values of a layer.

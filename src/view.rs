@@ -205,7 +205,7 @@ pub struct Store<'a> {
     _memory: PhantomData<&'a [u8]>,
 }
 
-// SAFETY: `slot` and `slot_mut` are the only accesses, and their contracts keep writers of one slot apart.
+// SAFETY: `slot`, `slot_mut` and `part_mut` are the only accesses, and their contracts keep writers of a byte apart.
 unsafe impl Send for Store<'_> {}
 // SAFETY: as above.
 unsafe impl Sync for Store<'_> {}
@@ -240,6 +240,17 @@ impl<'a> Store<'a> {
         assert!(slot < self.n_slots);
         // SAFETY: the slot lies within what `from_raw` promised; the caller keeps writers away.
         unsafe { std::slice::from_raw_parts(self.data.add(slot * self.stride), self.slot_bytes) }
+    }
+
+    /// Bytes of one slot's record.
+    ///
+    /// # Safety
+    /// No other thread reads or writes these bytes while the slice lives.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn part_mut(&self, slot: usize, part: Range<usize>) -> &'a mut [u8] {
+        assert!(slot < self.n_slots && part.start <= part.end && part.end <= self.slot_bytes);
+        // SAFETY: the slot lies within what `from_raw` promised, the part within the slot; the caller keeps others away.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(slot * self.stride + part.start), part.len()) }
     }
 
     /// # Safety

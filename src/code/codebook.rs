@@ -32,6 +32,10 @@ pub struct Codebook {
     pub distortion: f32,
     /// `edges[i]` parts `levels[i]` from the next, in units of a row of unit variance. Empty for 8 bits.
     pub edges: Vec<f32>,
+    /// The smallest positive level, and for each above it the edge before it and how much it is above the one below; an edge
+    /// that nothing passes fills them up to an even number. In steps of the table; empty for 8 bits.
+    pub lowest: f32,
+    pub steps: Vec<(f32, f32)>,
 }
 
 impl Codebook {
@@ -108,10 +112,14 @@ fn with_table(bits: u8, table: [i8; 256], unit: f64, distortion: f32) -> Codeboo
     let mut ascending: Vec<u8> = (0..1 << bits).collect();
     ascending.sort_by_key(|&code| table[usize::from(code)]);
     let levels: Vec<i8> = ascending.iter().map(|&code| table[usize::from(code)]).collect();
-    let edges = levels.windows(2).map(|w| ((f64::from(w[0]) + f64::from(w[1])) / 2.0 * unit) as f32).collect();
+    let edges: Vec<f32> = levels.windows(2).map(|w| ((f64::from(w[0]) + f64::from(w[1])) / 2.0 * unit) as f32).collect();
+    let half = levels.len() / 2;
+    let above = levels[half..].windows(2).map(|w| f32::from(w[1]) - f32::from(w[0]));
+    let steps = edges[half..].iter().copied().zip(above).chain([(f32::INFINITY, 0.0)]).collect();
+    let lowest = f32::from(levels[half]);
     let mut codes = [0; 256];
     codes[..ascending.len()].copy_from_slice(&ascending);
-    Codebook { bits, table, levels, codes, unit: unit as f32, distortion, edges }
+    Codebook { bits, table, levels, codes, unit: unit as f32, distortion, edges, lowest, steps }
 }
 
 /// Code `c` stands for `c - 128`; code 0 is not written.
@@ -129,6 +137,8 @@ fn uniform_8() -> Codebook {
         unit: unit as f32,
         distortion: (unit * unit / 12.0) as f32,
         edges: Vec::new(),
+        lowest: 0.0,
+        steps: Vec::new(),
     }
 }
 

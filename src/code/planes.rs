@@ -3,18 +3,21 @@
 use crate::shape::Plane;
 
 /// Writes one head's `codes` (one byte each, all channels of the row) into a record. `record` is one slot.
-#[inline(always)]
 pub fn pack(planes: &[Plane], head: usize, codes: &[u8], record: &mut [u8]) {
     for plane in planes {
-        let at = plane.offset + head * plane.head_bytes;
-        let bytes = &mut record[at..at + plane.head_bytes];
-        let codes = &codes[plane.first..plane.first + plane.channels];
-        match plane.bits {
-            8 => pack_plane::<8>(bytes, codes, plane.shift),
-            4 => pack_plane::<4>(bytes, codes, plane.shift),
-            2 => pack_plane::<2>(bytes, codes, plane.shift),
-            _ => pack_plane::<1>(bytes, codes, plane.shift),
-        }
+        pack_head(plane, codes, &mut record[plane.of_head(head)]);
+    }
+}
+
+/// Writes a head's part of one plane, `bytes`, from the codes of its row.
+#[inline(always)]
+pub fn pack_head(plane: &Plane, codes: &[u8], bytes: &mut [u8]) {
+    let codes = &codes[plane.first..plane.first + plane.channels];
+    match plane.bits {
+        8 => pack_plane::<8>(bytes, codes, plane.shift),
+        4 => pack_plane::<4>(bytes, codes, plane.shift),
+        2 => pack_plane::<2>(bytes, codes, plane.shift),
+        _ => pack_plane::<1>(bytes, codes, plane.shift),
     }
 }
 
@@ -34,8 +37,7 @@ fn pack_plane<const BITS: usize>(bytes: &mut [u8], codes: &[u8], shift: u8) {
 pub fn unpack(planes: &[Plane], head: usize, record: &[u8], codes: &mut [u8]) {
     codes.fill(0);
     for plane in planes {
-        let at = plane.offset + head * plane.head_bytes;
-        let bytes = &record[at..at + plane.head_bytes];
+        let bytes = &record[plane.of_head(head)];
         let mask = ((1u16 << plane.bits) - 1) as u8;
         for (j, byte) in bytes.iter().enumerate() {
             for k in 0..8 / plane.bits as usize {

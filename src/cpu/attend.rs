@@ -38,6 +38,7 @@ mod batch_tests;
 mod tests;
 
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use crate::cpu::simd::{Isa, portable::Portable};
 #[cfg(target_arch = "x86_64")]
@@ -51,7 +52,7 @@ use crate::workspace::{Workspace, carve};
 use engine::Engine;
 use cut::{Cut, Partials, Piece, lay};
 pub use cut::{Limits, workspace_size};
-use item::{Item, Scratch};
+use item::{Item, Kept, Scratch};
 use keys::{Keys, Sight};
 use lanes::{MAX_LANES, SideLanes};
 use tail::{TailItem, TailScratch};
@@ -105,7 +106,8 @@ pub fn attend_shard_on(
     let cut = check(layer, factors, args, shard, n_shards)?;
     let partials = carve(ws, |arena| lay(arena, cut.partial_rows(args), cut.d_v))?;
     let sides = (SideLanes::new(&layer.k), SideLanes::new(&layer.v));
-    let mut scratch = Scratches { coded: MaybeUninit::uninit(), tail: MaybeUninit::uninit() };
+    let mut scratch =
+        Scratches { kept: Kept::default(), coded: MaybeUninit::uninit(), tail: MaybeUninit::uninit() };
     for piece in cut.pieces(args) {
         let items = piece.items(cut.heads);
         // One query block: neighbouring items are heads of the same records, which one thread then reads while they are
@@ -116,7 +118,9 @@ pub fn attend_shard_on(
             ((shard + n_shards - piece.first_item % n_shards) % n_shards, items, n_shards)
         };
         for index in (first..end).step_by(step) {
-            run_item(isa, layer, &sides, factors, args, &cut, &piece, &partials, index, &mut scratch)?;
+            // Of a run of neighbours, the heads of a chunk bring in the next one together.
+            let later = if step == 1 { later(args, &cut, &piece, index, first..end) } else { (std::ptr::null(), 0) };
+            run_item(isa, layer, &sides, factors, args, &cut, &piece, &partials, index, later, &mut scratch)?;
         }
     }
     Ok(())
@@ -266,8 +270,27 @@ fn check_tail(layer: &LayerShape, args: &AttendArgs<'_>, tail: &Tail<'_>) -> Res
 
 /// What items of either kind work in.
 struct Scratches {
+    kept: Kept,
     coded: MaybeUninit<Scratch>,
     tail: MaybeUninit<TailScratch>,
+}
+
+/// First byte, and bytes, of this item's share of the next chunk's records, if that chunk is in the same `run` of items of a
+/// call with one block.
+fn later(args: &AttendArgs<'_>, cut: &Cut, piece: &Piece, index: usize, run: Range<usize>) -> (*const u8, usize) {
+    let part = index / cut.heads;
+    let (first, end) = ((part + 1) * piece.chunk, ((part + 2) * piece.chunk).min(piece.sequence.n_kv));
+    let by_table = args.sequences.is_some_and(|s| s.batch().table.is_some());
+    if (part + 1) * cut.heads >= run.end || first >= end || by_table {
+        return (std::ptr::null(), 0);
+    }
+    // Heads of this chunk that are in the run.
+    let first_item = run.start.max(part * cut.heads);
+    let (share, shares) = (index - first_item, (part + 1) * cut.heads - first_item);
+    let (records, stride) = args.store.raw();
+    let slot = args.first_slot + piece.sequence.index * args.stream_slots + first;
+    let bytes = (end - first) * stride;
+    (records.wrapping_add(slot * stride + bytes * share / shares), bytes.div_ceil(shares))
 }
 
 /// Item `index` of a sequence's `[block][part][KV head]`.
@@ -282,6 +305,7 @@ fn run_item(
     piece: &Piece,
     partials: &Partials,
     index: usize,
+    later: (*const u8, usize),
     scratch: &mut Scratches,
 ) -> Result<()> {
     let sequence = &piece.sequence;
@@ -328,6 +352,8 @@ fn run_item(
         },
         tile: cut.tile,
         keys: first_key..end_key.min(sequence.n_kv),
+        later,
+        head,
         mask: args.mask,
         sight,
         stream: sequence.index,
@@ -379,7 +405,7 @@ unsafe fn run_kind<S: Engine>(s: S, kind: &Kind<'_>, scratch: &mut Scratches) {
     // SAFETY: the caller's promise.
     unsafe {
         match kind {
-            Kind::Coded(item) => item::run(s, item, &mut scratch.coded),
+            Kind::Coded(item) => item::run(s, item, &mut scratch.kept, &mut scratch.coded),
             Kind::Tail(item) => {
                 let q = (&raw const (*scratch.coded.as_ptr()).q).cast();
                 tail::run(s, item, q, &mut scratch.tail);

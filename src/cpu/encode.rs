@@ -1,7 +1,7 @@
 //! New rows into records.
 //!
 //! The same rows and factor sets give the same bytes on every CPU and for every shard count: each sum has one order,
-//! written once below and compiled for several instruction sets. Chains run over input channels with lanes over
+//! written once below over the vectors of several instruction sets. Chains run over input channels with lanes over
 //! outputs, sums over a row keep [`LANES`] partial sums, and products are rounded before they are added (Rust never
 //! contracts them).
 
@@ -13,20 +13,28 @@ use half::slice::HalfFloatSliceExt;
 
 use crate::code::codebook::{Codebook, codebook};
 use crate::code::{header, planes};
-use crate::cpu::simd::Isa;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::simd::avx2::Avx2;
+use crate::cpu::simd::pairs::{PAIR, Pairs};
+use crate::cpu::simd::portable::Portable;
+use crate::cpu::simd::{Isa, Simd};
 use crate::error::Result;
 use crate::factor::{Encode, HeadSets, LayerFactors, MAX_SINKS, ROTATION_KAPPA, ROTATION_SET, TierWeights, hadamard};
-use crate::shape::{LayerShape, MAX_TIERS, Side, SideShape};
+use crate::shape::{LayerShape, MAX_TIERS, Side, SideShape, Tier};
 use crate::view::{Rows, Store, Tokens};
 
 /// Partial sums of a sum over a row; every head_dim is a multiple.
-const LANES: usize = 16;
+const LANES: usize = PAIR;
 /// Rows that share one pass over the encode matrix.
 const BLOCK: usize = 4;
 const MAX_DIM: usize = 256;
+/// Vectors of latents that one row sums at a time.
+const CHAINS: usize = 4;
 /// A row leaves the newest set only for one that costs less than this share of it: below a factor of two a switch
 /// buys nothing and mixes sets within the tiles of attention.
 const SWITCH: f32 = 0.5;
+/// Latents that feedback looks ahead: every tier is a multiple.
+const AHEAD: usize = 4;
 /// Row scales tried, as multiples of the row's rms.
 const MULTIPLES: [f32; 8] = [0.76, 0.83, 0.9, 0.97, 1.04, 1.11, 1.18, 1.26];
 /// Scales tried with feedback, as multiples of the best one without: what is carried on widens the targets.
@@ -41,7 +49,8 @@ pub struct EncodeReport {
     pub replaced_rows: u64,
 }
 
-/// Codes this shard's share of the tokens. Tokens are dealt in runs, so that one shard writes a slot's whole record.
+/// Codes this shard's share of the tokens. They are dealt in runs; where there are fewer tokens than shards, as in
+/// generation, each head and side of a token is dealt by itself.
 ///
 /// `slots` names a slot for each token, -1 for none; `capi` has checked the range, and that no slot is named twice.
 pub fn encode_shard(
@@ -69,24 +78,37 @@ fn encode_shard_on(
     n_shards: usize,
 ) -> Result<EncodeReport> {
     let mut report = EncodeReport::default();
-    let Some((k, v)) = tokens.kv else { return Ok(report) };
-    let run = tokens.n_tokens * shard / n_shards..tokens.n_tokens * (shard + 1) / n_shards;
-    for &slot in &slots[run.clone()] {
-        if slot >= 0 {
-            // SAFETY: slots of a call differ from each other and a token belongs to one shard, so this thread alone
-            // writes the slot; readers are kept off by the caller (dq_codec's contract).
-            let record = unsafe { store.slot_mut(slot as usize) };
-            record[shape.v.headers_offset + 2 * shape.n_kv_heads..].fill(0);
+    let Some((k, v)) = &tokens.kv else { return Ok(report) };
+    let n = tokens.n_tokens;
+    let mut scratch = Scratch::new();
+    let mut code = |run: Range<usize>, unit: usize| {
+        let (side, rows) = if unit < shape.n_kv_heads { (Side::K, k) } else { (Side::V, v) };
+        let head = unit % shape.n_kv_heads;
+        if unit == 0 {
+            clear_padding(shape, &slots[run.clone()], store);
         }
-    }
-    for (side, rows) in [(Side::K, &k), (Side::V, &v)] {
-        for head in 0..shape.n_kv_heads {
-            let coder = RowCoder::new(shape.side(side), &factors.side(side)[head].sets);
-            let job = Job { coder: &coder, rows, head, slots, store };
-            report.replaced_rows += dispatch(isa, &job, run.start, run.end);
-        }
+        let coder = RowCoder::new(shape.side(side), &factors.side(side)[head].sets);
+        let job = Job { coder: &coder, rows, head, slots, store };
+        report.replaced_rows += dispatch(isa, &job, run, &mut scratch);
+    };
+    let units = 2 * shape.n_kv_heads;
+    if n < n_shards {
+        // Keys first: their work is the larger part.
+        (shard..units * n).step_by(n_shards).for_each(|i| code(i % n..i % n + 1, i / n));
+    } else {
+        (0..units).for_each(|unit| code(n * shard / n_shards..n * (shard + 1) / n_shards, unit));
     }
     Ok(report)
+}
+
+/// Zeros behind the headers.
+fn clear_padding(shape: &LayerShape, slots: &[i64], store: &Store) {
+    let padding = shape.v.headers_offset + 2 * shape.n_kv_heads..shape.slot_bytes;
+    for &slot in slots.iter().filter(|&&slot| slot >= 0) {
+        // SAFETY: slots of a call differ from each other and a token's first head belongs to one shard, so this thread
+        // alone writes these bytes; readers are kept off by the caller (dq_codec's contract).
+        unsafe { store.part_mut(slot as usize, padding.clone()) }.fill(0);
+    }
 }
 
 /// One head and side of a call.
@@ -98,56 +120,87 @@ struct Job<'a> {
     store: &'a Store<'a>,
 }
 
-/// Runs the one body compiled for the instructions at hand. All give the same bytes.
-fn dispatch(isa: Isa, job: &Job, first: usize, end: usize) -> u64 {
+/// Runs the one body on the vectors at hand. All give the same bytes.
+fn dispatch(isa: Isa, job: &Job, run: Range<usize>, scratch: &mut Scratch) -> u64 {
     #[cfg(target_arch = "x86_64")]
     {
-        #[target_feature(enable = "avx2,f16c")]
-        fn avx2(job: &Job, first: usize, end: usize) -> u64 {
-            encode_run(job, first, end)
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn on_avx2(s: Avx2, job: &Job, run: Range<usize>, scratch: &mut Scratch) -> u64 {
+            encode_run(Pairs(s), job, run, scratch)
         }
-        if isa != Isa::Portable && Isa::Avx2.available() {
+        // Wider vectors gain nothing: every latent waits for the one before.
+        if let Some(s) = Avx2::new().filter(|_| isa != Isa::Portable) {
             // SAFETY: the CPU has the features.
-            return unsafe { avx2(job, first, end) };
+            return unsafe { on_avx2(s, job, run, scratch) };
         }
     }
     let _ = isa;
-    encode_run(job, first, end)
+    encode_run(Pairs(Portable), job, run, scratch)
 }
 
 #[inline(always)]
-fn encode_run(job: &Job, first: usize, end: usize) -> u64 {
+fn encode_run<S: Simd>(s: Pairs<S>, job: &Job, run: Range<usize>, scratch: &mut Scratch) -> u64 {
     let d = job.coder.shape.head_dim;
     let mut replaced = 0;
-    let mut x = [[0f32; MAX_DIM]; BLOCK];
-    let mut y = [[0f32; MAX_DIM]; BLOCK];
+    let Scratch { x, y, coded, feedback } = scratch;
     let mut finite = [true; BLOCK];
-    let mut coded = [Coded::default(); BLOCK];
-    let mut scratch = Feedback::new();
-    for base in (first..end).step_by(BLOCK) {
-        let n = BLOCK.min(end - base);
+    for base in run.clone().step_by(BLOCK) {
+        let n = BLOCK.min(run.end - base);
         for r in 0..n {
             job.rows.load(base + r, job.head, &mut x[r][..d]);
             finite[r] = tame(&mut x[r][..d]);
         }
         // A token alone, as in generation, is not worth a block.
         match n {
-            1 => job.coder.newest_latents::<1>(&x, &mut y),
-            _ => job.coder.newest_latents::<BLOCK>(&x, &mut y),
+            1 => job.coder.newest_latents::<S, 1>(s, x, y),
+            _ => job.coder.newest_latents::<S, BLOCK>(s, x, y),
         }
-        job.coder.code_block(&x, &mut y, &finite, n, &mut coded, &mut scratch);
+        job.coder.code_block(s, x, y, &finite, n, coded, feedback);
         for r in 0..n {
             let slot = job.slots[base + r];
             if slot < 0 {
                 continue;
             }
-            // SAFETY: as in encode_shard: this shard owns the token and with it the slot.
-            let record = unsafe { job.store.slot_mut(slot as usize) };
-            job.coder.write(&coded[r], job.head, record);
+            job.write(&coded[r], slot as usize);
             replaced += u64::from(!finite[r] || coded[r].saturated);
         }
     }
     replaced
+}
+
+impl Job<'_> {
+    #[inline(always)]
+    fn write(&self, coded: &Coded, slot: usize) {
+        let shape = self.coder.shape;
+        // SAFETY: slots of a call differ from each other and a token's head and side belongs to one shard, so this thread
+        // alone writes its bytes; readers are kept off by the caller (dq_codec's contract).
+        let part = |part| unsafe { self.store.part_mut(slot, part) };
+        for plane in &shape.planes {
+            planes::pack_head(plane, &coded.codes[..shape.head_dim], part(plane.of_head(self.head)));
+        }
+        let at = shape.headers_offset + 2 * self.head;
+        part(at..at + 2).copy_from_slice(&coded.header.to_le_bytes());
+    }
+}
+
+/// What a shard works in.
+struct Scratch {
+    /// Rows of a block, and their latents.
+    x: [[f32; MAX_DIM]; BLOCK],
+    y: [[f32; MAX_DIM]; BLOCK],
+    coded: [Coded; BLOCK],
+    feedback: Feedback,
+}
+
+impl Scratch {
+    fn new() -> Self {
+        Self {
+            x: [[0.0; MAX_DIM]; BLOCK],
+            y: [[0.0; MAX_DIM]; BLOCK],
+            coded: [Coded::default(); BLOCK],
+            feedback: Feedback { errors: [[0.0; LANES]; MAX_DIM], targets: [[0.0; LANES]; MAX_DIM] },
+        }
+    }
 }
 
 /// A coded row.
@@ -169,13 +222,8 @@ impl Default for Coded {
 struct Feedback {
     /// Coded minus wanted latents of one tier.
     errors: [[f32; LANES]; MAX_DIM],
-    codes: [[u8; LANES]; MAX_DIM],
-}
-
-impl Feedback {
-    fn new() -> Self {
-        Self { errors: [[0.0; LANES]; MAX_DIM], codes: [[0; LANES]; MAX_DIM] }
-    }
+    /// What was coded in place of the latents.
+    targets: [[f32; LANES]; MAX_DIM],
 }
 
 /// Makes a row safe to compute with: false and zeros for NaN or infinity; a row whose squares would overflow is
@@ -241,7 +289,12 @@ impl<'a> RowCoder<'a> {
 
     /// Latents of the first rows of a block under the newest set: `y = encode * (x - mean)`.
     #[inline(always)]
-    fn newest_latents<const ROWS: usize>(&self, x: &[[f32; MAX_DIM]; BLOCK], y: &mut [[f32; MAX_DIM]; BLOCK]) {
+    fn newest_latents<S: Simd, const ROWS: usize>(
+        &self,
+        s: Pairs<S>,
+        x: &[[f32; MAX_DIM]; BLOCK],
+        y: &mut [[f32; MAX_DIM]; BLOCK],
+    ) {
         let d = self.shape.head_dim;
         let mean = &self.newest_mean[..d];
         match &self.newest.matrix {
@@ -254,22 +307,44 @@ impl<'a> RowCoder<'a> {
                 }
             }
             Some(matrix) => {
-                // matrix: [channel i][latent j]
-                for j in (0..d).step_by(LANES) {
-                    let mut acc = [[0f32; LANES]; ROWS];
-                    for i in 0..d {
-                        let row: &[f32; LANES] = matrix[i * d + j..i * d + j + LANES].try_into().expect("LANES long");
-                        for r in 0..ROWS {
-                            let centred = x[r][i] - mean[i];
-                            for l in 0..LANES {
-                                acc[r][l] += centred * row[l];
-                            }
-                        }
-                    }
-                    for r in 0..ROWS {
-                        y[r][j..j + LANES].copy_from_slice(&acc[r]);
-                    }
+                // Chains of additions side by side: many latents of few rows, or few of many.
+                let mut j = 0;
+                while ROWS < BLOCK && j + CHAINS * LANES <= d {
+                    self.dense_latents::<S, ROWS, CHAINS>(s, matrix, j, x, y);
+                    j += CHAINS * LANES;
                 }
+                while j < d {
+                    self.dense_latents::<S, ROWS, 1>(s, matrix, j, x, y);
+                    j += LANES;
+                }
+            }
+        }
+    }
+
+    /// Latents `j ..` of a dense `matrix`, `[channel][latent]`.
+    #[inline(always)]
+    fn dense_latents<S: Simd, const ROWS: usize, const VECTORS: usize>(
+        &self,
+        s: Pairs<S>,
+        matrix: &[f32],
+        j: usize,
+        x: &[[f32; MAX_DIM]; BLOCK],
+        y: &mut [[f32; MAX_DIM]; BLOCK],
+    ) {
+        let d = self.shape.head_dim;
+        let mut sums = [[s.splat(0.0); VECTORS]; ROWS];
+        for (i, row) in matrix[..d * d].chunks_exact(d).enumerate() {
+            let row = row[j..j + VECTORS * LANES].as_chunks::<LANES>().0;
+            for r in 0..ROWS {
+                let centred = s.splat(x[r][i] - self.newest_mean[i]);
+                for v in 0..VECTORS {
+                    sums[r][v] = s.add(sums[r][v], s.mul(centred, s.load(&row[v])));
+                }
+            }
+        }
+        for r in 0..ROWS {
+            for (v, out) in y[r][j..j + VECTORS * LANES].as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+                s.store(sums[r][v], out);
             }
         }
     }
@@ -279,30 +354,31 @@ impl<'a> RowCoder<'a> {
     /// The error of a set is `sum over tiers of kappa_t |y_t - y^_t|^2`. For Gaussian latents a code of b bits leaves a
     /// known share of `|y_t|^2`; that expectation decides, so that only the winner is coded.
     #[inline(always)]
-    fn code_block(
+    fn code_block<S: Simd>(
         &self,
+        s: Pairs<S>,
         x: &[[f32; MAX_DIM]; BLOCK],
         y: &mut [[f32; MAX_DIM]; BLOCK],
         finite: &[bool; BLOCK],
         n: usize,
         coded: &mut [Coded; BLOCK],
-        scratch: &mut Feedback,
+        feedback: &mut Feedback,
     ) {
         let d = self.shape.head_dim;
         let mut others = [None; BLOCK];
         let mut newest = [false; BLOCK];
         for r in 0..n {
-            let (other, distance) = self.cheapest_other(&x[r][..d]);
+            let (other, distance) = self.cheapest_other(s, &x[r][..d]);
             others[r] = other;
-            let cost = self.expected_error(&y[r][..d], &self.newest_kappa);
+            let cost = self.expected_error(s, &y[r][..d], &self.newest_kappa);
             // Also catches a cost that overflowed.
             newest[r] = finite[r] && !(distance * self.rotation_distortion < SWITCH * cost);
             if newest[r] {
-                self.code(&y[r][..d], self.newest.set, &self.newest_kappa, &mut coded[r]);
+                self.code(s, &y[r][..d], self.newest.set, &self.newest_kappa, &mut coded[r]);
             }
         }
         if newest[..n].contains(&true) {
-            self.feed_back(y, coded, scratch, newest);
+            self.feed_back(s, y, coded, feedback, newest);
         }
         for r in 0..n {
             if newest[r] && !coded[r].saturated {
@@ -315,30 +391,33 @@ impl<'a> RowCoder<'a> {
                 // Not the rotation's: that makes zeros of either sign.
                 y.fill(0.0);
             }
-            self.code(y, other.map_or(ROTATION_SET, |s| s.id), &ROTATION_KAPPA, &mut coded[r]);
+            self.code(s, y, other.map_or(ROTATION_SET, |s| s.id), &ROTATION_KAPPA, &mut coded[r]);
         }
     }
 
     #[inline(always)]
-    fn expected_error(&self, y: &[f32], kappa: &TierWeights) -> f32 {
-        self.over_tiers(|t, channels| kappa[t] * self.books[t].distortion * sum_of_squares(&y[channels]))
-    }
-
-    #[inline(always)]
-    fn over_tiers(&self, term: impl Fn(usize, Range<usize>) -> f32) -> f32 {
+    fn expected_error<S: Simd>(&self, s: Pairs<S>, y: &[f32], kappa: &TierWeights) -> f32 {
         let mut sum = 0.0;
-        for (t, tier) in self.shape.plan.tiers.iter().enumerate() {
-            sum += term(t, tier.first..tier.first + tier.channels);
+        for (t, channels) in self.tiers() {
+            sum += kappa[t] * self.books[t].distortion * sum_of_squares(s, &y[channels]);
         }
         sum
     }
 
+    /// Number and channels of each tier. Sums over tiers are loops: a closure handed on is compiled by itself, without the
+    /// instructions of [`dispatch`].
+    #[inline(always)]
+    fn tiers(&self) -> impl Iterator<Item = (usize, Range<usize>)> + use<'a> {
+        let tiers: &'a [Tier] = &self.shape.plan.tiers;
+        tiers.iter().enumerate().map(|(t, tier)| (t, tier.first..tier.first + tier.channels))
+    }
+
     /// The best of the sets that share the rotation: their cost is the distance to the mean.
     #[inline(always)]
-    fn cheapest_other(&self, x: &[f32]) -> (Option<&Sink>, f32) {
-        let mut best = (None, sum_of_squares(x));
+    fn cheapest_other<S: Simd>(&self, s: Pairs<S>, x: &[f32]) -> (Option<&Sink>, f32) {
+        let mut best = (None, sum_of_squares(s, x));
         for sink in &self.sinks[..self.n_sinks] {
-            let cost = distance(x, &sink.mean[..x.len()]);
+            let cost = distance(s, x, &sink.mean[..x.len()]);
             if cost < best.1 {
                 best = (Some(sink), cost);
             }
@@ -357,30 +436,24 @@ impl<'a> RowCoder<'a> {
 
     /// Codes latents, each by itself.
     #[inline(always)]
-    fn code(&self, y: &[f32], set: u8, kappa: &TierWeights, coded: &mut Coded) {
+    fn code<S: Simd>(&self, s: Pairs<S>, y: &[f32], set: u8, kappa: &TierWeights, coded: &mut Coded) {
         (coded.header, coded.saturated) = if self.shape.plan.tiers[0].bits == 8 {
             code_uniform(y, self.books[0], set, &mut coded.codes)
         } else {
-            self.code_levels(y, set, kappa, &mut coded.codes)
+            self.code_levels(s, y, set, kappa, &mut coded.codes)
         };
-    }
-
-    #[inline(always)]
-    fn write(&self, coded: &Coded, head: usize, record: &mut [u8]) {
-        planes::pack(&self.shape.planes, head, &coded.codes[..self.shape.head_dim], record);
-        let at = self.shape.headers_offset + 2 * head;
-        record[at..at + 2].copy_from_slice(&coded.header.to_le_bytes());
     }
 
     /// Codes the rows of `wanted` anew, latent after latent, each against what the errors before it leave to be said (see
     /// `factor::fit`). A few scales around the one found without; the least loss wins, at the scale that makes the targets'
     /// codes as long as the targets.
     #[inline(always)]
-    fn feed_back(
+    fn feed_back<S: Simd>(
         &self,
+        s: Pairs<S>,
         y: &[[f32; MAX_DIM]; BLOCK],
         coded: &mut [Coded; BLOCK],
-        scratch: &mut Feedback,
+        feedback: &mut Feedback,
         wanted: [bool; BLOCK],
     ) {
         const SCALES: usize = FEEDBACK_MULTIPLES.len();
@@ -394,52 +467,63 @@ impl<'a> RowCoder<'a> {
         });
         let scale = headers.map(|(packed, _)| header::scale(packed));
         let inverse = scale.map(|s| if s > 0.0 { 1.0 / s } else { 0.0 });
-        let mut cost = [0f32; LANES];
+        let scales = s.load(&scale);
+        let mut cost = s.splat(0.0);
         // Of the targets, with themselves and with what their codes stand for.
-        let (mut size, mut along) = ([0f32; LANES], [0f32; LANES]);
+        let (mut size, mut along) = (s.splat(0.0), s.splat(0.0));
         for (t, (tier, book)) in self.shape.plan.tiers.iter().zip(self.books).enumerate() {
-            let half = 1usize << (book.bits - 1);
-            let inverse = inverse.map(|i| i * book.widening());
-            let (mut lost, mut tier_size, mut tier_along) = ([0f32; LANES], [0f32; LANES], [0f32; LANES]);
-            for j in 0..tier.channels {
-                let (row, rest) = triangles.split_at(j + 1);
-                triangles = rest;
-                let latent: [f32; LANES] = std::array::from_fn(|l| y[l / SCALES][tier.first + j]);
-                let mut target = latent;
-                for (weight, error) in row[..j].iter().zip(&scratch.errors) {
+            let reach = s.load(&widened(&inverse, book));
+            let (mut lost, mut tier_size, mut tier_along) = (s.splat(0.0), s.splat(0.0), s.splat(0.0));
+            let (triangle, rest) = triangles.split_at(tier.channels * (tier.channels + 1) / 2);
+            triangles = rest;
+            for first in (0..tier.channels).step_by(AHEAD) {
+                // Errors before this run of latents, taken off all of them side by side; those within it follow one by one.
+                // A latent's order stays the same.
+                let mut rows: [&[f32]; AHEAD] = [&[]; AHEAD];
+                let mut latents = [s.splat(0.0); AHEAD];
+                for a in 0..AHEAD {
+                    let j = first + a;
+                    rows[a] = &triangle[j * (j + 1) / 2..][..j + 1];
+                    let mut latent = [0f32; LANES];
                     for l in 0..LANES {
-                        target[l] -= weight * error[l];
+                        latent[l] = y[l / SCALES][tier.first + j];
+                    }
+                    latents[a] = s.load(&latent);
+                }
+                let mut targets = latents;
+                for (j, error) in feedback.errors[..first].iter().enumerate() {
+                    let error = s.load(error);
+                    for a in 0..AHEAD {
+                        targets[a] = s.sub(targets[a], s.mul(s.splat(rows[a][j]), error));
                     }
                 }
-                let mut level = [f32::from(book.levels[half]); LANES];
-                let mut above = [0i32; LANES];
-                let magnitude: [f32; LANES] = std::array::from_fn(|l| (target[l] * inverse[l]).abs());
-                for m in 1..half {
-                    let edge = book.edges[half - 1 + m];
-                    let step = f32::from(book.levels[half + m]) - f32::from(book.levels[half + m - 1]);
-                    for l in 0..LANES {
-                        level[l] += if magnitude[l] > edge { step } else { 0.0 };
-                        above[l] += i32::from(magnitude[l] > edge);
+                for a in 0..AHEAD {
+                    let j = first + a;
+                    let mut target = targets[a];
+                    for before in first..j {
+                        target = s.sub(target, s.mul(s.splat(rows[a][before]), s.load(&feedback.errors[before])));
                     }
-                }
-                for l in 0..LANES {
-                    let value = scale[l] * (level[l].copysign(target[l]) * book.unit);
-                    let left = value - target[l];
-                    scratch.errors[j][l] = value - latent[l];
-                    lost[l] += row[j] * (left * left);
-                    tier_size[l] += row[j] * (target[l] * target[l]);
-                    tier_along[l] += row[j] * (target[l] * value);
-                    let half = half as i32;
-                    let place = if target[l].is_sign_negative() { half - 1 - above[l] } else { half + above[l] };
-                    scratch.codes[tier.first + j][l] = book.codes[usize::from(place as u8)];
+                    let level = nearest(s, target, reach, book);
+                    let value = s.mul(scales, s.mul(level, s.splat(book.unit)));
+                    let left = s.sub(value, target);
+                    let weight = s.splat(rows[a][j]);
+                    s.store(s.sub(value, latents[a]), &mut feedback.errors[j]);
+                    s.store(target, &mut feedback.targets[tier.first + j]);
+                    lost = s.add(lost, s.mul(weight, s.mul(left, left)));
+                    tier_size = s.add(tier_size, s.mul(weight, s.mul(target, target)));
+                    tier_along = s.add(tier_along, s.mul(weight, s.mul(target, value)));
                 }
             }
-            for l in 0..LANES {
-                cost[l] += self.newest_kappa[t] * lost[l];
-                size[l] += self.newest_kappa[t] * tier_size[l];
-                along[l] += self.newest_kappa[t] * tier_along[l];
-            }
+            let kappa = s.splat(self.newest_kappa[t]);
+            cost = s.add(cost, s.mul(kappa, lost));
+            size = s.add(size, s.mul(kappa, tier_size));
+            along = s.add(along, s.mul(kappa, tier_along));
         }
+        let mut sums = [[0f32; LANES]; 3];
+        for (x, out) in [cost, size, along].into_iter().zip(&mut sums) {
+            s.store(x, out);
+        }
+        let [cost, size, along] = sums;
         for (r, coded) in coded.iter_mut().enumerate().filter(|(r, _)| wanted[*r]) {
             let mut best = None;
             for l in r * SCALES..(r + 1) * SCALES {
@@ -456,7 +540,12 @@ impl<'a> RowCoder<'a> {
                     (packed, false) => packed,
                     _ => headers[l].0,
                 };
-                coded.codes[..d].iter_mut().zip(&scratch.codes).for_each(|(code, lanes)| *code = lanes[l]);
+                let mut targets = [0f32; MAX_DIM];
+                targets[..d].iter_mut().zip(&feedback.targets).for_each(|(target, lanes)| *target = lanes[l]);
+                for (t, channels) in self.tiers() {
+                    let reach = widened(&inverse, self.books[t])[l];
+                    nearest_codes(s, &targets[channels.clone()], reach, self.books[t], &mut coded.codes[channels]);
+                }
             }
         }
     }
@@ -466,79 +555,91 @@ impl<'a> RowCoder<'a> {
     /// least squares would shorten every row by its share of error, which attention cannot average away as it does the
     /// rest of the error. Tiers count with their kappa.
     #[inline(always)]
-    fn code_levels(&self, y: &[f32], set: u8, kappa: &TierWeights, codes: &mut [u8; MAX_DIM]) -> (u16, bool) {
-        let rms = (sum_of_squares(y) / y.len() as f32).sqrt();
+    fn code_levels<S: Simd>(&self, s: Pairs<S>, y: &[f32], set: u8, kappa: &TierWeights, codes: &mut [u8; MAX_DIM]) -> (u16, bool) {
+        let rms = (sum_of_squares(s, y) / y.len() as f32).sqrt();
         let mut best: Option<(f32, f32, u16, bool)> = None;
         let mut levels = [0f32; MAX_DIM];
         if rms > 0.0 {
-            let energy = self.over_tiers(|t, c| kappa[t] * sum_of_squares(&y[c]));
+            let mut energy = 0.0;
+            for (t, channels) in self.tiers() {
+                energy += kappa[t] * sum_of_squares(s, &y[channels]);
+            }
             for multiple in MULTIPLES {
                 let reach = 1.0 / (rms * multiple);
-                self.levels(y, reach, &mut levels);
-                let projection = self.over_tiers(|t, c| kappa[t] * dot(&y[c.clone()], &levels[c]));
+                let mut projection = 0.0;
+                for (t, channels) in self.tiers() {
+                    nearest_levels(s, &y[channels.clone()], reach, self.books[t], &mut levels[channels.clone()]);
+                    projection += kappa[t] * dot(s, &y[channels.clone()], &levels[channels]);
+                }
                 let (packed, saturated) = header::pack((energy / projection).clamp(0.0, f32::MAX), set);
                 let scale = header::scale(packed);
-                let error = self.over_tiers(|t, c| kappa[t] * residual(&y[c.clone()], &levels[c], scale));
+                let mut error = 0.0;
+                for (t, channels) in self.tiers() {
+                    error += kappa[t] * residual(s, &y[channels.clone()], &levels[channels], scale);
+                }
                 if best.is_none_or(|b| error < b.0) {
                     best = Some((error, reach, packed, saturated));
                 }
             }
         }
         let (_, reach, packed, saturated) = best.unwrap_or((0.0, 0.0, u16::from(set), false));
-        for (tier, book) in self.shape.plan.tiers.iter().zip(self.books) {
-            let channels = tier.first..tier.first + tier.channels;
-            nearest_codes(&y[channels.clone()], reach, book, &mut codes[channels]);
+        for (t, channels) in self.tiers() {
+            nearest_codes(s, &y[channels.clone()], reach, self.books[t], &mut codes[channels]);
         }
         (packed, saturated)
     }
+}
 
-    /// The level nearest to each latent, in units of a row of unit variance.
-    #[inline(always)]
-    fn levels(&self, y: &[f32], reach: f32, levels: &mut [f32; MAX_DIM]) {
-        for (tier, book) in self.shape.plan.tiers.iter().zip(self.books) {
-            let channels = tier.first..tier.first + tier.channels;
-            nearest_levels(&y[channels.clone()], reach, book, &mut levels[channels]);
-        }
+/// The level nearest to each latent, in units of a row of unit variance.
+#[inline(always)]
+fn nearest_levels<S: Simd>(s: Pairs<S>, y: &[f32], reach: f32, book: &Codebook, levels: &mut [f32]) {
+    let (reach, unit) = (s.splat(reach), s.splat(book.unit));
+    for (out, y) in levels.as_chunks_mut::<LANES>().0.iter_mut().zip(y.as_chunks::<LANES>().0) {
+        s.store(s.mul(nearest(s, s.load(y), reach, book), unit), out);
     }
 }
 
-/// The positive half of a codebook decides: magnitudes are compared with its edges, the sign is put back. Levels of
-/// the int8 table are small integers, so that these sums are exact.
+/// The table's entry nearest to each `x * reach`. The positive half of a codebook decides: magnitudes are compared with its
+/// edges, the sign is put back. Entries are small integers, so that these sums are exact in any order.
 #[inline(always)]
-fn nearest_levels(y: &[f32], reach: f32, book: &Codebook, levels: &mut [f32]) {
-    let half = 1usize << (book.bits - 1);
-    let lowest = f32::from(book.levels[half]);
-    for (out, y) in levels.as_chunks_mut::<LANES>().0.iter_mut().zip(y.as_chunks::<LANES>().0) {
-        let mut level = [lowest; LANES];
-        let magnitude: [f32; LANES] = std::array::from_fn(|l| (y[l] * reach).abs());
-        for m in 1..half {
-            let edge = book.edges[half - 1 + m];
-            let step = f32::from(book.levels[half + m]) - f32::from(book.levels[half + m - 1]);
-            for l in 0..LANES {
-                level[l] += if magnitude[l] > edge { step } else { 0.0 };
-            }
-        }
-        for l in 0..LANES {
-            out[l] = level[l].copysign(y[l]) * book.unit;
-        }
+fn nearest<S: Simd>(s: Pairs<S>, x: [S::F; 2], reach: [S::F; 2], book: &Codebook) -> [S::F; 2] {
+    let magnitude = s.magnitude(s.mul(x, reach));
+    // Two sums, so that one addition need not wait for the other.
+    let (mut even, mut odd) = (s.splat(book.lowest), s.splat(0.0));
+    for [(edge_0, step_0), (edge_1, step_1)] in book.steps.as_chunks::<2>().0 {
+        even = s.add_above(even, magnitude, *edge_0, *step_0);
+        odd = s.add_above(odd, magnitude, *edge_1, *step_1);
     }
+    s.signed(s.add(even, odd), x)
+}
+
+/// Factors of latents to units of a book, by which targets are longer than latents.
+#[inline(always)]
+fn widened(inverse: &[f32; LANES], book: &Codebook) -> [f32; LANES] {
+    let mut out = [0f32; LANES];
+    for l in 0..LANES {
+        out[l] = inverse[l] * book.widening();
+    }
+    out
 }
 
 /// The codes of [`nearest_levels`]. Zero, of either sign, takes the sign bit's side, as its level does.
 #[inline(always)]
-fn nearest_codes(y: &[f32], reach: f32, book: &Codebook, codes: &mut [u8]) {
-    let half = 1i32 << (book.bits - 1);
+fn nearest_codes<S: Simd>(s: Pairs<S>, y: &[f32], reach: f32, book: &Codebook, codes: &mut [u8]) {
+    let half = (1u32 << (book.bits - 1)) as f32;
+    let (reach, middle) = (s.splat(reach), s.splat(half - 0.5));
     for (out, y) in codes.as_chunks_mut::<LANES>().0.iter_mut().zip(y.as_chunks::<LANES>().0) {
-        let mut m = [0i32; LANES];
-        let magnitude: [f32; LANES] = std::array::from_fn(|l| (y[l] * reach).abs());
-        for edge in &book.edges[half as usize..] {
-            for l in 0..LANES {
-                m[l] += i32::from(magnitude[l] > *edge);
-            }
+        let y = s.load(y);
+        let magnitude = s.magnitude(s.mul(y, reach));
+        // Places lie about the middle: half a step, and one for each edge below.
+        let mut steps = s.splat(0.5);
+        for (edge, _) in &book.steps {
+            steps = s.add_above(steps, magnitude, *edge, 1.0);
         }
+        let mut place = [0f32; LANES];
+        s.store(s.add(middle, s.signed(steps, y)), &mut place);
         for l in 0..LANES {
-            let place = if y[l].is_sign_negative() { half - 1 - m[l] } else { half + m[l] };
-            out[l] = book.codes[usize::from(place as u8)];
+            out[l] = book.codes[usize::from(place[l] as u8)];
         }
     }
 }
@@ -561,56 +662,35 @@ fn code_uniform(y: &[f32], book: &Codebook, set: u8, codes: &mut [u8; MAX_DIM]) 
 }
 
 #[inline(always)]
-fn lanes_sum(x: &[f32], term: impl Fn(usize) -> f32) -> f32 {
-    let mut acc = [0f32; LANES];
-    for chunk in 0..x.len() / LANES {
-        for (l, a) in acc.iter_mut().enumerate() {
-            *a += term(chunk * LANES + l);
-        }
-    }
-    fold_lanes(acc)
-}
-
-/// The one order in which lanes are added.
-#[inline(always)]
-fn fold_lanes(mut acc: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
-    while width > 0 {
-        for l in 0..width {
-            acc[l] += acc[l + width];
-        }
-        width /= 2;
-    }
-    acc[0]
+fn sum_of_squares<S: Simd>(s: Pairs<S>, x: &[f32]) -> f32 {
+    dot(s, x, x)
 }
 
 #[inline(always)]
-fn sum_of_squares(x: &[f32]) -> f32 {
-    lanes_sum(x, |i| x[i] * x[i])
-}
-
-#[inline(always)]
-fn dot(x: &[f32], y: &[f32]) -> f32 {
+fn dot<S: Simd>(s: Pairs<S>, x: &[f32], y: &[f32]) -> f32 {
     assert_eq!(x.len(), y.len());
-    lanes_sum(x, |i| x[i] * y[i])
+    let mut sum = s.splat(0.0);
+    for (x, y) in x.as_chunks::<LANES>().0.iter().zip(y.as_chunks::<LANES>().0) {
+        sum = s.add(sum, s.mul(s.load(x), s.load(y)));
+    }
+    s.sum(sum)
 }
 
 #[inline(always)]
-fn distance(x: &[f32], mean: &[f32]) -> f32 {
-    assert_eq!(x.len(), mean.len());
-    lanes_sum(x, |i| {
-        let e = x[i] - mean[i];
-        e * e
-    })
+fn distance<S: Simd>(s: Pairs<S>, x: &[f32], mean: &[f32]) -> f32 {
+    residual(s, x, mean, 1.0)
 }
 
+/// `|y - scale * levels|^2`.
 #[inline(always)]
-fn residual(y: &[f32], levels: &[f32], scale: f32) -> f32 {
+fn residual<S: Simd>(s: Pairs<S>, y: &[f32], levels: &[f32], scale: f32) -> f32 {
     assert_eq!(y.len(), levels.len());
-    lanes_sum(y, |i| {
-        let e = y[i] - scale * levels[i];
-        e * e
-    })
+    let (mut sum, scale) = (s.splat(0.0), s.splat(scale));
+    for (y, level) in y.as_chunks::<LANES>().0.iter().zip(levels.as_chunks::<LANES>().0) {
+        let e = s.sub(s.load(y), s.mul(scale, s.load(level)));
+        sum = s.add(sum, s.mul(e, e));
+    }
+    s.sum(sum)
 }
 
 /// NaN when any element is.

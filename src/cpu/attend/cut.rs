@@ -99,10 +99,6 @@ fn block_shape(layer: &LayerShape) -> (usize, usize) {
     ((ROW_FLOATS / widest / 16 * 16).min(MAX_ROWS), if widest <= 128 { MAX_TILE } else { MAX_TILE / 2 })
 }
 
-fn least_chunk(layer: &LayerShape) -> usize {
-    LEAST_CHUNK.max(4 * layer.k.head_dim.max(layer.v.head_dim))
-}
-
 impl Cut {
     pub fn new(layer: &LayerShape, args: &AttendArgs<'_>) -> Self {
         let (most_rows, tile) = block_shape(layer);
@@ -115,7 +111,7 @@ impl Cut {
         if cut.pieces(args).all(|piece| piece.blocks <= 1) {
             chunk = chunk.min(CHUNK_BYTES / layer.slot_bytes).max((work * heads).div_ceil(MOST_ITEMS));
         }
-        cut.chunk = chunk.max(least_chunk(layer));
+        cut.chunk = chunk.max(LEAST_CHUNK);
         cut
     }
 
@@ -159,7 +155,7 @@ pub fn workspace_size(layer: &LayerShape, limits: &Limits) -> Result<usize> {
     // B_s n_s over the heads' MOST_ITEMS. So rows in chunks are at most rows + MOST_ITEMS * a block's rows. Nor are
     // chunks shorter than the least. The tail adds a part to every row.
     let by_items = rows + MOST_ITEMS * block_shape(layer).0;
-    let by_keys = rows.saturating_mul(limits.kv.div_ceil(least_chunk(layer)).max(1));
+    let by_keys = rows.saturating_mul(limits.kv.div_ceil(LEAST_CHUNK).max(1));
     let tail = if limits.tail > 0 { rows } else { 0 };
     Ok(size_of_pieces(|arena| lay(arena, by_items.min(by_keys) + tail, layer.v.head_dim)))
 }

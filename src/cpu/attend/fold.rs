@@ -4,8 +4,7 @@ use half::f16;
 
 use super::engine::Engine;
 use super::lanes::{NO_CHANNEL, SideLanes};
-use super::row::sum_lanes;
-use crate::cpu::simd::{LANES, Simd};
+use crate::cpu::simd::{LANES, Simd, sum_lanes};
 use crate::factor::{FactorSet, HeadSets, Transform, hadamard};
 
 /// The linear part of a set, `None` for the rotation; also of a set that does not exist, which only a record that was

@@ -16,7 +16,7 @@ use super::lanes::{MAX_LANES, SideLanes};
 use super::product::{Left, Outputs, Right, Scores};
 use super::row::{self, SOFTMAX_ROWS, Softmax, Weights};
 use super::{LOW_STRIDE, MAX_ROWS, MAX_TILE, ROW_FLOATS};
-use crate::cpu::simd::{LANES, Simd};
+use crate::cpu::simd::{LANES, Simd, sum_lanes};
 use crate::factor::HeadSets;
 use crate::shape::MAX_SETS;
 use crate::view::{Mask, MaskType};
@@ -30,6 +30,9 @@ pub struct Item<'a> {
     pub records: Keys<'a>,
     pub tile: usize,
     pub keys: std::ops::Range<usize>,
+    /// First byte, and bytes, of records that the thread comes to later: to be asked for while it works on these, never read.
+    pub later: (*const u8, usize),
+    pub head: usize,
     pub mask: Option<Mask<'a>>,
     /// Who sees what without a mask.
     pub sight: Sight,
@@ -46,18 +49,32 @@ pub struct Item<'a> {
     pub stats_stride: usize,
 }
 
-/// Transforms of keys whose folded queries are kept, and of values whose outputs are.
-const FOLDS: usize = 3;
+/// Transforms of values whose outputs are kept.
 const OUTPUTS: usize = 2;
+/// Blocks of folded queries that are kept: so many of full size, or more of small ones.
+const FULL_FOLDS: usize = 3;
+const MOST_FOLDS: usize = 32;
+
+/// What a thread keeps from one item to the next.
+#[derive(Default)]
+pub struct Kept {
+    /// The orders of channels are in the scratch.
+    ordered: bool,
+    /// Stream, first row and rows of the queries whose folds are in the scratch.
+    queries: (usize, usize, usize),
+    /// KV head and transform of each fold; the next one to be replaced.
+    folds: [Option<(usize, usize)>; MOST_FOLDS],
+    next_fold: usize,
+}
 
 /// Everything that lives on the stack: about 210 KB, of which a decode step touches a few.
 #[repr(C, align(64))]
 pub struct Scratch {
     /// Queries, `[row][head_dim]`.
     pub q: [f32; ROW_FLOATS],
-    folded: [[i32; ROW_FLOATS / 2]; FOLDS],
-    folded_start: [[i32; MAX_ROWS]; FOLDS],
-    folded_step: [[f32; MAX_ROWS]; FOLDS],
+    folded: [i32; FULL_FOLDS * ROW_FLOATS / 2],
+    folded_start: [[i32; MAX_ROWS]; MOST_FOLDS],
+    folded_step: [[f32; MAX_ROWS]; MOST_FOLDS],
     /// Levels of the tile, of keys and then of values.
     levels: [i32; super::TILE_LANES],
     low: [u8; MAX_TILE * LOW_STRIDE],
@@ -126,10 +143,11 @@ struct State<'a, 'b, S: Engine> {
     s: S,
     item: &'a Item<'b>,
     x: *mut Scratch,
-    /// Keys of the transforms in `folded` and `outputs`; the next slot to be replaced.
-    folds: [Option<usize>; FOLDS],
-    next_fold: usize,
-    /// (transform, a set that has it).
+    kept: &'a mut Kept,
+    /// Bytes of `later` that have been asked for, and how many lines are each time.
+    asked: usize,
+    lines: usize,
+    /// Transforms in `outputs`: (transform, a set that has it).
     slots: [Option<(usize, u8)>; OUTPUTS],
     next_slot: usize,
     /// Sets whose constants are known, and sets that values have named.
@@ -143,7 +161,7 @@ struct State<'a, 'b, S: Engine> {
 /// `item` describes readable records for all keys that its mask shows, a mask that covers its rows and keys, and room
 /// for the result; `scratch.q` holds the rows' queries.
 #[inline(always)]
-pub unsafe fn run<S: Engine>(s: S, item: &Item<'_>, scratch: &mut MaybeUninit<Scratch>) {
+pub unsafe fn run<S: Engine>(s: S, item: &Item<'_>, kept: &mut Kept, scratch: &mut MaybeUninit<Scratch>) {
     let x = scratch.as_mut_ptr();
     let log2 = std::f32::consts::LOG2_E;
     let factor = if item.softcap > 0.0 { item.scale / item.softcap } else { item.scale * log2 };
@@ -154,16 +172,25 @@ pub unsafe fn run<S: Engine>(s: S, item: &Item<'_>, scratch: &mut MaybeUninit<Sc
             (&raw mut (*x).sums).cast::<[f32; MAX_SETS]>().add(row).write([0.0; MAX_SETS]);
             std::slice::from_raw_parts_mut(item.out.add(row * item.out_stride), item.v.head_dim).fill(0.0);
         }
-        (&raw mut (*x).k_order).write([0; MAX_LANES]);
-        (&raw mut (*x).v_order).write([0; MAX_LANES]);
-        s.key_order(item.k, &mut (*x).k_order);
-        s.value_order(item.v, &mut (*x).v_order);
+        if !kept.ordered {
+            (&raw mut (*x).k_order).write([0; MAX_LANES]);
+            (&raw mut (*x).v_order).write([0; MAX_LANES]);
+            s.key_order(item.k, &mut (*x).k_order);
+            s.value_order(item.v, &mut (*x).v_order);
+            kept.ordered = true;
+        }
+        let queries = (item.stream, item.first_row, item.rows);
+        if kept.queries != queries {
+            *kept = Kept { ordered: true, queries, ..Kept::default() };
+        }
+        let asks = item.keys.len().div_ceil(item.tile).max(1) * ASKS;
         let mut state = State {
             s,
             item,
             x,
-            folds: [None; FOLDS],
-            next_fold: 0,
+            kept,
+            asked: 0,
+            lines: item.later.1.div_ceil(LINE).div_ceil(asks),
             slots: [None; OUTPUTS],
             next_slot: 0,
             k_known: 0,
@@ -177,7 +204,23 @@ pub unsafe fn run<S: Engine>(s: S, item: &Item<'_>, scratch: &mut MaybeUninit<Sc
     }
 }
 
+/// Bytes of a cache line; how often in a tile some of the records of later are asked for: spread out, so that the memory
+/// brings them while the thread computes.
+const LINE: usize = 64;
+const ASKS: usize = 4;
+
 impl<S: Engine> State<'_, '_, S> {
+    /// Asks for some more of the records of later.
+    #[inline(always)]
+    fn ask(&mut self) {
+        let (later, bytes) = self.item.later;
+        let first = self.asked;
+        self.asked = (first + self.lines * LINE).min(bytes);
+        for at in (first..self.asked).step_by(LINE) {
+            self.s.prefetch_far(later.wrapping_add(at));
+        }
+    }
+
     #[inline(always)]
     unsafe fn tile(&mut self, first: usize, n: usize) {
         let (s, item, x) = (self.s, self.item, self.x);
@@ -186,6 +229,7 @@ impl<S: Engine> State<'_, '_, S> {
         // SAFETY: keys `first..first + n` are within the item's; padding repeats keys that are read anyway.
         unsafe {
             // Mask.
+            self.ask();
             let visible = self.mask(first, n, padded);
             let seen = match visible {
                 Visible::Nothing => return,
@@ -224,16 +268,23 @@ impl<S: Engine> State<'_, '_, S> {
             self.v_seen |= v_sets;
 
             // Scores.
+            self.ask();
             let levels = (&raw mut (*x).levels).cast::<i32>();
             let low = (&raw mut (*x).low).cast::<u8>();
             s.keys(item.k, &rows, padded, item.tile, levels, low, ahead);
+            self.ask();
             let weighed = self.weigh(k_sets, v_sets, mask, padded);
-            let grown = weighed.unwrap_or_else(|| {
-                self.scores(k_sets, padded);
-                self.softmax(mask, v_sets, padded)
-            });
+            // No closure: it would be compiled by itself, without the instructions that all of this is inlined for.
+            let grown = match weighed {
+                Some(grown) => grown,
+                None => {
+                    self.scores(k_sets, padded);
+                    self.softmax(mask, v_sets, padded)
+                }
+            };
 
             // Outputs.
+            self.ask();
             s.values(item.v, &rows, padded, levels, low, ahead);
             self.outputs(v_sets, padded, grown, weighed.is_some());
         }
@@ -350,8 +401,8 @@ impl<S: Engine> State<'_, '_, S> {
     #[inline(always)]
     fn queries(&self, slot: usize) -> Left {
         let (item, half) = (self.item, self.item.k.head_dim / 2);
-        // SAFETY: a field's address.
-        let data = unsafe { (&raw const (*self.x).folded[slot]).cast() };
+        // SAFETY: `folded` gave the slot out: it lies within the field.
+        let data = unsafe { (&raw const (*self.x).folded).cast::<i32>().add(slot * item.rows * half) };
         Left { data, stride: half, rows: item.rows, depth: half }
     }
 
@@ -551,17 +602,20 @@ impl<S: Engine> State<'_, '_, S> {
     /// Slot of the queries folded for a transform.
     #[inline(always)]
     unsafe fn folded(&mut self, key: usize, sets: u16) -> usize {
-        if let Some(slot) = self.folds.iter().position(|&k| k == Some(key)) {
+        let (item, x) = (self.item, self.x);
+        let Kept { folds, next_fold, .. } = &mut *self.kept;
+        let words = item.rows * item.k.head_dim / 2;
+        let n = (FULL_FOLDS * ROW_FLOATS / 2 / words).min(MOST_FOLDS);
+        if let Some(slot) = folds[..n].iter().position(|&k| k == Some((item.head, key))) {
             return slot;
         }
-        let slot = self.next_fold;
-        self.next_fold = (slot + 1) % FOLDS;
-        self.folds[slot] = Some(key);
-        let (item, x) = (self.item, self.x);
-        // SAFETY: the queries were loaded by the caller; a slot has room for MAX_ROWS rows of ROW_FLOATS in all.
+        let slot = *next_fold;
+        *next_fold = (slot + 1) % n;
+        folds[slot] = Some((item.head, key));
+        // SAFETY: the queries were loaded by the caller; the folds have room for `n` slots of the item's rows.
         unsafe {
             let out = Folded {
-                words: (&raw mut (*x).folded[slot]).cast(),
+                words: (&raw mut (*x).folded).cast::<i32>().add(slot * words),
                 start: (&raw mut (*x).folded_start[slot]).cast(),
                 step: (&raw mut (*x).folded_step[slot]).cast(),
             };
@@ -595,7 +649,7 @@ impl<S: Engine> State<'_, '_, S> {
                     }
                 }
                 // SAFETY: within the scratch.
-                unsafe { (*x).constants[row * MAX_SETS + id] = row::sum_lanes(s, sum) * self.factor };
+                unsafe { (*x).constants[row * MAX_SETS + id] = sum_lanes(s, sum) * self.factor };
             }
         }
     }

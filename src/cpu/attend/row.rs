@@ -1,7 +1,7 @@
 //! One row of scores: mask, softmax, weights. All of it in units of log2.
 
 use super::fold::{LARGEST, ROUND};
-use crate::cpu::simd::{LANES, Simd};
+use crate::cpu::simd::{LANES, Simd, sum_lanes};
 
 /// Of the polynomial in [`exp2`], highest power first.
 pub const EXP2: [f32; 5] = [0.009_666_368_5, 0.055_921_976, 0.240_223_49, 0.693_121_05, 1.0];
@@ -21,14 +21,6 @@ pub fn exp2<S: Simd>(s: S, x: S::F) -> S::F {
     }
     let p = s.from_bits(s.add_i(s.bits(p), s.shl32::<23>(s.bits(shifted))));
     s.keep_above(x, s.splat(-126.0), p)
-}
-
-#[inline(always)]
-pub fn sum_lanes<S: Simd>(s: S, x: S::F) -> f32 {
-    let mut l = [0.0; LANES];
-    // SAFETY: eight floats.
-    unsafe { s.store(l.as_mut_ptr(), x) };
-    ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]))
 }
 
 #[inline(always)]

@@ -182,4 +182,8 @@ impl Simd for Avx512<'_> {
     fn prefetch(self, p: *const u8) {
         self.0.prefetch(p)
     }
+    #[inline(always)]
+    fn prefetch_far(self, p: *const u8) {
+        self.0.prefetch_far(p)
+    }
 }

@@ -4,6 +4,7 @@
 //! Everything works on eight lanes of 32 bits, in the same order on all paths and without fused multiply-adds: all
 //! paths give the same bits.
 
+pub mod pairs;
 pub mod portable;
 #[cfg(target_arch = "x86_64")]
 pub mod avx2;
@@ -143,4 +144,15 @@ pub trait Simd: Copy {
 
     /// Asks for a cache line; any address will do.
     fn prefetch(self, p: *const u8);
+    /// Asks for a cache line that is needed later: into a cache behind the nearest; any address will do.
+    fn prefetch_far(self, p: *const u8);
+}
+
+/// Sum of all lanes: the upper half onto the lower one until one is left.
+#[inline(always)]
+pub fn sum_lanes<S: Simd>(s: S, x: S::F) -> f32 {
+    let mut l = [0.0; LANES];
+    // SAFETY: eight floats.
+    unsafe { s.store(l.as_mut_ptr(), x) };
+    ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]))
 }
