@@ -50,7 +50,7 @@ pub struct Item<'a> {
 const FOLDS: usize = 3;
 const OUTPUTS: usize = 2;
 
-/// Everything that lives on the stack: about 210 KB, of which a decode step touches a few.
+/// Everything that lives on the stack: about 320 KB, of which a decode step touches a few.
 #[repr(C, align(64))]
 pub struct Scratch {
     /// Queries, `[row][head_dim]`.
