@@ -63,13 +63,14 @@ const MAX_TILE: usize = 64;
 const TILE_LANES: usize = 16 * MAX_LANES;
 /// Query rows of an item, at most, and floats of their queries or outputs: blocks this large make the cost of unfolding
 /// codes small, and still stay in L2.
-const MAX_ROWS: usize = 48;
-const ROW_FLOATS: usize = 32 * 256;
+const MAX_ROWS: usize = 96;
+const ROW_FLOATS: usize = 48 * 256;
 /// Bytes of a row's spread low bits.
 const LOW_STRIDE: usize = 128;
-/// Items that a call is cut into if it is long enough, and the fewest keys of a chunk: folding queries and unfolding
-/// outputs cost as much as some tens of keys.
+/// Items that a call is cut into if it is long enough, fewer where it has several blocks of rows, and the fewest keys of a
+/// chunk: folding queries and unfolding outputs cost as much as some tens of keys.
 const ITEMS: usize = 32;
+const PROMPT_ITEMS: usize = 16;
 const LEAST_CHUNK: usize = 256;
 /// Bytes of a chunk's records where few queries pass over them, as far as that leaves a call this many items.
 const CHUNK_BYTES: usize = 512 << 10;

@@ -18,8 +18,13 @@
 //! each rounding leaves, and with it `det M` counts where the trace did. Feedback wants a gauge nearer to white latents,
 //! `s^-SKEW` in place of `s^-1/2`.
 
+use faer::diag::Diag;
+use faer::dyn_stack::{MemBuffer, MemStack};
+use faer::linalg::evd::{ComputeEigenvectors, SelfAdjointEvdParams, self_adjoint_evd, self_adjoint_evd_scratch};
+use faer::linalg::matmul::matmul;
+use faer::linalg::matmul::triangular::{self, BlockStructure, BlockStructure::*};
 use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
-use faer::{Mat, MatRef, Par, Side};
+use faer::{Accum, Auto, Mat, MatRef, Par, Side};
 use half::f16;
 
 use super::hadamard::spread;
@@ -35,6 +40,8 @@ const SHRINK: f64 = 0.1;
 const PULL_TIERS: f64 = 1024.0;
 /// Exponent of the gauge where roundings feed back; balanced is 0.5. 0.8 to 1 measured alike.
 const SKEW: f64 = 0.85;
+/// Tridiagonal eigenproblems of this size and more are split in two.
+const DIVIDE_FROM: usize = 32;
 
 /// What a fit starts from.
 pub struct FitInput<'a> {
@@ -74,27 +81,23 @@ pub fn fit(input: &FitInput) -> Option<Fitted> {
     let shrink = SHRINK * (1.0 + pull / input.rows.max(1) as f64);
     let covariance = shrunk(input.covariance, d, shrink)?;
     let query = match input.query {
-        Some(q) if trace(q, d) > 0.0 => Some(shrunk(q, d, shrink)?),
+        Some(q) if trace(q, d) > 0.0 => Some(Query::new(&shrunk(q, d, shrink)?)?),
         _ => None,
     };
-    let root = match &query {
-        Some(s) => Some(root(s.as_ref())?),
-        None => None,
-    };
-    let product = match &root {
-        Some(r) => r * &covariance * r.transpose(),
+    let product = match &query {
+        Some(query) => query.weigh(&covariance),
         None => covariance,
     };
     let (s, u) = descending_eigen(product.as_ref())?;
     let s: Vec<f64> = s.iter().map(|w| w.max(1e-24).sqrt()).collect();
-    let skew = if input.tiers.len() > 1 { SKEW } else { 0.5 };
-    let (into, back) = tiered_spread(&s, skew, input.tiers);
-    let (mut encode, mut decode) = (&into * u.transpose(), &u * &back);
-    if let Some(r) = &root {
-        encode = encode * r;
-        solve_upper_triangular_in_place(r.as_ref(), decode.as_mut(), Par::Seq);
+    let (mut encode, mut decode) = tiered_spread(&s, &u, input.tiers);
+    if let Some(query) = &query {
+        encode = query.times_left(&encode);
+        solve_upper_triangular_in_place(query.left.transpose(), decode.as_mut(), Par::Seq);
     }
-    let unit = (d as f64).sqrt() / encode.norm_l2();
+    // faer's own norm guards against overflow, and takes as long as two products.
+    let energy: f64 = encode.col_iter().flat_map(|column| column.iter()).map(|x| x * x).sum();
+    let unit = (d as f64 / energy).sqrt();
     encode *= faer::Scale(unit);
     decode *= faer::Scale(1.0 / unit);
     rounded(&encode, &decode, query.as_ref(), input.tiers)
@@ -113,76 +116,124 @@ fn shrunk(m: &[f64], d: usize, shrink: f64) -> Option<Mat<f64>> {
     Some(Mat::from_fn(d, d, |i, j| m[i * d + j] + if i == j { extra } else { 0.0 }))
 }
 
-/// Eigenvalues, largest first, and their vectors as columns. The largest entry of a vector is positive: the sign is free,
-/// and a fixed choice makes equal moments give equal factors.
+/// The second moment of the queries by its root: `S = R^T R`, R upper triangular.
+struct Query {
+    /// `R^T`.
+    left: Mat<f64>,
+    trace: f64,
+}
+
+impl Query {
+    /// What [`shrunk`] adds keeps `S` far from singular.
+    fn new(s: &Mat<f64>) -> Option<Self> {
+        let left = s.llt(Side::Lower).ok()?.L().to_owned();
+        Some(Self { left, trace: s.diagonal().column_vector().sum() })
+    }
+
+    /// The lower triangle of `R C R^T`.
+    fn weigh(&self, c: &Mat<f64>) -> Mat<f64> {
+        let d = c.nrows();
+        let (mut right, mut out) = (Mat::zeros(d, d), Mat::zeros(d, d));
+        product((&mut right, Rectangular), (c.as_ref(), Rectangular), (self.left.as_ref(), TriangularLower));
+        product((&mut out, TriangularLower), (self.left.transpose(), TriangularUpper), (right.as_ref(), Rectangular));
+        out
+    }
+
+    /// `R^T m`.
+    fn times_left(&self, m: &Mat<f64>) -> Mat<f64> {
+        let mut out = Mat::zeros(m.nrows(), m.ncols());
+        product((&mut out, Rectangular), (self.left.as_ref(), TriangularLower), (m.as_ref(), Rectangular));
+        out
+    }
+
+    /// `R m`.
+    fn times_root(&self, m: &Mat<f64>) -> Mat<f64> {
+        let mut out = Mat::zeros(m.nrows(), m.ncols());
+        product((&mut out, Rectangular), (self.left.transpose(), TriangularUpper), (m.as_ref(), Rectangular));
+        out
+    }
+}
+
+/// The named parts of a product of the named parts of two matrices: half the work where one is a triangle.
+fn product(out: (&mut Mat<f64>, BlockStructure), a: (MatRef<f64>, BlockStructure), b: (MatRef<f64>, BlockStructure)) {
+    triangular::matmul(out.0, out.1, Accum::Replace, a.0, a.1, b.0, b.1, 1.0, Par::Seq);
+}
+
+/// Eigenvalues, largest first, and their vectors as columns, of a matrix whose lower triangle is read. The largest entry
+/// of a vector is positive: the sign is free, and a fixed choice makes equal moments give equal factors.
 fn descending_eigen(m: MatRef<f64>) -> Option<(Vec<f64>, Mat<f64>)> {
     let d = m.nrows();
-    // Products of rounded factors are not quite symmetric.
-    let m = Mat::from_fn(d, d, |i, j| 0.5 * (m[(i, j)] + m[(j, i)]));
-    let eigen = m.self_adjoint_eigen(Side::Lower).ok()?;
-    let values: Vec<f64> = (0..d).rev().map(|i| eigen.S()[i]).collect();
+    let mut params = <SelfAdjointEvdParams as Auto<f64>>::auto();
+    params.recursion_threshold = DIVIDE_FROM;
+    let mut memory = MemBuffer::new(self_adjoint_evd_scratch::<f64>(d, ComputeEigenvectors::Yes, Par::Seq, params.into()));
+    let (mut s, mut u) = (Diag::zeros(d), Mat::zeros(d, d));
+    let stack = MemStack::new(&mut memory);
+    self_adjoint_evd(m, s.as_mut(), Some(u.as_mut()), Par::Seq, stack, params.into()).ok()?;
+    let values: Vec<f64> = (0..d).rev().map(|i| s[i]).collect();
     let mut vectors = Mat::zeros(d, d);
     for j in 0..d {
-        let column = eigen.U().col(d - 1 - j);
-        let largest = (0..d).map(|i| column[i]).fold(0.0, |a: f64, b| if b.abs() > a.abs() { b } else { a });
-        for i in 0..d {
-            vectors[(i, j)] = if largest < 0.0 { -column[i] } else { column[i] };
-        }
+        let column = u.col(d - 1 - j);
+        let largest = column.iter().fold(0.0, |a: f64, &b| if b.abs() > a.abs() { b } else { a });
+        let sign = if largest < 0.0 { -1.0 } else { 1.0 };
+        vectors.col_mut(j).iter_mut().zip(column.iter()).for_each(|(to, from)| *to = sign * from);
     }
     values.iter().all(|x| x.is_finite()).then_some((values, vectors))
 }
 
-/// The upper triangular `R` with `S = R^T R`. What [`shrunk`] adds keeps `S` far from singular.
-fn root(s: MatRef<f64>) -> Option<Mat<f64>> {
-    Some(s.llt(Side::Lower).ok()?.L().transpose().to_owned())
-}
-
-/// `Spread diag(s^-skew)` and its inverse `diag(s^skew) Spread^T`, block by block of the tiers.
-fn tiered_spread(s: &[f64], skew: f64, tiers: &[Tier]) -> (Mat<f64>, Mat<f64>) {
+/// The transpose of `Spread diag(s^-skew) U^T`, and its inverse `U diag(s^skew) Spread^T`, block by block of the tiers.
+fn tiered_spread(s: &[f64], u: &Mat<f64>, tiers: &[Tier]) -> (Mat<f64>, Mat<f64>) {
     let d = s.len();
+    let skew = if tiers.len() > 1 { SKEW } else { 0.5 };
     let (mut into, mut back) = (Mat::zeros(d, d), Mat::zeros(d, d));
     for tier in tiers {
         let (first, n) = (tier.first, tier.channels);
+        let of_tier = &s[first..first + n];
         let h = spread(n);
+        let spread = MatRef::from_row_major_slice(&h, n, n).transpose();
         // A latent channel has variance s^(2 - 2 skew): this gives every tier an rms of one over the widening, which the
         // encoder takes back when it picks codes. Decoded rows are longer by it, and unbiased.
         let widening = if tiers.len() > 1 { f64::from(codebook(tier.bits).widening()) } else { 1.0 };
-        let rms = (s[first..first + n].iter().map(|s| s.powf(2.0 - 2.0 * skew)).sum::<f64>() / n as f64).sqrt();
-        for i in 0..n {
-            for j in 0..n {
-                let root = s[first + j].powf(skew) * rms * widening;
-                into[(first + i, first + j)] = h[i * n + j] / root;
-                back[(first + j, first + i)] = root * h[i * n + j];
+        let rms = (of_tier.iter().map(|s| s.powf(2.0 - 2.0 * skew)).sum::<f64>() / n as f64).sqrt();
+        let root: Vec<f64> = of_tier.iter().map(|s| s.powf(skew) * rms * widening).collect();
+        let scaled = |by: &dyn Fn(f64) -> f64| {
+            let mut out = u.subcols(first, n).to_owned();
+            for (column, &root) in out.col_iter_mut().zip(&root) {
+                let by = by(root);
+                column.iter_mut().for_each(|x| *x *= by);
             }
-        }
+            out
+        };
+        matmul(into.subcols_mut(first, n), Accum::Replace, &scaled(&|root| 1.0 / root), spread, 1.0, Par::Seq);
+        matmul(back.subcols_mut(first, n), Accum::Replace, &scaled(&|root| root), spread, 1.0, Par::Seq);
     }
     (into, back)
 }
 
-/// Both matrices, `[latent][channel]` and `[channel][latent]`, as they are kept.
-fn rounded(encode: &Mat<f64>, decode: &Mat<f64>, query: Option<&Mat<f64>>, tiers: &[Tier]) -> Option<Fitted> {
+/// Both matrices, `[channel][latent]`, as they are kept.
+fn rounded(encode: &Mat<f64>, decode: &Mat<f64>, query: Option<&Query>, tiers: &[Tier]) -> Option<Fitted> {
     let d = encode.nrows();
-    let entry = |m: &Mat<f64>, i: usize| m[(i / d, i % d)];
-    let half: Box<[f16]> = (0..d * d).map(|i| f16::from_f64(entry(decode, i))).collect();
-    let single: Box<[f32]> = (0..d * d).map(|i| encode[(i % d, i / d)] as f32).collect();
+    let half: Box<[f16]> = (0..d * d).map(|i| f16::from_f64(decode[(i / d, i % d)])).collect();
+    let single: Box<[f32]> = (0..d * d).map(|i| encode[(i / d, i % d)] as f32).collect();
     if !half.iter().all(|x| x.is_finite()) || !single.iter().all(|x| x.is_finite()) {
         return None;
     }
     let kept = Mat::from_fn(d, d, |i, j| half[i * d + j].to_f64());
-    let (weighted, whole) = match query {
-        Some(s) => (s * &kept, (0..d).map(|i| s[(i, i)]).sum::<f64>()),
-        None => (kept.clone(), d as f64),
+    // The metric of the scores is the square of this.
+    let (root, whole) = match query {
+        Some(query) => (query.times_root(&kept), query.trace),
+        None => (kept, d as f64),
     };
-    let metric = |j: usize, k: usize| (0..d).map(|i| kept[(i, j)] * weighted[(i, k)]).sum::<f64>();
     let mut encode = single.into_vec();
     let mut kappa = [1.0; MAX_TIERS];
     for (kappa, tier) in kappa.iter_mut().zip(tiers) {
-        let (first, n) = (tier.first, tier.channels);
+        let n = tier.channels;
+        let columns = root.subcols(tier.first, n);
         let weights = if tiers.len() > 1 {
-            let block: Vec<f64> = (0..n * n).map(|i| metric(first + i / n, first + i % n)).collect();
-            push_feedback(block, n, &mut encode)?
+            let mut metric = Mat::zeros(n, n);
+            product((&mut metric, TriangularLower), (columns.transpose(), Rectangular), (columns, Rectangular));
+            push_feedback(metric, &mut encode)?
         } else {
-            (0..n).map(|j| metric(j, j)).collect()
+            columns.col_iter().map(|column| column.squared_norm_l2()).collect()
         };
         *kappa = (weights.iter().sum::<f64>() / n as f64 * d as f64 / whole) as f32;
     }
@@ -190,26 +241,30 @@ fn rounded(encode: &Mat<f64>, decode: &Mat<f64>, query: Option<&Mat<f64>>, tiers
     fine.then_some(Fitted { decode: half, encode: encode.into(), kappa })
 }
 
-/// Appends L of `m = L^T W L`, its diagonal W over W's mean, as a packed triangle; returns W. `m` is `[n][n]`.
-fn push_feedback(mut m: Vec<f64>, n: usize, out: &mut Vec<f32>) -> Option<Vec<f64>> {
+/// Appends L of `m = L^T W L`, its diagonal W over W's mean, as a packed triangle; returns W. The lower triangle of `m` is
+/// read.
+fn push_feedback(m: Mat<f64>, out: &mut Vec<f32>) -> Option<Vec<f64>> {
+    let n = m.nrows();
+    // Row by row, each up to its diagonal.
+    let mut m: Vec<Vec<f64>> = (0..n).map(|i| (0..=i).map(|j| m[(i, j)]).collect()).collect();
     // From the last latent up: what is left of m after its row and column are explained.
     for j in (0..n).rev() {
-        let w = m[j * n + j];
+        let (above, this) = m.split_at_mut(j);
+        let this = &this[0];
+        let w = this[j];
         if !(w > 0.0) {
             return None;
         }
-        for a in 0..j {
-            let r = m[j * n + a] / w;
-            for b in 0..=a {
-                m[a * n + b] -= r * m[j * n + b];
-            }
+        for (row, x) in above.iter_mut().zip(this) {
+            let r = x / w;
+            row.iter_mut().zip(this).for_each(|(m, x)| *m -= r * x);
         }
     }
-    let weights: Vec<f64> = (0..n).map(|j| m[j * n + j]).collect();
+    let weights: Vec<f64> = m.iter().enumerate().map(|(j, row)| row[j]).collect();
     let mean = weights.iter().sum::<f64>() / n as f64;
     let first = out.len();
-    for j in 0..n {
-        out.extend(m[j * n..j * n + j].iter().map(|x| (x / weights[j]) as f32));
+    for (j, row) in m.iter().enumerate() {
+        out.extend(row[..j].iter().map(|x| (x / weights[j]) as f32));
         out.push((weights[j] / mean) as f32);
     }
     out[first..].iter().all(|x| x.is_finite()).then_some(weights)

@@ -3,7 +3,7 @@
 //! A sequence's coded keys are cut into chunks of about one length for the whole call, so that a long sequence among
 //! short ones is shared out, too. Its tail is one more part.
 
-use super::{CHUNK_BYTES, ITEMS, LEAST_CHUNK, MAX_ROWS, MAX_TILE, MOST_ITEMS, ROW_FLOATS};
+use super::{CHUNK_BYTES, ITEMS, LEAST_CHUNK, MAX_ROWS, MAX_TILE, MOST_ITEMS, PROMPT_ITEMS, ROW_FLOATS};
 use crate::batch::Sequence;
 use crate::cpu::attend::lanes::row_lanes;
 use crate::error::{Error, Result};
@@ -105,10 +105,11 @@ impl Cut {
         let (heads, group) = (layer.n_kv_heads, layer.group());
         let mut cut = Self { tile, most_rows, chunk: usize::MAX, heads, group, d_v: layer.v.head_dim };
         let work: usize = cut.pieces(args).map(|piece| piece.blocks * piece.sequence.n_kv).sum();
-        let mut chunk = (work * heads).div_ceil(ITEMS);
+        let is_prompt = cut.pieces(args).any(|piece| piece.blocks > 1);
+        let mut chunk = (work * heads).div_ceil(if is_prompt { PROMPT_ITEMS } else { ITEMS });
         // Heads of a chunk follow each other: its records are then still in L2. Prompts compute too long for that to
         // matter.
-        if cut.pieces(args).all(|piece| piece.blocks <= 1) {
+        if !is_prompt {
             chunk = chunk.min(CHUNK_BYTES / layer.slot_bytes).max((work * heads).div_ceil(MOST_ITEMS));
         }
         cut.chunk = chunk.max(LEAST_CHUNK);

@@ -40,7 +40,7 @@ pub struct TailScratch {
 #[inline(always)]
 pub unsafe fn run<S: Simd>(s: S, work: &TailItem<'_>, q: *const f32, scratch: &mut MaybeUninit<TailScratch>) {
     let item = work.item;
-    // SAFETY: floats of any bits are written before they are read, but Rust wants a value: 25 KB of zeros are nothing
+    // SAFETY: floats of any bits are written before they are read, but Rust wants a value: 50 KB of zeros are nothing
     // beside a tile.
     let x = unsafe {
         scratch.as_mut_ptr().write_bytes(0, 1);
