@@ -100,7 +100,7 @@ __device__ __forceinline__ void place_folded(uint8_t* fragments, int channel, fl
 
 template <class K>
 __device__ __forceinline__ void fold_queries(const DqAttend& p) {
-    constexpr int D = K::D, ROWS = 4, CHUNK = FOLD_CHUNK<K>, STRIDE = D + 8, PIECES = (D + 31) / 32, AT_ONCE = 4;
+    constexpr int D = K::D, ROWS = 4, CHUNK = FOLD_CHUNK<K>, STRIDE = D + 8, PIECES = (D + 31) / 32, AT_ONCE = 8;
     constexpr bool BUTTERFLIES = (D & (D - 1)) == 0;
     constexpr uint64_t NO_ROW = ~0ull;
     DQ_DYNAMIC_SHARED(shared);
@@ -161,15 +161,17 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
         DQ_UNROLL_BY_1
         for (int from = warp; from < tasks; from += AT_ONCE * FOLD_WARPS) {
             DQ_UNROLL
-            for (int a = 0; a < AT_ONCE && (first_look || tasks > AT_ONCE * FOLD_WARPS); a++) {
+            for (int a = 0; a < AT_ONCE; a++) {
                 const int task = from + a * FOLD_WARPS, c = task % PIECES * 32 + lane;
-                const uint64_t at = __shfl_sync(ALL_LANES, row_at, task / PIECES % 32);
-                bits[a] = task < tasks && c < D && at != NO_ROW ? element_bits(p.q, at, c) : 0;
+                if (task >= tasks || !(first_look || tasks > AT_ONCE * FOLD_WARPS)) break;
+                const uint64_t at = __shfl_sync(ALL_LANES, row_at, task / PIECES);
+                bits[a] = c < D && at != NO_ROW ? element_bits(p.q, at, c) : 0;
             }
             DQ_UNROLL
             for (int a = 0; a < AT_ONCE; a++) {
                 const int task = from + a * FOLD_WARPS;
-                if (task < tasks) use(task / PIECES, task % PIECES, element_value(p.q, bits[a]) * factor);
+                if (task >= tasks) break;
+                use(task / PIECES, task % PIECES, element_value(p.q, bits[a]) * factor);
             }
         }
     };
