@@ -1,6 +1,6 @@
 // Times of the calls on a CUDA device, beside a device copy in the same run: 32 query heads over 8, head_dim 128.
 // Every figure is the median over replays of a graph of calls whose records rotate, so that the L2 has none of them.
-//   bench_cuda [brief|rows]    fewer sizes; statistics, fits and encode alone
+//   bench_cuda [brief|rows|step]    fewer sizes; statistics, fits and encode alone; decode steps of a small model alone
 #include <decoquant.h>
 
 #include <algorithm>
@@ -99,6 +99,81 @@ void bench_deferred(Events& e, const dq_context* context, dq_codec_desc desc, co
     }
     std::printf("\n");
     dq_codec_destroy(codec);
+}
+
+// A decode step as llama.cpp makes it, of SmolLM2-135M's shape: one token's rows in, then attention under a mask, 30 layers in
+// a graph; all fits are made.
+void bench_step(Events& e) {
+    constexpr uint32_t LAYERS = 30, HEADS = 9, KV_HEADS = 3, DIM = 64, CHUNK = 512, MOST_KEYS = 16384;
+    auto context_desc = sized<dq_context_desc>();
+    context_desc.backend = DQ_BACKEND_CUDA;
+    dq_context* context;
+    fine(dq_context_create(&context_desc, &context), "context");
+    auto layer = sized<dq_layer_desc>();
+    layer.n_q_heads = HEADS, layer.n_kv_heads = KV_HEADS, layer.head_dim_k = layer.head_dim_v = DIM, layer.k_plan = 104, layer.v_plan = 4;
+    const std::vector<dq_layer_desc> layers(LAYERS, layer);
+    auto desc = sized<dq_codec_desc>();
+    desc.n_layers = LAYERS, desc.layers = layers.data();
+    dq_codec* codec;
+    fine(dq_codec_create(context, &desc, &codec), "codec");
+    auto layout = sized<dq_layout>();
+    fine(dq_codec_layout(codec, 0, 0, &layout), "layout");
+    const size_t of_layer = size_t(MOST_KEYS) * layout.slot_bytes;
+    cuda::Buffer<uint8_t> store(LAYERS * of_layer);
+
+    std::mt19937 rng(1);
+    std::normal_distribution<float> normal;
+    auto rows = [&](uint32_t heads) {
+        std::vector<float> v(size_t(CHUNK) * heads * DIM);
+        for (size_t i = 0; i < v.size(); i++) v[i] = std::sin(float(i % DIM)) + normal(rng) * (4.0f * std::exp(-0.1f * float(i % DIM)) + 0.2f);
+        return v;
+    };
+    cuda::Buffer<float> q(rows(HEADS)), k(rows(KV_HEADS)), v(rows(KV_HEADS)), out(HEADS * DIM);
+    cuda::Buffer<int64_t> slots(CHUNK);
+    cuda::Buffer<int32_t> positions(CHUNK);
+    cuda::Buffer<uint16_t> mask(std::vector<uint16_t>(MOST_KEYS, 0));
+    auto t = sized<dq_tokens>();
+    auto of = [](void* data, uint32_t heads) { return dq_tensor{data, DQ_F32, 0, heads * DIM * 4, DIM * 4}; };
+    t.q = of(q.get(), HEADS), t.k = of(k.get(), KV_HEADS), t.v = of(v.get(), KV_HEADS);
+    t.slots = slots.get(), t.positions = positions.get();
+    auto put = [&](uint32_t n, uint32_t first) {
+        std::vector<int64_t> numbers(CHUNK);
+        std::vector<int32_t> at(CHUNK);
+        for (uint32_t i = 0; i < CHUNK; i++) numbers[i] = at[i] = int32_t(first + i);
+        t.n_tokens = n;
+        slots.put(numbers), positions.put(at);
+    };
+    auto compress = [&](uint32_t i) {
+        t.store = {store.get() + i * of_layer, MOST_KEYS, layout.slot_bytes};
+        fine(dq_compress(codec, i, &t, nullptr, 0, e.stream), "compress");
+    };
+    for (uint32_t first = 0; first < MOST_KEYS; first += CHUNK) {
+        put(CHUNK, first);
+        for (uint32_t i = 0; i < LAYERS; i++) compress(i);
+        cuda::need(cuda::driver().stream_wait(e.stream), "prompt");
+    }
+    auto limits = sized<dq_limits>();
+    limits.max_streams = limits.max_queries = 1, limits.max_kv = MOST_KEYS;
+    uint64_t bytes = 0;
+    fine(dq_workspace_size(codec, 0, &limits, &bytes), "workspace size");
+    cuda::Buffer<uint8_t> workspace(bytes);
+    std::printf("\ndecode step, 9 query heads over 3, head_dim 64, us a layer of 30\n%7s | %9s %9s %9s\n", "keys", "rows in", "attend", "both");
+    for (uint32_t keys : {4096u, 16384u}) {
+        put(1, keys - 1);
+        auto attend = [&](uint32_t i) {
+            auto args = sized<dq_attend_args>();
+            args.n_q = 1, args.n_kv = keys, args.store = {store.get() + i * of_layer, MOST_KEYS, layout.slot_bytes};
+            args.q = of(q.get(), HEADS), args.out = of(out.get(), HEADS);
+            args.mask = {mask.get(), DQ_F16, 0, keys * 2, keys * 2};
+            fine(dq_attend(codec, i, &args, workspace.get(), bytes, e.stream), "attend");
+        };
+        const double in = e.median(LAYERS, [&](int i) { compress(uint32_t(i)); });
+        const double over = e.median(LAYERS, [&](int i) { attend(uint32_t(i)); });
+        const double both = e.median(LAYERS, [&](int i) { compress(uint32_t(i)), attend(uint32_t(i)); });
+        std::printf("%7u | %9.1f %9.1f %9.1f\n", keys, in, over, both);
+    }
+    dq_codec_destroy(codec);
+    dq_context_destroy(context);
 }
 
 enum class Part { All, Brief, Rows };
@@ -246,6 +321,8 @@ int main(int argc, char** argv) {
     const double copy = copy_bandwidth(events);
     std::printf("device copy, bytes read and written: %.0f GB/s\n", copy);
     const std::string wish = argc > 1 ? argv[1] : "";
+    if (wish == "step" || wish.empty()) bench_step(events);
+    if (wish == "step") return 0;
     const Part part = wish == "rows" ? Part::Rows : wish == "brief" ? Part::Brief : Part::All;
     bench(events, "dq4 (plans 104, 4)", 104, 4, copy, part);
     bench(events, "dq3 (plans 103, 3)", 103, 3, copy, part);

@@ -19,6 +19,53 @@ namespace dq {
 
 constexpr int MOST_STAGES = 4, DECODE_STAGES = 2;
 
+// Results of the warps of a block, where several share a head: they are joined in shared memory, where the stages were, which
+// are larger.
+template <class V, int NT>
+struct KeyWarps {
+    static constexpr int ROWS = 4 * NT, RUNS = (V::D + 63) / 64;
+    float *values, *sums;  // [warp][row][channel of V], [warp][row][SUMS]
+    __device__ __forceinline__ KeyWarps(const DqAttend& p, uint8_t* shared)
+        : values(reinterpret_cast<float*>(shared)), sums(values + p.heads_per_block * p.key_warps * ROWS * V::D) {}
+
+    // Those of this warp.
+    __device__ __forceinline__ Results results() const {
+        const uint32_t first = threadIdx.x / 32 * ROWS;
+        return {values + first * V::D, sums + first * SUMS, V::D, SUMS};
+    }
+
+    // By the block: the part of all its heads, rows from `first_row` on. A warp has a row at a time.
+    __device__ __forceinline__ void join(const DqAttend& p, uint32_t stream, uint32_t first_row, uint32_t n_rows, uint32_t part) const {
+        const uint32_t lane = threadIdx.x % 32, step = p.heads_per_block * ROWS;  // of the warps' rows
+        DQ_UNROLL_BY_1
+        for (uint32_t i = threadIdx.x / 32; i < step; i += p.heads_per_block * p.key_warps) {
+            const uint32_t head = i % p.heads_per_block, row = i / p.heads_per_block, first = head * ROWS + row;
+            if (first_row + row >= n_rows) return;
+            const float* maxima = sums + first * SUMS + DQ_MAX_SETS;
+            float highest = NEVER, sum = 0.0f;
+            DQ_UNROLL_BY_1
+            for (uint32_t w = 0; w < p.key_warps; w++) highest = fmaxf(highest, maxima[w * step * SUMS]);
+            float2 y[RUNS] = {};
+            DQ_UNROLL_BY_1
+            for (uint32_t w = 0; w < p.key_warps; w++) {
+                const float weight = weight_from(maxima[w * step * SUMS], highest);
+                sum += weight * sums[(first + w * step) * SUMS + lane % DQ_MAX_SETS];
+                DQ_UNROLL
+                for (int k = 0; k < RUNS; k++) {
+                    const int c = 2 * lane + 64 * k;
+                    if (V::D % 64 != 0 && c >= V::D) continue;
+                    const float2 v = *reinterpret_cast<const float2*>(values + (first + w * step) * V::D + c);
+                    y[k].x += weight * v.x, y[k].y += weight * v.y;
+                }
+            }
+            const Results to = results_of<V>(p, stream, blockIdx.y / p.row_tiles * p.heads_per_block + head, first_row + row, part);
+            if (lane <= DQ_MAX_SETS) to.sums[lane] = lane < DQ_MAX_SETS ? sum : highest;
+            DQ_UNROLL
+            for (int k = 0; k < RUNS; k++) if (2 * lane + 64 * k < V::D) *reinterpret_cast<float2*>(to.values + 2 * lane + 64 * k) = y[k];
+        }
+    }
+};
+
 template <class K, class V, int NT, int STAGES>
 __device__ __forceinline__ void attend_decode(const DqAttend& p) {
     static_assert(STAGES <= MOST_STAGES, "");
@@ -36,7 +83,7 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
     const uint32_t n_keys = coded_keys(p, stream), n_all = n_keys + tail_of(p, stream).count;
     // A tile of rows that this stream does not have.
     const uint32_t n_q = queries_of(p, stream).count, n_rows = n_q * p.group, first_row = row_tile * 4 * NT;
-    if (first_row >= n_rows) return;
+    if (first_row >= n_rows) return wait_for_previous_kernel();
     const uint32_t end_row = first_row + 4 * NT < n_rows ? first_row + 4 * NT : n_rows;
     const Keys keys = keys_of(p, n_keys, n_all, n_q, first_row / p.group, (end_row + p.group - 1) / p.group);
     // Tiles before the first key that is seen are left out; they are counted from key 0, so that runs start on whole ones.
@@ -68,6 +115,13 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
         barrier_init_done();
     }
     __syncthreads();
+
+    // The warp's state: what it looks at is near as long as no copy is under way. Another head of the block may have work where
+    // this one has none.
+    using Source = FromCodes<K, V>;
+    AttendWarp<K, V, NT, Source> state(p, stream, head, row_tile, v_transform, n_keys, lane, sums);
+    const uint32_t transform = transform_of(state.k_sets, state.k_set);
+    const bool idle = v_transform > 0 && !names_transform(SetList(p.v.heads[head]), v_transform);
 
     // Phase 2: copies of the first stages.
     auto record_of = [&](uint32_t key) { return p.store.data + slot_of(p, stream, key) * p.store.stride; };
@@ -119,12 +173,10 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
 
     start_next_kernel();
 
-    // Phase 3: the warp's state. Another head of the block may have work where this one has none.
-    const bool idle = !names_transform(p.v.heads[head], v_transform);
-    using Source = FromCodes<K, V>;
+    // Phase 3: the query, which fold has been at meanwhile.
     const Tables tables;
     wait_for_previous_kernel();
-    AttendWarp<K, V, NT, Source> state(p, stream, head, row_tile, v_transform, n_keys, lane, sums);
+    state.load_query(transform);
 
     uint32_t index = 0, phase = 0;
     for (uint32_t tile = first_tile; tile < end_tile; tile++) {
@@ -162,7 +214,18 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
     if constexpr (!HAS_BULK_COPY) cp_async_wait<0>();
 
     // Phase 7: the part's result.
-    state.finish((v_transform * p.n_splits + blockIdx.x) * p.key_warps + key_warp);
+    const uint32_t part = v_transform * p.n_splits + blockIdx.x;
+    Results results = results_of<V>(p, stream, head, row_tile * 4 * NT, part);
+    KeyWarps<V, NT> shares(p, shared);
+    if (p.key_warps > 1) {
+        __syncthreads();
+        results = shares.results();
+    }
+    state.finish(results);
+    if (p.key_warps > 1) {
+        __syncthreads();
+        shares.join(p, stream, row_tile * 4 * NT, n_q * p.group, part);
+    }
 }
 
 // Bytes of dynamic shared memory of a block.

@@ -99,13 +99,13 @@ __device__ __forceinline__ void attend_prefill(const DqAttend& p) {
     const uint32_t n_keys = coded_keys(p, stream), n_all = n_keys + tail_of(p, stream).count;
     // Rows of the block, of which the stream may have none; keys that they see.
     const uint32_t n_q = queries_of(p, stream).count, n_rows = n_q * p.group, first_row = row_block * warps * 4 * NT;
-    if (first_row >= n_rows) return;
+    if (first_row >= n_rows) return wait_for_previous_kernel();
     const uint32_t end_row = first_row + warps * 4 * NT < n_rows ? first_row + warps * 4 * NT : n_rows;
     const Keys keys = keys_of(p, n_keys, n_all, n_q, first_row / p.group, (end_row + p.group - 1) / p.group);
     const uint32_t before = keys.first / TILE_KEYS, tiles = (keys.end + TILE_KEYS - 1) / TILE_KEYS - before;
     const uint32_t share = (tiles + p.n_splits - 1) / p.n_splits, end_share = blockIdx.x * share + share;
     const uint32_t first_tile = before + blockIdx.x * share, end_tile = before + (end_share < tiles ? end_share : tiles);
-    const bool idle = row_tile * 4 * NT >= n_rows || !names_transform(p.v.heads[head], v_transform);
+    const bool idle = row_tile * 4 * NT >= n_rows || !names_transform(SetList(p.v.heads[head]), v_transform);
 
     RowImage<K, V> image;
     image.lay_out(p.n_kv_heads, head, 1, head, nullptr);
@@ -139,9 +139,10 @@ __device__ __forceinline__ void attend_prefill(const DqAttend& p) {
     copy_tile(first_tile);
     start_next_kernel();
     const Tables tables;
-    wait_for_previous_kernel();
-
     AttendWarp<K, V, NT, Fragments> state(p, stream, head, row_tile < p.row_tiles ? row_tile : 0, v_transform, n_keys, lane, sums);
+    const uint32_t transform = transform_of(state.k_sets, state.k_set);
+    wait_for_previous_kernel();
+    state.load_query(transform);
     for (uint32_t tile = first_tile; tile < end_tile; tile++) {
         // Phase 3: the tile is there; nobody reads fragments or the other stage any more.
         cp_async_wait<0>();
@@ -168,7 +169,7 @@ __device__ __forceinline__ void attend_prefill(const DqAttend& p) {
     cp_async_wait<0>();
 
     // Phase 6: the part's result.
-    if (row_tile < p.row_tiles) state.finish(v_transform * p.n_splits + blockIdx.x);
+    if (row_tile < p.row_tiles) state.finish(results_of<V>(p, stream, head, row_tile * 4 * NT, v_transform * p.n_splits + blockIdx.x));
 }
 
 // Bytes of dynamic shared memory of a block.

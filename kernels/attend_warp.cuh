@@ -5,7 +5,7 @@
 // Registers of lane 4 g + q:
 //   scores    keys g, g+8, g+16, g+24 of row q of each n tile
 //   output    acc[b][i][n]: channel row g + 8 i of m block b, row q of n tile n
-// Result of a part (what one warp saw), relative to its maximum m:
+// Result of a part (what one block saw of a head), relative to its maximum m:
 //   partial       [row][part][channel of V] unnormalised, in steps of the book
 //   partial_sums  [row][part][17]: the sum of weights per value set, then m
 #pragma once
@@ -27,8 +27,20 @@ constexpr float SCALE_UP = 5192296858534827628530496329220096.0f;
 __device__ __forceinline__ float small_scale(uint32_t bits) { return __uint_as_float(bits << 12); }
 
 // Parts of a row: those of coded keys, then those of the tail.
-__host__ __device__ __forceinline__ uint32_t coded_parts(const DqAttend& p) { return p.v_transforms * p.n_splits * p.key_warps; }
+__host__ __device__ __forceinline__ uint32_t coded_parts(const DqAttend& p) { return p.v_transforms * p.n_splits; }
 __host__ __device__ __forceinline__ uint32_t attend_parts(const DqAttend& p) { return coded_parts(p) + p.tail.parts; }
+
+// Where the results of four NT rows go.
+struct Results {
+    float *values, *sums;
+    uint64_t values_stride, sums_stride;
+};
+// A part of the rows from `first_row` on.
+template <class V>
+__device__ __forceinline__ Results results_of(const DqAttend& p, uint32_t stream, uint32_t head, uint32_t first_row, uint32_t part) {
+    const uint64_t parts = attend_parts(p), at = ((uint64_t(stream) * p.n_kv_heads + head) * (p.n_q * p.group) + first_row) * parts + part;
+    return {p.partial + at * V::D, p.partial_sums + at * SUMS, parts * V::D, parts * SUMS};
+}
 
 // ---- Where levels come from ----
 
@@ -97,6 +109,9 @@ struct Query {
 
 // ---- The state of a warp ----
 
+// exp2(v - base), where nothing seen so far weighs nothing.
+__device__ __forceinline__ float weight_from(float v, float base) { return exp2_fast(v - (base == NEVER ? 0.0f : base)); }
+
 // Maximum over the lanes that hold other keys of the same row.
 __device__ __forceinline__ float max_over_keys(float v) {
     v = fmaxf(v, __shfl_xor_sync(ALL_LANES, v, 4));
@@ -144,7 +159,11 @@ struct AttendWarp {
         __syncwarp();
         // Most rows are in the newest sets.
         k_set = header_set(k_sets.newest), v_set = header_set(v_sets.newest);
-        query.load(p, stream, head, transform_of(k_sets, k_set), row_tile * NT, lane);
+    }
+
+    // The query, folded for the newest set, whose linear part this is.
+    __device__ __forceinline__ void load_query(uint32_t transform) {
+        query.load(p, stream, head, transform, row_tile * NT, lane);
         query.load_constants(p, stream, head, k_set, row_tile * NT, lane);
     }
 
@@ -399,21 +418,21 @@ struct AttendWarp {
         });
     }
 
-    // Writes the part's result. Nothing but the maximum is read of a part that saw no key.
-    __device__ __forceinline__ void finish(uint32_t part) {
-        const uint32_t n_rows = p.n_q * p.group;
+    // Writes the result, to rows of values and sums that lie so many floats apart; where no key was seen, zeros and the
+    // maximum. Rows that do not exist are left out.
+    __device__ __forceinline__ void finish(const Results& to) {
         flush_sums();
         DQ_UNROLL
         for (int n = 0; n < NT; n++) {
-            const uint32_t row = row_tile * 4 * NT + 4 * n + q;
-            if (row >= n_q * p.group) continue;
-            const uint64_t at = ((uint64_t(stream) * p.n_kv_heads + head) * n_rows + row) * attend_parts(p) + part;
+            const uint32_t row = 4 * n + q;
+            if (row_tile * 4 * NT + row >= n_q * p.group) continue;
+            float* of_sets = to.sums + row * to.sums_stride;
             for (int e = g; e < DQ_MAX_SETS; e += 8) {
                 const bool mine = p.v_transforms == 1 || transform_of(v_sets, e) == v_transform;
-                p.partial_sums[at * SUMS + e] = mine ? sums[(e * NT + n) * 4 + q] : 0.0f;
+                of_sets[e] = mine ? sums[(e * NT + n) * 4 + q] : 0.0f;
             }
-            if (g == 0) p.partial_sums[at * SUMS + DQ_MAX_SETS] = m[n];
-            float* out = p.partial + at * V::D;
+            if (g == 0) of_sets[DQ_MAX_SETS] = m[n];
+            float* out = to.values + row * to.values_stride;
             for_each<V::tiers>([&](auto tier) {
                 constexpr int T = decltype(tier)::value, N = V::channels(T);
                 for_each<(N + 31) / 32>([&](auto group) {

@@ -104,6 +104,7 @@ inline float bf16_to_float(uint16_t h) { return dq_bf16_bits_to_float(h); }
 inline uint16_t float_to_bf16(float f) { return dq_float_to_bf16_bits(f); }
 
 template <class T> inline T load_global(const T* at) { return *at; }
+template <class T> inline T load_fresh(const T* at) { return *at; }
 inline void start_next_kernel() {}
 inline void wait_for_previous_kernel() {}
 
@@ -259,9 +260,16 @@ __device__ __forceinline__ float bf16_to_float(uint16_t h) { return __uint_as_fl
 __device__ __forceinline__ uint16_t float_to_bf16(float f) { return __bfloat16_as_ushort(__float2bfloat16_rn(f)); }
 
 template <class T> __device__ __forceinline__ T load_global(const T* at) { return __ldg(at); }
+// What another kernel may just have written, past the L1.
+template <class T> __device__ __forceinline__ T load_fresh(const T* at) { return __ldcg(at); }
 
-// Kernels of one call overlap where the host launched them so: the next one may start once every block of this one has
-// said so, and reads what this one writes only after its wait, which lasts until all of this one is done.
+// Kernels overlap where the host launched them so: the next one may start once every block of this one has said so or is
+// done, and sees what this one writes only after its wait, which lasts until all of this one is done. Rules:
+//   - Every block waits before it ends, so that whoever waits for this kernel has waited for those before it.
+//   - Fold and encode say so only after their wait. So attend, which starts behind fold, may look at everything from before
+//     the call (records, lengths, tables) without waiting, and merge likewise.
+//   - A block that changes tables of factors says so only after that, behind a __threadfence, or never. So whoever starts
+//     later, however early, may look at the tables without waiting.
 __device__ __forceinline__ void start_next_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -608,16 +608,18 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
     __shared__ typename Coder::Sums sums[FEEDBACK ? S::tiers * ENCODE_ROWS * FEEDBACK_SCALES : 1];
 
     const DqHeadSets& sets = f.heads[head];
-    const uint32_t newest = header_set(sets.newest);
-    const bool dense = sets.encode_dense;
+    const uint32_t newest = header_set(load_fresh(&sets.newest));
+    const bool dense = load_fresh(&sets.encode_dense);
     const uint16_t* means = f.means + uint64_t(head) * DQ_MAX_SETS * D;
     const float* matrix = f.encode + uint64_t(head) * S::encode_floats;
-    const bool stored = token < p.n && in_store(p.store, p.slots[token]);
     if constexpr (FEEDBACK && Layout::weights_fit) {
         for (int i = 4 * t; dense && i < S::encode_floats - D * D; i += 4 * ENCODE_THREADS) cp_async_16(in_shared + i, matrix + D * D + i);
         if (dense) cp_async_commit();
     }
     SideBooks<S>::fill(books, t);
+    wait_for_previous_kernel();
+    start_next_kernel();
+    const bool stored = token < p.n && in_store(p.store, p.slots[token]);
 
     // Phase 1: the rows, made safe to compute with; NaN or infinity anywhere makes the row zero.
     bool bad = false;

@@ -27,7 +27,7 @@
     extern "C" __global__ void __launch_bounds__(dq::FOLD_THREADS) dq_fold_##d##_##kp##_##vp(const DqAttend p) {                   \
         dq::fold_queries<dq::Side<d, kp, true>>(p);                                                                   \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(512, (d) <= 128 ? 2 : 1) dq_merge_##d##_##kp##_##vp(const DqAttend p) {                  \
+    extern "C" __global__ void __launch_bounds__(512) dq_merge_##d##_##kp##_##vp(const DqAttend p) {                  \
         dq::attend_merge<dq::Side<d, vp, true>>(p);                                                                   \
     }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(256) dq_encode_##d##_##kp##_##vp(const DqEncode p) {                 \

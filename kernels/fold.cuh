@@ -12,12 +12,16 @@
 //   constants      [stream][kv head][set][4 * n tiles]
 //
 // A unit is one n tile of one stream. Grid: (kv head * DQ_MAX_TRANSFORMS, run of units), FOLD_THREADS threads. A block has
-// `fold_units` units, a power of two, and that many times fewer warps work on each. The matrix goes to shared memory once and
-// from there into tensor cores, f16 as it is: a query is the sum of two f16 (22 bits), which are columns of the mma next to
-// each other, as the two bytes are later.
+// `fold_units` units, a power of two. The matrix goes to shared memory once and from there into tensor cores, f16 as it is: a
+// query is the sum of two f16 (22 bits), which are columns of the mma next to each other, as the two bytes are later. The
+// means of the head's sets are one more tile of rows. Warps share the latents, then the rows.
 //
-// Shared memory: queries, then q', float4 [unit][channel] | matrix f16 [FOLD_CHUNK channels][latent, 8 of nothing] |
-// fragments [unit]
+// Of a call for few queries this kernel is a large part: what it loads is on its way before anything is waited for, and code
+// is short, since fetching it is part of the time: nothing comes twice, and little is unrolled.
+//
+// Shared memory: means f16 [set][channel] | matrix f16 [FOLD_CHUNK channels][latent] | halves f16 [unit][column of the mma]
+// [channel] | rows f32 [unit][row][channel, then latent] | fragments of the row that a warp is at. Rows of f16 have eight of
+// nothing behind them.
 #pragma once
 #include "rows.cuh"
 
@@ -55,225 +59,230 @@ __device__ __forceinline__ float fold_factor(const DqAttend& p) {
 
 // Channels of the matrix that are in shared memory at once.
 template <class K> constexpr int FOLD_CHUNK = K::D <= 128 ? K::D : 64;
+// A row has 64 bytes of each group in a unit's fragments.
+constexpr int FOLDED_ROW = 64;
 template <class K>
-constexpr uint32_t fold_shared_bytes() {
-    return FOLD_WARPS * K::D * 16 + FOLD_CHUNK<K> * (K::D + 8) * 2 + FOLD_WARPS * K::groups * 256;
+constexpr uint32_t fold_shared_bytes(uint32_t units) {
+    return (DQ_MAX_SETS + FOLD_CHUNK<K> + 8 * units) * (K::D + 8) * 2 + 4 * units * K::D * 4 + FOLD_WARPS * K::groups * FOLDED_ROW;
+}
+
+// The exponent of a magnitude's bits, kept within what has an inverse: a power of two that brings it below 2.
+__device__ __forceinline__ uint32_t exponent_of(uint32_t bits) {
+    const uint32_t exponent = bits >> 23;
+    return exponent < 1 ? 1 : exponent < 253 ? exponent : 253;
+}
+
+// What a step of a folded channel counts: the book's unit of its tier; under the rotation also the norm of its rows.
+template <class K>
+__device__ __forceinline__ float folded_worth(int channel, uint32_t transform) {
+    float worth = transform == 0 ? rsqrtf(float(K::D)) : 1.0f;
+    for_each<K::tiers>([&](auto tier) {
+        constexpr int T = decltype(tier)::value;
+        if (channel >= K::first(T) && channel < K::first(T) + K::channels(T)) worth *= Book<K::bits(T)>::unit;
+    });
+    return worth;
+}
+
+// Puts a folded channel, rounded, to its place in its row's fragments.
+template <class K>
+__device__ __forceinline__ void place_folded(uint8_t* fragments, int channel, float v) {
+    int first_channel = 0, channels = 0, groups = 0;
+    for_each<K::tiers>([&](auto tier) {
+        constexpr int T = decltype(tier)::value;
+        if (channel >= K::first(T)) first_channel = K::first(T), channels = K::channels(T), groups = K::groups_before(T);
+    });
+    const KPosition k = k_position(channels, channel - first_channel);
+    uint8_t* at = fragments + (groups + k.group) * FOLDED_ROW + k.q * 8 + k.reg * 4 + k.byte;
+    const int whole = __float2int_rn(v), high = (whole + 128) >> 8, low = whole - 256 * high;
+    at[0] = uint8_t(high);
+    at[32] = uint8_t(low);
 }
 
 template <class K>
 __device__ __forceinline__ void fold_queries(const DqAttend& p) {
-    constexpr int D = K::D, ROWS = 4, CHUNK = FOLD_CHUNK<K>, STRIDE = D + 8, M_TILES = D / 16;
+    constexpr int D = K::D, ROWS = 4, CHUNK = FOLD_CHUNK<K>, STRIDE = D + 8, PIECES = (D + 31) / 32, AT_ONCE = 8;
     constexpr bool BUTTERFLIES = (D & (D - 1)) == 0;
     constexpr uint64_t NO_ROW = ~0ull;
     DQ_DYNAMIC_SHARED(shared);
-    __shared__ uint64_t row_at[FOLD_WARPS * ROWS];
-    float4 (*scratch)[D] = reinterpret_cast<float4 (*)[D]>(shared);
-    uint16_t (*matrix)[STRIDE] = reinterpret_cast<uint16_t (*)[STRIDE]>(scratch + FOLD_WARPS);
-    uint8_t (*fragments)[K::groups * 256] = reinterpret_cast<uint8_t (*)[K::groups * 256]>(matrix + CHUNK);
+    __shared__ uint32_t most[FOLD_WARPS * ROWS][PIECES];  // bits of the largest magnitude in 32 channels of a row
     const uint32_t head = blockIdx.x / DQ_MAX_TRANSFORMS, transform = blockIdx.x % DQ_MAX_TRANSFORMS;
-    const uint32_t n_tiles = p.fold_tiles, units = p.fold_units;
-    const int t = threadIdx.x, warp = t >> 5, lane = t & 31;
-    const int sharers = FOLD_WARPS / units, share = warp % sharers;
-    const uint32_t unit = warp / sharers, first_unit = (blockIdx.z * gridDim.y + blockIdx.y) * units;
-    const uint32_t stream = (first_unit + unit) / n_tiles, tile = (first_unit + unit) % n_tiles;
-    const DqHeadSets& sets = p.k.heads[head];
-    start_next_kernel();
+    const uint32_t n_tiles = p.fold_tiles, units = p.fold_units, first_unit = (blockIdx.z * gridDim.y + blockIdx.y) * units;
+    uint16_t (*means)[STRIDE] = reinterpret_cast<uint16_t (*)[STRIDE]>(shared);
+    uint16_t (*matrix)[STRIDE] = means + DQ_MAX_SETS;
+    uint16_t (*halves)[STRIDE] = matrix + CHUNK;
+    float (*rows)[D] = reinterpret_cast<float (*)[D]>(halves + 2 * ROWS * units);
+    const int t = threadIdx.x, warp = t >> 5, lane = t & 31, g = lane >> 2, q = lane & 3;
+    uint8_t* fragments = reinterpret_cast<uint8_t*>(rows + ROWS * units) + warp * (K::groups * FOLDED_ROW);
+    const SetList sets(p.k.heads[head]);
 
-    // Phase 1: the matrix starts on its way before anything else is known, since memory is far away; queries come to shared
-    // memory, where rows that do not exist are zero.
+    // Phase 1: matrix and means start on their way before anything else is known, since memory is far away; the kernel ahead
+    // may still be at work.
     const bool turns = BUTTERFLIES && transform == 0;
+    auto copy_rows = [&](uint16_t (*to)[STRIDE], const uint16_t* from, int n) {
+        DQ_UNROLL_BY_4
+        for (int i = t; i < n * D / 8; i += FOLD_THREADS) cp_async_16(&to[i / (D / 8)][i % (D / 8) * 8], from + 8 * i);
+    };
     auto copy_chunk = [&](int first) {
         if (turns || transform > p.k.max_dense) return;
         if (transform != 0) {
-            const uint16_t* from = p.k.decode + ((uint64_t(head) * p.k.max_dense + transform - 1) * D + first) * D;
-            for (int i = t; i < CHUNK * D / 8; i += FOLD_THREADS) cp_async_16(&matrix[i / (D / 8)][i % (D / 8) * 8], from + 8 * i);
-            cp_async_commit();
+            copy_rows(matrix, p.k.decode + ((uint64_t(head) * p.k.max_dense + transform - 1) * D + first) * D, CHUNK);
         } else {
             // Ones of f16 with the signs of the rotation.
             for (int i = t; i < CHUNK * D; i += FOLD_THREADS) matrix[i / D][i % D] = uint16_t(0x3C00u | rotation_sign<D>(p.k.rotation, i % D, first + i / D) << 15);
         }
     };
+    const bool named = names_transform(sets, transform);
     copy_chunk(0);
+    copy_rows(means, p.k.means + uint64_t(head) * DQ_MAX_SETS * D, DQ_MAX_SETS);
+    cp_async_commit();
+    wait_for_previous_kernel();
     // Nothing to do for a linear part that no set names.
-    if (!names_transform(sets, transform)) {
+    if (!named) {
         cp_async_wait<0>();
         return;
     }
-    if (t < int(units) * ROWS) {
-        const uint32_t u = first_unit + t / ROWS, of = u / n_tiles, row = u % n_tiles * ROWS + t % ROWS;
-        row_at[t] = NO_ROW;
-        if (of < p.n_streams) {
-            const Queries queries = queries_of(p, of);
+
+    // Phase 2: the largest magnitude of each row, which its halves count from. A lane knows where a row is; the warp takes 32
+    // channels of one at a time, and the second look finds them in registers where they fit, else near. Rows that do not exist are zero.
+    uint64_t row_at = NO_ROW;
+    {
+        const uint32_t u = first_unit + lane / ROWS, stream = u / n_tiles, row = u % n_tiles * ROWS + q;
+        if (lane < int(units) * ROWS && stream < p.n_streams) {
+            const Queries queries = queries_of(p, stream);
             if (row < queries.count * p.group) {
-                row_at[t] = (queries.first + row / p.group) * p.q.token_stride + (head * p.group + row % p.group) * p.q.head_stride;
+                row_at = (queries.first + row / p.group) * p.q.token_stride + (head * p.group + row % p.group) * p.q.head_stride;
             }
         }
     }
-    __syncthreads();
-    {
-        constexpr int AT_ONCE = FOLD_THREADS / D;
-        const int c = t % D, rows = t < AT_ONCE * D ? units * ROWS : 0;
-        const float factor = fold_factor(p);
-        DQ_UNROLL_BY_8
-        for (int i = t / D; i < rows; i += AT_ONCE) {
-            const uint32_t bits = row_at[i] != NO_ROW ? element_bits(p.q, row_at[i], c) : 0;
-            reinterpret_cast<float*>(scratch[i / ROWS])[c * ROWS + i % ROWS] = element_value(p.q, bits) * factor;
+    const float factor = fold_factor(p);
+    uint32_t bits[AT_ONCE];
+    auto each_piece = [&](bool first_look, auto&& use) {
+        const int tasks = units * ROWS * PIECES;
+        DQ_UNROLL_BY_1
+        for (int from = warp; from < tasks; from += AT_ONCE * FOLD_WARPS) {
+            DQ_UNROLL
+            for (int a = 0; a < AT_ONCE; a++) {
+                const int task = from + a * FOLD_WARPS, c = task % PIECES * 32 + lane;
+                if (task >= tasks || !(first_look || tasks > AT_ONCE * FOLD_WARPS)) break;
+                const uint64_t at = __shfl_sync(ALL_LANES, row_at, task / PIECES);
+                bits[a] = c < D && at != NO_ROW ? element_bits(p.q, at, c) : 0;
+            }
+            DQ_UNROLL
+            for (int a = 0; a < AT_ONCE; a++) {
+                const int task = from + a * FOLD_WARPS;
+                if (task >= tasks) break;
+                use(task / PIECES, task % PIECES, element_value(p.q, bits[a]) * factor);
+            }
         }
-    }
+    };
+    each_piece(true, [&](int row, int piece, float x) { most[row][piece] = __reduce_max_sync(ALL_LANES, __float_as_uint(fabsf(x))); });
+    __syncthreads();
+    // Attend floods the memory as soon as it has started; what is left here needs little of it.
+    start_next_kernel();
+
+    // Phase 3: the halves, and the rows themselves where butterflies take the matrix's place.
+    auto exponent = [&](int row) {
+        uint32_t of_row = 0;
+        DQ_UNROLL
+        for (int i = 0; i < PIECES; i++) of_row = of_row > most[row][i] ? of_row : most[row][i];
+        return exponent_of(of_row);
+    };
+    each_piece(false, [&](int row, int piece, float x) {
+        const int c = piece * 32 + lane;
+        if (c >= D) return;
+        const float small = x * __uint_as_float((254 - exponent(row)) << 23);
+        const uint16_t upper = float_to_half(small);
+        halves[2 * row][c] = upper;
+        halves[2 * row + 1][c] = float_to_half((small - half_to_float(upper)) * LOWER_HALF);
+        rows[row][c] = turns ? x : 0.0f;
+    });
     cp_async_wait<0>();
     __syncthreads();
-    const float4* query = scratch[unit];
 
-    // Phase 2: the constants q . mean of the sets that share this linear part; absent sets count to the rotation.
-    DQ_UNROLL_BY_1
-    for (int e = share; e < DQ_MAX_SETS && stream < p.n_streams; e += sharers) {
-        const bool present = sets.present >> e & 1;
-        if (present ? sets.transform[e] != transform : transform != 0) continue;
-        float sum[ROWS] = {};
-        const uint16_t* mean = p.k.means + (uint64_t(head) * DQ_MAX_SETS + e) * D;
-        for (int c = lane; c < D && present; c += 32) {
-            const float m = half_to_float(load_global(mean + c));
-            const float4 q = query[c];
-            sum[0] += q.x * m, sum[1] += q.y * m, sum[2] += q.z * m, sum[3] += q.w * m;
+    // Phase 4: products of sixteen means or latents (rows g and g + 8 of the mma) with a unit's queries: q', and the constants
+    // q . mean. Columns 2 r and 2 r + 1 are the upper and the lower half of row r.
+    auto products = [&](float (&sum)[2], int unit, int channels, int first, auto&& load_rows) {
+        const uint16_t* column = halves[2 * ROWS * unit + g] + 2 * q + first;
+        float acc[4] = {};
+        DQ_UNROLL_BY_4
+        for (int c = 0; c < channels; c += 16) {
+            const uint32_t b[2] = {*reinterpret_cast<const uint32_t*>(column + c), *reinterpret_cast<const uint32_t*>(column + c + 8)};
+            uint32_t a[4];
+            load_rows(a, c);
+            mma_f16(acc, a, b);
         }
+        const float worth = __uint_as_float(exponent(unit * ROWS + q) << 23);
         DQ_UNROLL
-        for (int r = 0; r < ROWS; r++) sum[r] = warp_sum(sum[r]);
-        float* out = p.constants + (((uint64_t(stream) * p.n_kv_heads + head) * DQ_MAX_SETS + e) * n_tiles + tile) * ROWS;
-        if (lane == 0) out[0] = sum[0], out[1] = sum[1], out[2] = sum[2], out[3] = sum[3];
-    }
-
-    // Phase 3: q' of this warp's share of the latents, 16 at a time: row g and g + 8 of an mma are latents, columns 2 r and
-    // 2 r + 1 the upper and the lower half of row r.
-    float acc[M_TILES][4] = {};
-    float worth_of_row = 1.0f;
-    if (!turns) {
-        float most[ROWS] = {};
-        for (int c = lane; c < D; c += 32) {
-            const float4 q = query[c];
-            most[0] = fmaxf(most[0], fabsf(q.x)), most[1] = fmaxf(most[1], fabsf(q.y));
-            most[2] = fmaxf(most[2], fabsf(q.z)), most[3] = fmaxf(most[3], fabsf(q.w));
+        for (int i = 0; i < 2; i++) sum[i] = (acc[2 * i] + acc[2 * i + 1] * (1.0f / LOWER_HALF)) * worth;
+    };
+    auto stream_of = [&](int unit) { return (first_unit + unit) / n_tiles; };
+    auto tile_of = [&](int unit) { return (first_unit + unit) % n_tiles; };
+    for (int first = 0; first < D && !turns; first += CHUNK) {
+        if (first > 0) {
+            __syncthreads();
+            copy_chunk(first);
+            cp_async_commit();
+            cp_async_wait<0>();
+            __syncthreads();
         }
-        // Powers of two that bring a row below 2.
-        float shrink = 1.0f;
-        DQ_UNROLL
-        for (int r = 0; r < ROWS; r++) {
-            uint32_t exponent = __float_as_uint(warp_max(most[r])) >> 23;
-            exponent = exponent < 1 ? 1 : exponent < 253 ? exponent : 253;
-            if (lane >> 3 == r) shrink = __uint_as_float((254 - exponent) << 23);
-            if ((lane & 3) == r) worth_of_row = __uint_as_float(exponent << 23);
-        }
-        const float* mine = reinterpret_cast<const float*>(query) + (lane >> 3);
-        const bool lower = lane >> 2 & 1;
-        auto half_of = [&](int c) -> uint32_t {
-            const float x = mine[c * ROWS] * shrink;
-            const uint16_t upper = float_to_half(x);
-            return lower ? float_to_half((x - half_to_float(upper)) * LOWER_HALF) : upper;
-        };
-        const uint16_t* source = &matrix[(lane >> 4) * 8 + (lane & 7)][(lane >> 3 & 1) * 8];
-        for (int first = 0; first < D; first += CHUNK) {
-            if (first > 0) {
-                __syncthreads();
-                copy_chunk(first);
-                cp_async_wait<0>();
-                __syncthreads();
-            }
-            DQ_UNROLL_BY_1
-            for (int k = 0; k < CHUNK; k += 16) {
-                const int c = first + k + 2 * (lane & 3);
-                const uint32_t b[2] = {half_of(c) | half_of(c + 1) << 16, half_of(c + 8) | half_of(c + 9) << 16};
-                DQ_UNROLL
-                for (int m = 0; m < M_TILES; m++) {
-                    if ((m & (sharers - 1)) != share) continue;
-                    uint32_t a[4];
-                    ldmatrix_trans(a, source + k * STRIDE + 16 * m);
-                    mma_f16(acc[m], a, b);
-                }
-            }
-        }
-    }
-    // Nobody needs the queries any more.
-    __syncthreads();
-    float4* mine = scratch[unit];
-    if (!turns) {
-        DQ_UNROLL
-        for (int m = 0; m < M_TILES; m++) {
-            if ((m & (sharers - 1)) != share) continue;
-            float* out = reinterpret_cast<float*>(mine + 16 * m + (lane >> 2)) + (lane & 3);
-            out[0] = (acc[m][0] + acc[m][1] * (1.0f / LOWER_HALF)) * worth_of_row;
-            out[8 * ROWS] = (acc[m][2] + acc[m][3] * (1.0f / LOWER_HALF)) * worth_of_row;
-        }
-    }
-    __syncthreads();
-    if (share != 0 || stream >= p.n_streams) return;
-
-    // Phase 4: the unit's first warp turns the queries by itself where a rotation is all there is,
-    if constexpr (BUTTERFLIES) {
         DQ_UNROLL_BY_1
-        for (int r = 0; r < (turns ? ROWS : 0); r++) {
-            float* row = reinterpret_cast<float*>(mine) + r;
-            float v[D / 32];
-            DQ_UNROLL
-            for (int k = 0; k < D / 32; k++) v[k] = with_sign(row[(lane + 32 * k) * ROWS], rotation_sign<D>(p.k.rotation, 0, lane + 32 * k));
-            butterflies<D>(v, lane);
-            DQ_UNROLL
-            for (int k = 0; k < D / 32; k++) row[(lane + 32 * k) * ROWS] = v[k];
+        for (int i = warp; i < int(units) * (D / 16); i += FOLD_WARPS) {
+            const int unit = i / (D / 16), latent = i % (D / 16) * 16;
+            const uint16_t* source = &matrix[(lane >> 4) * 8 + (lane & 7)][(lane >> 3 & 1) * 8 + latent];
+            float sum[2];
+            products(sum, unit, CHUNK, first, [&](uint32_t (&a)[4], int c) { ldmatrix_trans(a, source + c * STRIDE); });
+            rows[unit * ROWS + q][latent + g] += sum[0], rows[unit * ROWS + q][latent + g + 8] += sum[1];
         }
     }
-    // brings q' into levels, which count in units of their tier's book,
-    float largest[ROWS] = {};
+    // Of all sets that share this linear part; absent ones count to the rotation.
     DQ_UNROLL_BY_1
-    for (int j = lane; j < D; j += 32) {
-        float4 s = mine[j];
-        float worth = transform == 0 ? rsqrtf(float(D)) : 1.0f;
-        for_each<K::tiers>([&](auto tier) {
-            constexpr int T = decltype(tier)::value;
-            if (j >= K::first(T) && j < K::first(T) + K::channels(T)) worth *= Book<K::bits(T)>::unit;
-        });
-        s.x *= worth, s.y *= worth, s.z *= worth, s.w *= worth;
-        mine[j] = s;
-        largest[0] = fmaxf(largest[0], fabsf(s.x)), largest[1] = fmaxf(largest[1], fabsf(s.y));
-        largest[2] = fmaxf(largest[2], fabsf(s.z)), largest[3] = fmaxf(largest[3], fabsf(s.w));
-    }
-
-    // finds the step of each row, from its largest magnitude,
-    float inverse[ROWS];
-    DQ_UNROLL
-    for (int r = 0; r < ROWS; r++) {
-        const float most = warp_max(largest[r]);
-        if (lane == 0) {
-            uint64_t at = ((uint64_t(stream) * p.n_kv_heads + head) * DQ_MAX_TRANSFORMS + transform) * n_tiles + tile;
-            p.folded_scales[at * ROWS + r] = most / FOLD_RANGE;
-        }
-        inverse[r] = most > 0.0f ? FOLD_RANGE / most : 0.0f;
-    }
-
-    // and puts the bytes to their place in the fragments.
-    uint32_t* words = reinterpret_cast<uint32_t*>(fragments[unit]);
-    DQ_UNROLL_BY_1
-    for (int i = lane; i < K::groups * 64; i += 32) words[i] = 0;
-    __syncwarp();
-    DQ_UNROLL_BY_1
-    for (int j = lane; j < D; j += 32) {
-        int first_channel = 0, channels = 0, groups = 0;
-        for_each<K::tiers>([&](auto tier) {
-            constexpr int T = decltype(tier)::value;
-            if (j >= K::first(T)) first_channel = K::first(T), channels = K::channels(T), groups = K::groups_before(T);
-        });
-        const KPosition k = k_position(channels, j - first_channel);
-        uint8_t* at = fragments[unit] + (groups + k.group) * 256 + k.q * 8 + k.reg * 4 + k.byte;
-        const float4 v = mine[j];
-        const float row[ROWS] = {v.x, v.y, v.z, v.w};
+    for (int unit = FOLD_WARPS - 1 - warp; unit < int(units) && stream_of(unit) < p.n_streams; unit += FOLD_WARPS) {
+        const uint16_t* source = &means[(lane >> 3 & 1) * 8 + (lane & 7)][(lane >> 4) * 8];
+        float sum[2];
+        products(sum, unit, D, 0, [&](uint32_t (&a)[4], int c) { ldmatrix(a, source + c); });
         DQ_UNROLL
-        for (int r = 0; r < ROWS; r++) {
-            const int whole = __float2int_rn(row[r] * inverse[r]), high = (whole + 128) >> 8, low = whole - 256 * high;
-            at[(2 * r) * 32] = uint8_t(high);
-            at[(2 * r + 1) * 32] = uint8_t(low);
+        for (int i = 0; i < 2; i++) {
+            const uint32_t e = g + 8 * i;
+            if (!sets.is_over(e, transform)) continue;
+            const uint64_t at = ((uint64_t(stream_of(unit)) * p.n_kv_heads + head) * DQ_MAX_SETS + e) * n_tiles + tile_of(unit);
+            p.constants[at * ROWS + q] = sets.present >> e & 1 ? sum[i] : 0.0f;
         }
     }
-    __syncwarp();
-    uint32_t* out = reinterpret_cast<uint32_t*>(p.folded + folded_tile<K>(p, stream, head, transform, tile, n_tiles));
+    __syncthreads();
+
+    // Phase 5: a warp to a row: its levels, the step from the largest, the bytes.
     DQ_UNROLL_BY_1
-    for (int i = lane; i < K::groups * 64; i += 32) out[i] = words[i];
+    for (int row = warp; row < int(units) * ROWS && stream_of(row / ROWS) < p.n_streams; row += FOLD_WARPS) {
+        float v[PIECES], largest = 0.0f;
+        DQ_UNROLL
+        for (int k = 0; k < PIECES; k++) v[k] = lane + 32 * k < D ? rows[row][lane + 32 * k] : 0.0f;
+        if constexpr (BUTTERFLIES) {
+            if (turns) {
+                DQ_UNROLL
+                for (int k = 0; k < PIECES; k++) v[k] = with_sign(v[k], rotation_sign<D>(p.k.rotation, 0, lane + 32 * k));
+                butterflies<D>(v, lane);
+            }
+        }
+        DQ_UNROLL
+        for (int k = 0; k < PIECES; k++) v[k] *= folded_worth<K>(lane + 32 * k, transform), largest = fmaxf(largest, fabsf(v[k]));
+        largest = warp_max(largest);
+        const float inverse = largest > 0.0f ? FOLD_RANGE / largest : 0.0f;
+        // Groups of a tier that are not full have channels that do not exist.
+        for (int i = lane; K::groups * 32 != D && i < K::groups * FOLDED_ROW / 4; i += 32) reinterpret_cast<uint32_t*>(fragments)[i] = 0;
+        __syncwarp();
+        DQ_UNROLL
+        for (int k = 0; k < PIECES; k++) if (lane + 32 * k < D) place_folded<K>(fragments, lane + 32 * k, v[k] * inverse);
+        __syncwarp();
+        const int unit = row / ROWS, r = row % ROWS;
+        uint8_t* out = p.folded + folded_tile<K>(p, stream_of(unit), head, transform, tile_of(unit), n_tiles) + r * FOLDED_ROW;
+        for (int i = lane; i < K::groups * FOLDED_ROW / 16; i += 32) {
+            const int group = i / (FOLDED_ROW / 16);
+            *reinterpret_cast<uint4*>(out + group * 256 + i % (FOLDED_ROW / 16) * 16) = reinterpret_cast<const uint4*>(fragments)[i];
+        }
+        const uint64_t at = ((uint64_t(stream_of(unit)) * p.n_kv_heads + head) * DQ_MAX_TRANSFORMS + transform) * n_tiles + tile_of(unit);
+        if (lane == 0) p.folded_scales[at * ROWS + r] = largest / FOLD_RANGE;
+        __syncwarp();
+    }
 }
 
 }  // namespace dq

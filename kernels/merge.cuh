@@ -2,189 +2,195 @@
 //   out = (sum_t decode_t acc_t + sum_e l_e mean_e + acc of the tail) / l
 // A row without visible keys yields zeros.
 //
-// Grid: one block per row (stream, KV head, query, query head of the group). Up to 16 warps; each takes every so many
-// parts, lanes over runs of four channels.
+// Grid: one block per row (stream, KV head, query, query head of the group). Up to 16 warps; each takes every so many parts,
+// lanes over runs of channels. Memory is far away and there is little else to do: a warp loads several parts whole before it
+// knows the first maximum, and weighs them from the largest that it has seen. The first warp joins the warps and goes on
+// alone.
 #pragma once
 #include "attend.cuh"
 
 namespace dq {
 
-// Weights of parts that wait in shared memory.
-constexpr uint32_t MERGE_PARTS = 512;
+// Parts that a warp loads at a time; src/cuda/launch.rs has as many for each warp where it can.
+template <class V> constexpr int MERGE_AT_ONCE = V::D <= 128 ? 8 : 4;
 
 template <class V>
 __device__ __forceinline__ void attend_merge(const DqAttend& p) {
-    constexpr int D = V::D, WARPS = 16, PER = (D + 127) / 128, AT_ONCE = 4;
+    constexpr int D = V::D, WARPS = 16, RUN = D == 64 ? 2 : 4, PER = (D + 32 * RUN - 1) / (32 * RUN), CHANNELS = PER * RUN;
+    constexpr int AT_ONCE = MERGE_AT_ONCE<V>;
+    constexpr bool BUTTERFLIES = (D & (D - 1)) == 0;
     __shared__ __align__(16) float gathered[WARPS][D];
     __shared__ __align__(16) float latents[D];
-    __shared__ float weights[MERGE_PARTS], set_sums[DQ_MAX_SETS + 1];
-    __shared__ float sums[WARPS][DQ_MAX_SETS + 1];  // the last: the tail's
-    __shared__ float reduced[WARPS];
+    __shared__ __align__(16) uint16_t means[DQ_MAX_SETS][D];
+    __shared__ float sums[WARPS][DQ_MAX_SETS];
+    __shared__ float most[WARPS];
     const uint32_t t = threadIdx.x, warp = t >> 5, lane = t & 31, warps = blockDim.x >> 5;
     const uint32_t n_rows = p.n_q * p.group, row = blockIdx.x % n_rows;
     const uint32_t head = blockIdx.x / n_rows % p.n_kv_heads, stream = blockIdx.x / n_rows / p.n_kv_heads;
-    const uint32_t parts_per_transform = p.n_splits * p.key_warps;
     const uint64_t first = uint64_t(blockIdx.x) * attend_parts(p);
     const uint32_t query = row / p.group, q_head = head * p.group + row % p.group;
     const Queries queries = queries_of(p, stream);
-    if (query >= queries.count) return;
-    // Threads that share a channel of the output, each with a run of latents.
-    constexpr uint32_t MOST_RUNS_OF_LATENTS = 4;
-    const uint32_t runs = blockDim.x >= MOST_RUNS_OF_LATENTS * D && D % (8 * MOST_RUNS_OF_LATENTS) == 0 ? MOST_RUNS_OF_LATENTS : 1;
-
-    const uint32_t present = p.v.heads[head].present;
+    start_next_kernel();
+    if (query >= queries.count) return wait_for_previous_kernel();
+    const SetList sets(p.v.heads[head]);
+    for (uint32_t i = t; i < DQ_MAX_SETS * D / 8; i += blockDim.x) {
+        const uint32_t e = i / (D / 8), c = i % (D / 8) * 8;
+        if (sets.present >> e & 1) cp_async_16(&means[e][c], p.v.means + (uint64_t(head) * DQ_MAX_SETS + e) * D + c);
+    }
+    cp_async_commit();
+    // The lane's channels: RUN of them from each of these on.
+    auto channel = [&](int k) { return RUN * int(lane + 32 * k); };
+    uint32_t negative = 0;  // those whose sign the rotation turns
+    if constexpr (BUTTERFLIES) {
+        DQ_UNROLL
+        for (int c = 0; c < CHANNELS; c++) negative |= rotation_sign<D>(p.v.rotation, 0, channel(c / RUN) + c % RUN) << c;
+    }
     wait_for_previous_kernel();
 
-    // Phase 1: the maximum over all parts, and the sink's logit.
-    float m = p.sink_logits != nullptr ? p.sink_logits[q_head] * LOG2_E : NEVER;
-    const float sink = m;
-    for (uint32_t i = t; i < attend_parts(p); i += blockDim.x) m = fmaxf(m, p.partial_sums[(first + i) * SUMS + DQ_MAX_SETS]);
-    m = warp_max(m);
-    if (lane == 0) reduced[warp] = m;
-    __syncthreads();
-    for (uint32_t w = 0; w < warps; w++) m = fmaxf(m, reduced[w]);
-    const bool any = m > NEVER;
-    // The weighted sum of `n` parts from `begin` on, in `latents`, unless all are without weight; to `sum` what the lane's
-    // entry of their sums adds up to. Several parts at a time, so that their loads overlap; nothing is read of a part without
-    // weight. The tail's parts have one entry and no unit.
-    auto gather = [&](auto tail, uint32_t begin, uint32_t n, float& sum) -> bool {
-        constexpr bool TAIL = decltype(tail)::value;
-        float4 acc[PER] = {};
-        bool seen = false;
-        for (uint32_t from = 0; from < n; from += MERGE_PARTS) {
-            const uint32_t some = n - from < MERGE_PARTS ? n - from : MERGE_PARTS;
-            const uint64_t at = first + begin + from;
-            __syncthreads();
-            for (uint32_t i = t; i < some; i += blockDim.x) {
-                // A part that saw no key left nothing behind but its maximum.
-                const float part_m = p.partial_sums[(at + i) * SUMS + DQ_MAX_SETS];
-                const bool counts = any && part_m > NEVER;
-                weights[i] = counts ? exp2_fast(part_m - m) : 0.0f;
-                seen |= counts;
+    auto load_runs = [&](float* to, const float* from) {
+        DQ_UNROLL
+        for (int k = 0; k < PER; k++) {
+            if (D % (32 * RUN) != 0 && channel(k) >= D) continue;
+            if constexpr (RUN == 4) {
+                const float4 v = *reinterpret_cast<const float4*>(from + channel(k));
+                to[4 * k] = v.x, to[4 * k + 1] = v.y, to[4 * k + 2] = v.z, to[4 * k + 3] = v.w;
+            } else {
+                const float2 v = *reinterpret_cast<const float2*>(from + channel(k));
+                to[2 * k] = v.x, to[2 * k + 1] = v.y;
             }
-            __syncthreads();
-            for (uint32_t i = warp; i < some; i += AT_ONCE * warps) {
-                float weight[AT_ONCE], entry[AT_ONCE];
-                float4 v[AT_ONCE][PER];
+        }
+    };
+
+    // Of the first warp: the output so far, the sum of weights of set `lane`, that of all without a set (the sink's, the
+    // tail's), all counted from exp2(m).
+    float x[CHANNELS] = {}, set_sum = 0.0f, other_sum = p.sink_logits != nullptr ? 1.0f : 0.0f;
+    float m = p.sink_logits != nullptr ? p.sink_logits[q_head] * LOG2_E : NEVER;
+    bool again = false;
+    for (uint32_t source = 0; source <= p.v_transforms; source++) {
+        const bool tail = source == p.v_transforms;
+        if (tail ? p.tail.parts == 0 : !names_transform(sets, source)) continue;
+        if (again) __syncthreads();
+        again = true;
+
+        // Phase 1: each warp its parts, relative to their maximum. A part that saw no key is zeros.
+        const uint64_t begin = first + (tail ? coded_parts(p) : source * p.n_splits);
+        const uint32_t n = tail ? p.tail.parts : p.n_splits;
+        float acc[CHANNELS] = {}, sum = 0.0f, of_warp = NEVER;
+        for (uint32_t i = warp; i < n; i += AT_ONCE * warps) {
+            float v[AT_ONCE][CHANNELS], entry[AT_ONCE], highest[AT_ONCE];
+            DQ_UNROLL
+            for (int a = 0; a < AT_ONCE; a++) {
+                const uint64_t part = begin + i + a * warps;
+                highest[a] = NEVER, entry[a] = 0.0f;
                 DQ_UNROLL
-                for (int a = 0; a < AT_ONCE; a++) {
-                    const uint32_t part = i + a * warps;
-                    weight[a] = part < some ? weights[part] : 0.0f;
-                    entry[a] = weight[a] != 0.0f && lane < (TAIL ? 1 : DQ_MAX_SETS) ? p.partial_sums[(at + part) * SUMS + lane] : 0.0f;
-                    DQ_UNROLL
-                    for (int k = 0; k < PER; k++) {
-                        const int c = 4 * (lane + 32 * k);
-                        v[a][k] = {};
-                        if (weight[a] != 0.0f && c < D) v[a][k] = *reinterpret_cast<const float4*>(p.partial + (at + part) * D + c);
-                    }
-                }
+                for (int c = 0; c < CHANNELS; c++) v[a][c] = 0.0f;
+                if (i + a * warps >= n) continue;
+                highest[a] = p.partial_sums[part * SUMS + DQ_MAX_SETS];
+                // The tail's have one entry.
+                if (lane < (tail ? 1 : DQ_MAX_SETS)) entry[a] = p.partial_sums[part * SUMS + lane];
+                load_runs(v[a], p.partial + part * D);
+            }
+            const float before = of_warp;
+            DQ_UNROLL
+            for (int a = 0; a < AT_ONCE; a++) of_warp = fmaxf(of_warp, highest[a]);
+            const float shrink = weight_from(before, of_warp);
+            sum *= shrink;
+            DQ_UNROLL
+            for (int c = 0; c < CHANNELS; c++) acc[c] *= shrink;
+            DQ_UNROLL
+            for (int a = 0; a < AT_ONCE; a++) {
+                const float weight = weight_from(highest[a], of_warp);
+                sum += weight * entry[a];
                 DQ_UNROLL
-                for (int a = 0; a < AT_ONCE; a++) {
-                    sum += weight[a] * entry[a];
-                    DQ_UNROLL
-                    for (int k = 0; k < PER; k++) {
-                        acc[k].x += weight[a] * v[a][k].x, acc[k].y += weight[a] * v[a][k].y;
-                        acc[k].z += weight[a] * v[a][k].z, acc[k].w += weight[a] * v[a][k].w;
-                    }
-                }
+                for (int c = 0; c < CHANNELS; c++) acc[c] += weight * v[a][c];
             }
         }
         DQ_UNROLL
         for (int k = 0; k < PER; k++) {
-            const int c = 4 * (lane + 32 * k);
-            if (c < D) *reinterpret_cast<float4*>(&gathered[warp][c]) = acc[k];
-        }
-        if (!__syncthreads_or(seen)) return false;
-        for (int c = t; c < D; c += blockDim.x) {
-            float y = 0.0f;
-            for (uint32_t w = 0; w < warps; w++) y += gathered[w][c];
-            for_each<V::tiers>([&](auto tier) {
-                constexpr int T = decltype(tier)::value;
-                if (!TAIL && c >= V::first(T) && c < V::first(T) + V::channels(T)) y *= Book<V::bits(T)>::unit;
-            });
-            latents[c] = y;
-        }
-        __syncthreads();
-        return true;
-    };
-
-    // Phase 2: each linear part gathered, unfolded and added; sums per set. A thread's channels are t, t + blockDim ...;
-    // with runs, thread t has channel t % D.
-    float x[4 * PER] = {}, set_sum = 0.0f, tail_sum = 0.0f;
-    auto add_latents = [&] {
-        for (uint32_t i = 0, c = t; c < D; c += blockDim.x, i++) {
             DQ_UNROLL
-            for (int k = 0; k < 4 * PER; k++) if (k == int(i)) x[k] += latents[c];
+            for (int i = 0; i < RUN; i++) if (channel(k) < D) gathered[warp][channel(k) + i] = acc[RUN * k + i];
         }
-    };
-    for (uint32_t transform = 0; transform < p.v_transforms; transform++) {
-        if (!gather(Int<0>{}, transform * parts_per_transform, parts_per_transform, set_sum)) continue;
-        constexpr bool BUTTERFLIES = (D & (D - 1)) == 0;
-        if (BUTTERFLIES && transform == 0) {
+        if (lane < DQ_MAX_SETS) sums[warp][lane] = sum;
+        if (lane == 0) most[warp] = of_warp;
+        cp_async_wait<0>();
+        __syncthreads();
+
+        // Phase 2: the warps joined, and out of the coded space.
+        float y[CHANNELS] = {};
+        if (warp == 0) {
+            of_warp = lane < warps ? most[lane] : NEVER;
+            const float before = m;
+            m = fmaxf(m, warp_max(of_warp));
+            const float weights = weight_from(of_warp, m), shrink = weight_from(before, m);
+            set_sum *= shrink, other_sum *= shrink, sum = 0.0f;
+            DQ_UNROLL
+            for (int c = 0; c < CHANNELS; c++) x[c] *= shrink;
+            DQ_UNROLL_BY_4
+            for (uint32_t w = 0; w < warps; w++) {
+                const float weight = __shfl_sync(ALL_LANES, weights, w);
+                float v[CHANNELS] = {};
+                load_runs(v, gathered[w]);
+                sum += weight * sums[w][lane % DQ_MAX_SETS];
+                DQ_UNROLL
+                for (int c = 0; c < CHANNELS; c++) y[c] += weight * v[c];
+            }
+            if (tail) other_sum += __shfl_sync(ALL_LANES, sum, 0);
+            else set_sum += sum;
+            DQ_UNROLL
+            for (int c = 0; c < CHANNELS; c++) {
+                const int at = channel(c / RUN) + c % RUN;
+                for_each<V::tiers>([&](auto tier) {
+                    constexpr int T = decltype(tier)::value;
+                    if (!tail && at >= V::first(T) && at < V::first(T) + V::channels(T)) y[c] *= Book<V::bits(T)>::unit;
+                });
+            }
+        }
+        if (BUTTERFLIES && source == 0) {
             if constexpr (BUTTERFLIES) {
                 if (warp == 0) {
-                    float v[D / 32];
+                    // Channels' bits are in another order here than there: to Hadamard's matrix one is as good as the other.
+                    butterflies<D>(y, lane);
                     DQ_UNROLL
-                    for (int k = 0; k < D / 32; k++) v[k] = latents[lane + 32 * k];
-                    butterflies<D>(v, lane);
-                    DQ_UNROLL
-                    for (int k = 0; k < D / 32; k++) {
-                        const int c = lane + 32 * k;
-                        latents[c] = with_sign(v[k], rotation_sign<D>(p.v.rotation, 0, c)) * rsqrtf(float(D));
-                    }
+                    for (int c = 0; c < CHANNELS; c++) y[c] = with_sign(y[c], negative >> c & 1) * rsqrtf(float(D));
                 }
             }
-            __syncthreads();
-            add_latents();
-        } else if (runs > 1) {
-            if (t < runs * D) x[0] += unfold_channel<D>(p.v, head, transform, latents, t % D, t / D * (D / runs), D / runs);
-        } else {
-            for (uint32_t i = 0, c = t; c < D; c += blockDim.x, i++) {
-                float part = unfold_channel<D>(p.v, head, transform, latents, c, 0, D);
+        } else if (!tail) {
+            if (warp == 0) {
                 DQ_UNROLL
-                for (int k = 0; k < 4 * PER; k++) if (k == int(i)) x[k] += part;
+                for (int c = 0; c < CHANNELS; c++) if (channel(c / RUN) < D) latents[channel(c / RUN) + c % RUN] = y[c], y[c] = 0.0f;
+            }
+            __syncthreads();
+            // Threads that share a channel of the output, each with a run of latents.
+            constexpr uint32_t MOST_SHARERS = 4;
+            const uint32_t sharers = blockDim.x >= MOST_SHARERS * D && D % (8 * MOST_SHARERS) == 0 ? MOST_SHARERS : 1;
+            for (uint32_t i = t; i < sharers * D; i += blockDim.x) {
+                gathered[i / D][i % D] = unfold_channel<D>(p.v, head, source, latents, i % D, i / D * (D / sharers), D / sharers);
+            }
+            __syncthreads();
+            for (uint32_t s = 0; s < sharers && warp == 0; s++) {
+                float v[CHANNELS] = {};
+                load_runs(v, gathered[s]);
+                DQ_UNROLL
+                for (int c = 0; c < CHANNELS; c++) y[c] += v[c];
             }
         }
+        DQ_UNROLL
+        for (int c = 0; c < CHANNELS; c++) x[c] += y[c];
     }
+    if (warp != 0) return;
 
-    // The tail was never folded.
-    if (p.tail.parts > 0 && gather(Int<1>{}, coded_parts(p), p.tail.parts, tail_sum)) add_latents();
-
-    // Phase 3: the runs of a channel, the means, and the sum of all weights.
-    __syncthreads();
-    if (runs > 1) {
-        if (t < runs * D) gathered[t / D][t % D] = x[0];
-        __syncthreads();
-        if (t < D) x[0] = (gathered[0][t] + gathered[1][t]) + (gathered[2][t] + gathered[3][t]);
-    }
-    if (lane < DQ_MAX_SETS) sums[warp][lane] = set_sum;
-    if (lane == 0) sums[warp][DQ_MAX_SETS] = tail_sum;
-    __syncthreads();
-    if (t <= DQ_MAX_SETS) {
-        float l = 0.0f;
-        for (uint32_t w = 0; w < warps; w++) l += sums[w][t];
-        set_sums[t] = l;
-    }
-    __syncthreads();
-    float total = set_sums[DQ_MAX_SETS] + (any && p.sink_logits != nullptr ? exp2_fast(sink - m) : 0.0f);
-    for (uint32_t left = present; left != 0; left &= left - 1) {
+    // Phase 3: the means, and the sum of all weights.
+    const float total = warp_sum(lane < DQ_MAX_SETS ? set_sum : 0.0f) + other_sum;
+    for (uint32_t left = sets.present; left != 0; left &= left - 1) {
         const uint32_t e = __ffs(left) - 1;
-        const float l = set_sums[e];
-        if (l == 0.0f) continue;
-        total += l;
-        const uint16_t* mean = p.v.means + (uint64_t(head) * DQ_MAX_SETS + e) * D;
-        for (uint32_t i = 0, c = t; c < D; c += blockDim.x, i++) {
-            float part = l * half_to_float(load_global(mean + c));
-            DQ_UNROLL
-            for (int k = 0; k < 4 * PER; k++) if (k == int(i)) x[k] += part;
-        }
+        const float l = __shfl_sync(ALL_LANES, set_sum, e);
+        DQ_UNROLL
+        for (int c = 0; c < CHANNELS; c++) if (l != 0.0f && channel(c / RUN) < D) x[c] += l * half_to_float(means[e][channel(c / RUN) + c % RUN]);
     }
     const float scale = total > 0.0f ? 1.0f / total : 0.0f;
-    for (uint32_t i = 0, c = t; c < D; c += blockDim.x, i++) {
-        float v = 0.0f;
-        DQ_UNROLL
-        for (int k = 0; k < 4 * PER; k++) if (k == int(i)) v = x[k];
-        store_row(p.out, queries.first + query, q_head, c, v * scale);
+    DQ_UNROLL
+    for (int c = 0; c < CHANNELS; c++) {
+        if (channel(c / RUN) < D) store_row(p.out, queries.first + query, q_head, channel(c / RUN) + c % RUN, x[c] * scale);
     }
 }
 

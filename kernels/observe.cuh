@@ -381,6 +381,7 @@ __device__ __forceinline__ void observe(const DqObserve& p) {
     const uint32_t head = blockIdx.x, kind = blockIdx.y + (p.flush == 2 ? 2 : 0), t = threadIdx.x;
     const DqUnits& units = units_of(p, kind);
     Entered& entered = entered_of(p, kind, head);
+    wait_for_previous_kernel();
     if (t == 0) entered.turns = 0;
     if (units.data == nullptr || (!p.flush && rows_of(p, kind).data == nullptr)) return;
     const uint32_t d = units.dim;
@@ -414,7 +415,7 @@ __device__ __forceinline__ void observe(const DqObserve& p) {
         __syncthreads();
         DqHeadSets* sets = (kind == 0 ? p.k_heads : p.v_heads) + head;
         uint16_t* means = (kind == 0 ? p.k_means : p.v_means) + uint64_t(head) * DQ_MAX_SETS * d;
-        if (t == 0) enter_sink(s, s.row, *sets, means, d);
+        if (t == 0) enter_sink(s, s.row, *sets, means, d), __threadfence();
         __syncthreads();
     }
     uint32_t left = s.n_list - turns * OBSERVE_BLOCK;
@@ -452,6 +453,8 @@ __device__ __forceinline__ void products(const DqObserve& p) {
     const uint32_t head = blockIdx.y, kind = blockIdx.z, t = threadIdx.x;
     const DqUnits& units = units_of(p, kind);
     const Entered& entered = entered_of(p, kind, head);
+    start_next_kernel();
+    wait_for_previous_kernel();
     if (units.data == nullptr || !units.with_second || entered.turns == 0 || blockIdx.x >= product_tiles(units.dim)) return;
     const uint32_t d = units.dim, turns = entered.turns;
     const UnitRows rows(p, rows_of(p, kind), head, kind == 2 ? p.group : 1);
@@ -544,6 +547,7 @@ __device__ __forceinline__ void publish(const DqPublish& p) {
     __syncthreads();
     if (id != 0 && fit.id == 0) {
         for (uint32_t c = t; c < units.dim; c += blockDim.x) means[id * units.dim + c] = p.means[uint64_t(unit) * OBSERVE_DIM + c];
+        __threadfence();
     }
     if (t != 0) return;
     p.ids[unit] = id;
@@ -553,6 +557,7 @@ __device__ __forceinline__ void publish(const DqPublish& p) {
         sets.newest = uint8_t(id);
         sets.encode_dense = fit.encode_dense;
         for (int k = 0; k < DQ_MAX_TIERS; k++) sets.kappa[k] = fit.kappa[k];
+        __threadfence();
     }
     DqMoments& m = *Unit(units, head).head;
     m.due = fit.due;

@@ -4,10 +4,27 @@
 
 namespace dq {
 
+// Which sets of a head there are, and over which linear parts. Past the L1, which may be older than the tables when a kernel
+// has started early.
+struct SetList {
+    uint32_t present;
+    uint2 lower, upper;  // linear parts, a byte to a set
+    __device__ __forceinline__ explicit SetList(const DqHeadSets& sets) : present(load_fresh(&sets.present)) {
+        static_assert(DQ_MAX_SETS == 16 && offsetof(DqHeadSets, transform) % 8 == 0 && sizeof(DqHeadSets) % 8 == 0, "");
+        const uint2* words = reinterpret_cast<const uint2*>(sets.transform);
+        lower = load_fresh(words), upper = load_fresh(words + 1);
+    }
+    // Whether set e is over this linear part; absent ones count to the rotation.
+    __device__ __forceinline__ bool is_over(uint32_t e, uint32_t transform) const {
+        const uint32_t word = e & 8 ? (e & 4 ? upper.y : upper.x) : (e & 4 ? lower.y : lower.x);
+        return (present >> e & 1 ? word >> (8 * (e % 4)) & 0xFF : 0) == transform;
+    }
+};
 // Whether a head has a set over this linear part. The rotation always has one.
-__device__ __forceinline__ bool names_transform(const DqHeadSets& sets, uint32_t transform) {
+__device__ __forceinline__ bool names_transform(const SetList& sets, uint32_t transform) {
     bool named = transform == 0;
-    for (int e = 0; e < DQ_MAX_SETS; e++) named |= (sets.present >> e & 1) && sets.transform[e] == transform;
+    DQ_UNROLL
+    for (uint32_t e = 0; e < DQ_MAX_SETS; e++) named |= sets.is_over(e, transform);
     return named;
 }
 

@@ -202,13 +202,14 @@ struct ReducePayload {
     uint32_t value;
 };
 
-inline uint32_t reduce_or(uint32_t mask, uint32_t value, const char* file, int line) {
+template <class Join>
+uint32_t reduce(Join, uint32_t mask, uint32_t value, const char* file, int line) {
     ReducePayload p{value};
     meet(
         [](Lanes lanes, uint32_t mask) {
             uint32_t all = 0;
             for (unsigned l = 0; l < 32; l++) {
-                if (mask >> l & 1) all |= static_cast<ReducePayload*>(lanes[l])->value;
+                if (mask >> l & 1) all = Join()(all, static_cast<ReducePayload*>(lanes[l])->value);
             }
             for (unsigned l = 0; l < 32; l++) {
                 if (mask >> l & 1) static_cast<ReducePayload*>(lanes[l])->value = all;
@@ -217,6 +218,8 @@ inline uint32_t reduce_or(uint32_t mask, uint32_t value, const char* file, int l
         mask, &p, file, line);
     return p.value;
 }
+struct Or { uint32_t operator()(uint32_t a, uint32_t b) const { return a | b; } };
+struct Max { uint32_t operator()(uint32_t a, uint32_t b) const { return a > b ? a : b; } };
 
 }  // namespace emu
 
@@ -242,4 +245,5 @@ T __shfl_up_sync(uint32_t mask, T v, unsigned s, int width = 32, EMU_CALLER) {
 inline uint32_t __ballot_sync(uint32_t mask, int v, EMU_CALLER) { return emu::ballot(mask, v != 0, file, line); }
 inline int __any_sync(uint32_t mask, int v, EMU_CALLER) { return emu::ballot(mask, v != 0, file, line) != 0; }
 inline int __all_sync(uint32_t mask, int v, EMU_CALLER) { return emu::ballot(mask, v != 0, file, line) == mask; }
-inline uint32_t __reduce_or_sync(uint32_t mask, uint32_t v, EMU_CALLER) { return emu::reduce_or(mask, v, file, line); }
+inline uint32_t __reduce_or_sync(uint32_t mask, uint32_t v, EMU_CALLER) { return emu::reduce(emu::Or(), mask, v, file, line); }
+inline uint32_t __reduce_max_sync(uint32_t mask, uint32_t v, EMU_CALLER) { return emu::reduce(emu::Max(), mask, v, file, line); }

@@ -211,7 +211,7 @@ void run(const Case& c, std::mt19937_64& rng) {
 
     p.fold_tiles = n_tiles, p.fold_units = c.n_streams * n_tiles > 8 ? 8 : c.n_streams;
     if (p.fold_units == 3) p.fold_units = 4;
-    rt::launch(fold_kernel<K, V, NT>, dim3(c.n_kv * DQ_MAX_TRANSFORMS, (c.n_streams * n_tiles + p.fold_units - 1) / p.fold_units), dq::FOLD_THREADS, dq::fold_shared_bytes<K>(), p);
+    rt::launch(fold_kernel<K, V, NT>, dim3(c.n_kv * DQ_MAX_TRANSFORMS, (c.n_streams * n_tiles + p.fold_units - 1) / p.fold_units), dq::FOLD_THREADS, dq::fold_shared_bytes<K>(p.fold_units), p);
     if (c.tail) {
         rt::launch(tail_kernel, dim3((c.n_q * c.group + 3) / 4 * c.tail_parts, c.n_kv, c.n_streams), 32 * dq::TAIL_WARPS, 0, p);
     }

@@ -134,7 +134,7 @@ void bench(const char* name, Timer& timer, double copy, bool mixed, bool brief) 
     p.q = {q.get(), uint64_t(N_KV) * GROUP * D * 4, D * 4, DQ_TYPE_F32, 0};
     p.out = {out.get(), uint64_t(N_KV) * GROUP * D * 4, D * 4, DQ_TYPE_F32, 0};
     p.n_kv_heads = N_KV, p.group = GROUP, p.n_q = 1, p.scale = 0.088f;
-    p.v_transforms = 1, p.heads_per_block = 8, p.key_warps = 1, p.row_tiles = 1;
+    p.v_transforms = 1, p.heads_per_block = 8, p.key_warps = 1, p.row_tiles = p.fold_tiles = p.fold_units = 1;
     p.folded = folded.get(), p.folded_scales = scales.get(), p.constants = constants.get();
     p.partial = partial.get(), p.partial_sums = partial_sums.get();
     const uint32_t shared = dq::attend_shared_bytes<K, V, 1, STAGES>(p);
@@ -172,7 +172,7 @@ void bench(const char* name, Timer& timer, double copy, bool mixed, bool brief) 
                 auto attend = [&](int i, cudaStream_t s) { attend_kernel<K, V, 1><<<grid, 256, shared, s>>>(at(i)); };
                 uint32_t merge_threads = 32 * std::min(16u, std::max(4u, (splits + 3) / 4));
                 double all = timer.median(calls, [&](int i, cudaStream_t s) {
-                    fold_kernel<K, V, 1><<<dim3(N_KV * DQ_MAX_TRANSFORMS, streams), dq::FOLD_THREADS, dq::fold_shared_bytes<K>(), s>>>(at(i));
+                    fold_kernel<K, V, 1><<<dim3(N_KV * DQ_MAX_TRANSFORMS, streams), dq::FOLD_THREADS, dq::fold_shared_bytes<K>(p.fold_units), s>>>(at(i));
                     attend(i, s);
                     merge_kernel<V><<<streams * N_KV * GROUP, merge_threads, 0, s>>>(at(i));
                 });
@@ -214,11 +214,11 @@ void bench_prefill(Timer& timer, uint32_t n, uint32_t keys) {
     p.out = {out.get(), uint64_t(N_KV) * GROUP * D * 4, D * 4, DQ_TYPE_F32, 0};
     p.block_table = table.get(), p.lengths = lengths.get(), p.table_stride = keys / 16, p.block_shift = 4, p.causal = 1;
     p.n_kv_heads = N_KV, p.group = GROUP, p.n_streams = 1, p.n_q = n, p.n_kv = keys, p.scale = 0.088f;
-    p.v_transforms = 1, p.heads_per_block = p.key_warps = p.n_splits = 1, p.row_tiles = n_tiles / 4;
+    p.v_transforms = 1, p.heads_per_block = p.key_warps = p.n_splits = 1, p.row_tiles = n_tiles / 4, p.fold_tiles = n_tiles, p.fold_units = 8;
     p.folded = folded.get(), p.folded_scales = scales.get(), p.constants = constants.get(), p.partial = partial.get(), p.partial_sums = sums.get();
     const uint32_t warps = 8, shared = dq::prefill_shared_bytes<S, S, 4>(p, warps);
     rt::check(cudaFuncSetAttribute(prefill_kernel<S, S, 4>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
-    auto fold = [&](int, cudaStream_t s) { fold_kernel<S, S, 4><<<dim3(N_KV * DQ_MAX_TRANSFORMS, (n_tiles + 7) / 8), dq::FOLD_THREADS, dq::fold_shared_bytes<S>(), s>>>(p); };
+    auto fold = [&](int, cudaStream_t s) { fold_kernel<S, S, 4><<<dim3(N_KV * DQ_MAX_TRANSFORMS, (n_tiles + 7) / 8), dq::FOLD_THREADS, dq::fold_shared_bytes<S>(p.fold_units), s>>>(p); };
     auto attend = [&](int, cudaStream_t s) { prefill_kernel<S, S, 4><<<dim3(1, N_KV * ((p.row_tiles + warps - 1) / warps), 1), 32 * warps, shared, s>>>(p); };
     auto merge = [&](int, cudaStream_t s) { merge_kernel<S><<<unsigned(rows), 64, 0, s>>>(p); };
     const double a = timer.median(5, fold), b = timer.median(5, attend), c = timer.median(5, merge);

@@ -12,12 +12,14 @@ const KEYS_PER_WARP: usize = 32;
 const STAGES: usize = 2;
 /// Two barriers for each of four stages.
 const BARRIER_BYTES: usize = 64;
-/// Units (a tile of four rows of a stream) that share a block of the fold kernel, at most: one to a warp; and how many units of
-/// all KV heads there are to each that does. Powers of two.
+/// Units (a tile of four rows of a stream) that share a block of the fold kernel, at most, as many as its warps; and how many
+/// units of all KV heads there are to each that does. Powers of two.
 const FOLD_WARPS: usize = 8;
 const FOLD_HEADS: usize = 32;
 pub const FOLD_THREADS: usize = 32 * FOLD_WARPS;
 const MOST_WARPS: usize = 8;
+/// Warps of a block of the merge kernel, at most.
+const MERGE_WARPS: usize = 16;
 /// Blocks of the tail's kernel: as many share four rows as keep the whole at this number.
 const TAIL_BLOCKS: usize = 512;
 pub const TAIL_THREADS: usize = 128;
@@ -35,7 +37,6 @@ pub struct LayerKernels {
     pub encode: Kernel,
     pub dequantize: Kernel,
     fold: Kernel,
-    fold_shared: usize,
     merge: Kernel,
     tail: Kernel,
     /// Decode with one and two tiles of four rows, prefill.
@@ -68,6 +69,12 @@ fn encode_shared(d: usize) -> usize {
     let (codes, latents) = (4 * (d + 8), 4 * (d + 4));
     let (stages, errors) = (n_stages * 16 * d * 4, pass_rows * 4 * (d + 4 * MAX_TIERS) * 4);
     ENCODE_ROWS * (codes + latents) + stages.max(errors) + if d <= 128 { 112 * d } else { 0 }
+}
+
+/// Bytes of shared memory of a block of the fold kernel, as fold.cuh's `fold_shared_bytes`.
+fn fold_shared(d: usize, k_groups: usize, units: usize) -> usize {
+    let chunk = if d <= 128 { d } else { 64 };
+    (MAX_SETS + chunk + 8 * units) * (d + 8) * 2 + 4 * units * d * 4 + FOLD_WARPS * k_groups * 64
 }
 
 /// Codes of 32 channels of a tier are a group.
@@ -119,10 +126,6 @@ impl LayerKernels {
             encode: find(format!("dq_encode_{d}_{k}_{v}"))?,
             dequantize: find(format!("dq_dequantize_{d}_{k}_{v}"))?,
             fold: find(format!("dq_fold_{d}_{k}_{v}"))?,
-            fold_shared: {
-                let chunk = if d <= 128 { d } else { 64 };
-                FOLD_WARPS * d * 16 + chunk * (d + 8) * 2 + FOLD_WARPS * groups(&shape.k) * 256
-            },
             merge: find(format!("dq_merge_{d}_{k}_{v}"))?,
             tail: find("dq_tail".into())?,
             attend: [n1, n2, prefill],
@@ -138,7 +141,10 @@ impl LayerKernels {
         let cut = |warps: usize| {
             let heads = (1..=warps).rev().find(|h| shape.n_kv_heads % h == 0).expect("one divides all");
             let key_warps = warps / heads;
-            let shared = STAGES * KEYS_PER_WARP * key_warps * row_stride(shape, heads)
+            let stages = STAGES * KEYS_PER_WARP * key_warps * row_stride(shape, heads);
+            // Where the stages were, warps that share a head are joined.
+            debug_assert!(key_warps == 1 || stages >= heads * key_warps * 4 * nt * (shape.v.head_dim + SUMS) * 4);
+            let shared = stages
                 + BARRIER_BYTES
                 + MOST_RUNS * RUN_BYTES
                 + heads * key_warps * MAX_SETS * 4 * nt * 4;
@@ -270,6 +276,14 @@ fn tail_parts(tiles: usize, tail: usize) -> usize {
     tail.div_ceil(KEYS_PER_WARP).min((TAIL_BLOCKS / tiles.max(1)).max(1))
 }
 
+/// Warps enough to load the parts of a row at once, as merge.cuh's `MERGE_AT_ONCE`, and where a matrix unfolds the output
+/// several for that.
+fn merge_threads(d: usize, parts: usize, v_transforms: usize) -> usize {
+    let at_once = if d <= 128 { 8 } else { 4 };
+    let least = if v_transforms == 1 { 1 } else { 4 };
+    32 * parts.div_ceil(at_once).clamp(least, MERGE_WARPS)
+}
+
 /// Bytes of workspace for any attention within the limits.
 pub fn workspace_size(shape: &LayerShape, kernels: &LayerKernels, limits: Limits) -> Result<usize> {
     let rows = limits.queries.saturating_mul(shape.group());
@@ -291,7 +305,7 @@ pub fn workspace_size(shape: &LayerShape, kernels: &LayerKernels, limits: Limits
         let of_blocks = (MOST_WAVES * v.blocks).saturating_mul(v.heads_per_block * 4 * v.nt * if v.prefill { MOST_WARPS } else { 1 });
         let splits = limits.kv.div_ceil(v.tile_keys()).max(1);
         let parts = (heads * rows).saturating_mul(splits).min((heads * rows).max(of_blocks));
-        counts.partials = counts.partials.max(parts.saturating_mul(v.key_warps * kernels.v_transforms));
+        counts.partials = counts.partials.max(parts.saturating_mul(kernels.v_transforms));
     }
     // As in `tail_parts`: either one to a row or four rows to each of the blocks.
     let of_tail = (heads * rows).saturating_mul(limits.tail.div_ceil(KEYS_PER_WARP)).min((heads * rows).max(4 * TAIL_BLOCKS));
@@ -312,10 +326,9 @@ pub fn plan_attend(
     let (row_tiles, splits) = (v.row_tiles(rows), v.splits(shape, streams, rows, keys));
     let n_tiles = row_tiles * v.nt;
     let heads = streams * shape.n_kv_heads;
-    let parts_per_transform = splits * v.key_warps;
     let of_four = rows.div_ceil(4);
     let tail_parts = tail_parts(heads * of_four, p.tail.n_rows as usize);
-    let parts = parts_per_transform * kernels.v_transforms + tail_parts;
+    let parts = splits * kernels.v_transforms + tail_parts;
     let counts = Counts { tiles: heads * n_tiles, partials: heads * rows * parts };
 
     // The size query bounds this; here is what this very call takes.
@@ -358,18 +371,12 @@ pub fn plan_attend(
     };
     Ok(AttendPlan {
         fold: (kernels.fold, (shape.n_kv_heads * MAX_TRANSFORMS, runs.div_ceil(run_rows), run_rows)),
-        fold_shared: kernels.fold_shared,
+        fold_shared: fold_shared(shape.k.head_dim, kernels.k_groups, units),
         tail: (tail_parts > 0).then(|| (kernels.tail, (of_four * tail_parts, shape.n_kv_heads, streams))),
         attend: (v.kernel, (splits, y, streams * kernels.v_transforms)),
         attend_threads: 32 * v.warps(rows),
         attend_shared: v.shared,
         merge: (kernels.merge, (heads * rows, 1, 1)),
-        // Few parts and many rows: small blocks, of which many run at once.
-        merge_threads: match parts_per_transform.max(tail_parts) {
-            0..=8 if kernels.v_transforms == 1 => 32,
-            0..=16 => 128,
-            17..=64 if kernels.v_transforms == 1 => 256,
-            _ => 512,
-        },
+        merge_threads: merge_threads(shape.v.head_dim, splits.max(tail_parts), kernels.v_transforms),
     })
 }

@@ -214,7 +214,7 @@ impl DeviceCodec {
         // SAFETY: `capi` checked what can be checked of the caller's pointers; tables and workspace are as large as the
         // kernels were told.
         unsafe {
-            device.launch(plan.fold.0, plan.fold.1, launch::FOLD_THREADS, plan.fold_shared, stream, &p)?;
+            device.launch_early(plan.fold.0, plan.fold.1, launch::FOLD_THREADS, plan.fold_shared, stream, &p)?;
             if let Some((tail, grid)) = plan.tail {
                 device.launch_early(tail, grid, launch::TAIL_THREADS, 0, stream, &p)?;
             }
@@ -359,15 +359,15 @@ impl DeviceCodec {
         // SAFETY: as in attend.
         unsafe {
             if !learns {
-                return device.launch(self.observe, (heads, 2, 1), OBSERVE_THREADS, 0, stream, p);
+                return device.launch_early(self.observe, (heads, 2, 1), OBSERVE_THREADS, 0, stream, p);
             }
             if p.flush == 0 {
-                device.launch(self.observe, (heads, 3, 1), OBSERVE_THREADS, 0, stream, p)?;
+                device.launch_early(self.observe, (heads, 3, 1), OBSERVE_THREADS, 0, stream, p)?;
             } else {
-                device.launch(self.observe, (heads, 2, 1), OBSERVE_THREADS, 0, stream, p)?;
-                device.launch(self.observe, (heads, 1, 1), OBSERVE_THREADS, 0, stream, &params::Observe { flush: 2, ..*p })?;
+                device.launch_early(self.observe, (heads, 2, 1), OBSERVE_THREADS, 0, stream, p)?;
+                device.launch_early(self.observe, (heads, 1, 1), OBSERVE_THREADS, 0, stream, &params::Observe { flush: 2, ..*p })?;
             }
-            device.launch(self.products, (tiles, heads, 3), OBSERVE_THREADS, 0, stream, p)
+            device.launch_early(self.products, (tiles, heads, 3), OBSERVE_THREADS, 0, stream, p)
         }
     }
 
@@ -386,7 +386,7 @@ impl DeviceCodec {
         };
         let grid = ((tokens.n_tokens as usize).div_ceil(launch::ENCODE_ROWS), shape.n_kv_heads, 2);
         // SAFETY: as in attend.
-        unsafe { self.device.launch(l.kernels.encode, grid, 256, l.kernels.encode_shared, stream, &p) }
+        unsafe { self.device.launch_early(l.kernels.encode, grid, 256, l.kernels.encode_shared, stream, &p) }
     }
 
     /// Sums down, fits where they are due, factors up.
