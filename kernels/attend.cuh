@@ -12,6 +12,7 @@
 //   barriers  of bulk copies: a stage is there; the block's warps are done with it
 //   runs      where in a record the row's parts lie
 //   sums      f32 [warp][set][4 NT]
+// At the end the results of warps that share a head lie where the stages were, as KeyWarps says; room is for the larger.
 #pragma once
 #include "attend_warp.cuh"
 
@@ -19,12 +20,14 @@ namespace dq {
 
 constexpr int MOST_STAGES = 4, DECODE_STAGES = 2;
 
-// Results of the warps of a block, where several share a head: they are joined in shared memory, where the stages were, which
-// are larger.
+// Results of the warps of a block, where several share a head: they are joined in shared memory, where the stages were.
 template <class V, int NT>
 struct KeyWarps {
     static constexpr int ROWS = 4 * NT, RUNS = (V::D + 63) / 64;
     float *values, *sums;  // [warp][row][channel of V], [warp][row][SUMS]
+    __host__ __device__ __forceinline__ static uint32_t bytes(const DqAttend& p) {
+        return p.key_warps > 1 ? p.heads_per_block * p.key_warps * ROWS * (V::D + SUMS) * 4 : 0;
+    }
     __device__ __forceinline__ KeyWarps(const DqAttend& p, uint8_t* shared)
         : values(reinterpret_cast<float*>(shared)), sums(values + p.heads_per_block * p.key_warps * ROWS * V::D) {}
 
@@ -104,7 +107,8 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
     }
     const KeyRows key_rows(together > 1 ? image.chunks * 16 : padded_row(image.chunks), spread, lane);
     const uint32_t stride = key_rows.stride, stage_bytes = p.key_warps * key_rows.bytes();
-    uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + STAGES * stage_bytes);
+    const uint32_t joined = KeyWarps<V, NT>::bytes(p), below = joined > STAGES * stage_bytes ? joined : STAGES * stage_bytes;
+    uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + below);
     uint64_t* done = barriers + MOST_STAGES;
     Run* runs = reinterpret_cast<Run*>(done + MOST_STAGES);
     float* sums = reinterpret_cast<float*>(runs + MOST_RUNS) + warp * DQ_MAX_SETS * 4 * NT;
@@ -235,7 +239,8 @@ uint32_t attend_shared_bytes(const DqAttend& p) {
     image.lay_out(p.n_kv_heads, 0, p.heads_per_block, 0, nullptr);
     // Groups of heads that start within a chunk can need one chunk more; room for it in every run.
     uint32_t chunks = image.chunks + (p.heads_per_block == p.n_kv_heads ? 0 : K::planes() + V::planes() + 2);
-    return STAGES * KEYS_PER_WARP * p.key_warps * padded_row(chunks) + MOST_STAGES * 16 + MOST_RUNS * sizeof(Run)
+    const uint32_t stages = STAGES * KEYS_PER_WARP * p.key_warps * padded_row(chunks), joined = KeyWarps<V, NT>::bytes(p);
+    return (joined > stages ? joined : stages) + MOST_STAGES * 16 + MOST_RUNS * sizeof(Run)
         + p.heads_per_block * p.key_warps * DQ_MAX_SETS * 4 * NT * 4;
 }
 

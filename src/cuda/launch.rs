@@ -142,9 +142,9 @@ impl LayerKernels {
             let heads = (1..=warps).rev().find(|h| shape.n_kv_heads % h == 0).expect("one divides all");
             let key_warps = warps / heads;
             let stages = STAGES * KEYS_PER_WARP * key_warps * row_stride(shape, heads);
-            // Where the stages were, warps that share a head are joined.
-            debug_assert!(key_warps == 1 || stages >= heads * key_warps * 4 * nt * (shape.v.head_dim + SUMS) * 4);
-            let shared = stages
+            // Where the stages were, warps that share a head are joined, as attend.cuh's `KeyWarps`.
+            let joined = if key_warps > 1 { heads * key_warps * 4 * nt * (shape.v.head_dim + SUMS) * 4 } else { 0 };
+            let shared = stages.max(joined)
                 + BARRIER_BYTES
                 + MOST_RUNS * RUN_BYTES
                 + heads * key_warps * MAX_SETS * 4 * nt * 4;
