@@ -22,7 +22,6 @@ constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 
 #define DQ_DYNAMIC_SHARED(name) uint8_t* name = emu::dynamic_shared()
 #define DQ_UNROLL
-#define DQ_UNROLL_BY_16
 #define DQ_UNROLL_BY_8
 #define DQ_UNROLL_BY_4
 #define DQ_UNROLL_BY_1
@@ -105,14 +104,13 @@ inline uint16_t float_to_bf16(float f) { return dq_float_to_bf16_bits(f); }
 
 template <class T> inline T load_global(const T* at) { return *at; }
 template <class T> inline T load_fresh(const T* at) { return *at; }
-inline void start_next_kernel() {}
-inline void wait_for_previous_kernel() {}
+inline void start_next_kernel() { emu::start_next_launch(); }
+inline void wait_for_previous_kernel() { emu::wait_for_previous_launch(); }
 
 #else
 
 #define DQ_DYNAMIC_SHARED(name) extern __shared__ __align__(128) uint8_t name[]
 #define DQ_UNROLL _Pragma("unroll")
-#define DQ_UNROLL_BY_16 _Pragma("unroll 16")
 #define DQ_UNROLL_BY_8 _Pragma("unroll 8")
 #define DQ_UNROLL_BY_4 _Pragma("unroll 4")
 #define DQ_UNROLL_BY_1 _Pragma("unroll 1")
@@ -265,7 +263,8 @@ template <class T> __device__ __forceinline__ T load_fresh(const T* at) { return
 
 // Kernels overlap where the host launched them so: the next one may start once every block of this one has said so or is
 // done, and sees what this one writes only after its wait, which lasts until all of this one is done. Rules:
-//   - Every block waits before it ends, so that whoever waits for this kernel has waited for those before it.
+//   - Every thread waits before it ends (the emulator checks it), so that whoever waits for this kernel has waited for those
+//     before it.
 //   - Fold and encode say so only after their wait. So attend, which starts behind fold, may look at everything from before
 //     the call (records, lengths, tables) without waiting, and merge likewise.
 //   - A block that changes tables of factors says so only after that, behind a __threadfence, or never. So whoever starts

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
@@ -37,6 +38,7 @@ struct Thread {
     unsigned id;
     dim3 index;
     bool vote = false;  // of __syncthreads_or
+    bool waited;        // for the launch before
     // The collective it waits in.
     const void* collective;
     uint32_t mask;
@@ -62,6 +64,10 @@ struct Block {
     std::map<void*, MBarrier> barriers;
     dim3 block_dim, grid_dim, index;
     unsigned live = 0, current = 0;
+    // Of the whole launch: whether a thread spoke of the launches before and behind it, and whether one ended without a wait
+    // for the one before; which, as (block, thread).
+    bool overlaps = false, unwaited = false;
+    std::pair<dim3, unsigned> first_unwaited;
     std::function<void()> kernel;
     Context scheduler;
     // Exactly as large as asked for, so that AddressSanitizer sees what lies beyond.
@@ -96,6 +102,7 @@ inline void thread_main() {
     b.kernel();
     Thread& t = me();
     if (!t.open.empty() || !t.groups.empty()) die("a thread ends with copies under way");
+    if (!t.waited && !b.unwaited) b.unwaited = true, b.first_unwaited = {b.index, t.id};
     if (b.live == 1) {
         for (auto& barrier : b.barriers) if (!barrier.second.copies.empty()) die("a block ends with bulk copies under way");
     }
@@ -104,6 +111,11 @@ inline void thread_main() {
     switch_context(t.context, b.scheduler, true);
     std::abort();
 }
+
+// Launches run one after the other here, so that neither call has anything to do. But all threads of a kernel that overlaps
+// with others must wait, or none: `launch` looks at the end.
+inline void start_next_launch() { block()->overlaps = true; }
+inline void wait_for_previous_launch() { block()->overlaps = me().waited = true; }
 
 inline void barrier(const char* file, int line) {
     Thread& t = me();
@@ -154,6 +166,7 @@ inline void run_block(Block& b, Order order, uint64_t& seed) {
         t.id = i;
         t.index = dim3(i % b.block_dim.x, i / b.block_dim.x % b.block_dim.y, i / (b.block_dim.x * b.block_dim.y));
         t.state = State::Runs;
+        t.waited = false;
         t.open.clear();
         t.groups.clear();
         prepare_context(t.context, t.stack, thread_main);
@@ -201,6 +214,10 @@ void launch(const Launch& how, Kernel&& kernel) {
     for (unsigned i : blocks) {
         b.index = dim3(i % how.grid.x, i / how.grid.x % how.grid.y, i / (how.grid.x * how.grid.y));
         run_block(b, how.order, seed);
+    }
+    if (b.overlaps && b.unwaited) {
+        b.index = b.first_unwaited.first, b.current = b.first_unwaited.second;
+        die("a thread ends without a wait for the launch before");
     }
     for (auto& t : b.threads) std::free(t.stack);
     std::free(b.shared);
