@@ -52,5 +52,7 @@ int main(int argc, char** argv) {
     rng.seed(20 + order);
     all_cases<128, 4, 128, 4>(rng, 0, 4, TAIL_CASES);
     prefill_cases<128, 4, 128, 4, 4, 3>(rng, 4, 5, TAIL_CASES);
+    // More splits than a warp of merge loads at a time; the last one has no keys.
+    run<128, 4, 128, 4, 1, true>({"many splits", 2, 4, 1, 1, 460, 16, {1, 0}, {2, 0}, 0, true, 0, false, 0, 2}, rng);
     return rt::report("attend on the emulator");
 }
