@@ -170,7 +170,9 @@ void bench(const char* name, Timer& timer, double copy, bool mixed, bool brief) 
                 int calls = bytes > (1ull << 30) ? 4 : 20;
                 dim3 grid(splits, 1, streams);
                 auto attend = [&](int i, cudaStream_t s) { attend_kernel<K, V, 1><<<grid, 256, shared, s>>>(at(i)); };
-                uint32_t merge_threads = 32 * std::min(16u, std::max(4u, (splits + 3) / 4));
+                // As src/cuda/launch.rs, values without matrices.
+                constexpr uint32_t AT_ONCE = dq::MERGE_AT_ONCE<V>;
+                uint32_t merge_threads = 32 * std::min(16u, (splits + AT_ONCE - 1) / AT_ONCE);
                 double all = timer.median(calls, [&](int i, cudaStream_t s) {
                     fold_kernel<K, V, 1><<<dim3(N_KV * DQ_MAX_TRANSFORMS, streams), dq::FOLD_THREADS, dq::fold_shared_bytes<K>(p.fold_units), s>>>(at(i));
                     attend(i, s);
