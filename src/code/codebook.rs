@@ -178,22 +178,52 @@ mod tests {
         }
     }
 
+    /// What follows `name = ` in C++, the result of a division included.
+    fn number(text: &str, name: &str) -> f64 {
+        let (_, rest) = text.split_once(&format!("{name} = ")).unwrap_or_else(|| panic!("no {name} in {text}"));
+        let value = &rest[..rest.find([',', ';']).expect("statements end")];
+        let operand = |text: &str| match text.strip_prefix("0x") {
+            Some(digits) => f64::from(u32::from_str_radix(digits.trim_end_matches('u'), 16).expect("a word")),
+            None => text.trim_end_matches('f').parse().expect("a number"),
+        };
+        value.split(" / ").map(operand).reduce(|a, b| a / b).expect("a number")
+    }
+
+    /// The sixteen entries that a function in C++ picks from.
+    fn entries(text: &str, function: &str) -> Vec<i32> {
+        let (_, body) = text.split_once(&format!(" {function}(int ")).unwrap_or_else(|| panic!("no {function} in {text}"));
+        let (_, list) = body.split_once("levels[16] = {").expect("a table");
+        list[..list.find('}').expect("an end")].split(", ").map(|n| n.parse().expect("a number")).collect()
+    }
+
     #[test]
     fn kernels_have_the_same_tables() {
         let kernels = include_str!("../../kernels/plan.cuh");
-        for bits in 4..=6 {
-            let (book, low) = (codebook(bits), bits - 4);
-            let mask = (1usize << low) - 1;
-            let level = |code: usize| i32::from(book.table[code]);
-            let base = (0..16).map(|n| level(n << low));
-            let fine = (0..16).map(|i| (i & !mask) << low).zip(0..16).map(|(row, i)| level(row | i & mask) - level(row));
-            let tables = [Some(base.collect::<Vec<_>>()), (low > 0).then(|| fine.collect())];
-            for table in tables.into_iter().flatten() {
-                let line = format!("levels[16] = {{{}}};", table.iter().map(i32::to_string).collect::<Vec<_>>().join(", "));
-                assert!(kernels.contains(&line), "plan.cuh lacks {line}");
+        for bits in [2, 3, 4, 5, 6, 8] {
+            let book = codebook(bits);
+            let (_, rest) = kernels.split_once(&format!("struct Book<{bits}> {{\n")).expect("a book for each width");
+            let text = &rest[..rest.find("\n};").expect("structs end")];
+            assert_eq!(number(text, "exact_unit") as f32, book.unit, "unit of {bits} bits");
+            if bits == 8 {
+                assert!(text.contains("level(int code) { return code - 128; }"));
+                continue;
             }
-            let distortion = format!("distortion = {}f;", book.distortion);
-            assert!(kernels.contains(&distortion), "plan.cuh lacks {distortion}");
+            assert_eq!(number(text, "distortion") as f32, book.distortion, "distortion of {bits} bits");
+            if bits < 4 {
+                let word = |i: usize| u32::from_le_bytes(std::array::from_fn(|byte| book.table[4 * i + byte] as u8));
+                assert_eq!(number(text, "table_0"), f64::from(word(0)), "lower codes of {bits} bits");
+                assert_eq!(number(text, "table_1"), f64::from(word(1)), "upper codes of {bits} bits");
+                continue;
+            }
+            let (low, level) = (bits - 4, |code: usize| i32::from(book.table[code]));
+            let mask = (1usize << low) - 1;
+            let base: Vec<_> = (0..16).map(|n| level(n << low)).collect();
+            assert_eq!(entries(text, "base"), base, "base of {bits} bits");
+            if low > 0 {
+                let row = |i: usize| (i & !mask) << low;
+                let fine: Vec<_> = (0..16).map(|i| level(row(i) | i & mask) - level(row(i))).collect();
+                assert_eq!(entries(text, "fine"), fine, "fine of {bits} bits");
+            }
         }
     }
 
