@@ -276,6 +276,9 @@ struct Scratches {
     tail: MaybeUninit<TailScratch>,
 }
 
+// docs/linking.md tells engines how much stack attend takes: nearly all of it is this.
+const _: () = assert!(size_of::<Scratches>() < 420 << 10);
+
 /// First byte, and bytes, of this item's share of the next chunk's records, if that chunk is in the same `run` of items of a
 /// call with one block.
 fn later(args: &AttendArgs<'_>, cut: &Cut, piece: &Piece, index: usize, run: Range<usize>) -> (*const u8, usize) {

@@ -67,7 +67,7 @@ pub struct Kept {
     next_fold: usize,
 }
 
-/// Everything that lives on the stack: about 320 KB, of which a decode step touches a few.
+/// Everything that lives on the stack: about 350 KB, of which a decode step touches a few.
 #[repr(C, align(64))]
 pub struct Scratch {
     /// Queries, `[row][head_dim]`.
