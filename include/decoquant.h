@@ -548,8 +548,8 @@ dq_status dq_refit(struct dq_codec *codec, uint32_t first_layer, uint32_t n_laye
 // Phase 1 of compress: adds the tokens to the statistics. For engines that run an operation on threads of their own
 // without barriers inside: each of `n_shards` calls does its share of the heads. Shards of a phase may run at the same
 // time on any threads; every shard of a phase must have returned before the next phase starts, but a shard of phase 2 may
-// follow the same shard of phase 1 at once: both deal the heads alike. The result does not depend on `n_shards`. On the
-// CPU only.
+// follow the same shard of phase 1 at once where `n_shards` is the same in both: then they deal the heads alike. The result
+// does not depend on `n_shards`. On the CPU only.
 //
 // `tokens`: slots and store are not looked at. k and v may be absent together: a layer that shares this layer's cache
 // brings only its queries. A frozen codec ignores the rows.
