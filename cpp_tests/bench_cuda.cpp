@@ -77,10 +77,8 @@ double copy_bandwidth(Events& e) {
 }
 
 // Prompts while fits are made apart: what the calls of the prompt take, and those that make the fits.
-void bench_deferred(Events& e, const dq_context* context, dq_codec_desc desc, const dq_tokens& t, cuda::Buffer<int64_t>& slots) {
-    desc.flags = DQ_CODEC_DEFER_FITS;
-    dq_codec* codec;
-    fine(dq_codec_create(context, &desc, &codec), "codec");
+void bench_deferred(Events& e, const dq_context* context, const Shape& shape, const dq_tokens& t, cuda::Buffer<int64_t>& slots) {
+    dq_codec* codec = make(context, shape, 1, DQ_CODEC_DEFER_FITS);
     auto wall = [](auto&& call) {
         const auto start = std::chrono::steady_clock::now();
         call();
@@ -105,17 +103,8 @@ void bench_deferred(Events& e, const dq_context* context, dq_codec_desc desc, co
 // a graph; all fits are made.
 void bench_step(Events& e) {
     constexpr uint32_t LAYERS = 30, HEADS = 9, KV_HEADS = 3, DIM = 64, CHUNK = 512, MOST_KEYS = 16384;
-    auto context_desc = sized<dq_context_desc>();
-    context_desc.backend = DQ_BACKEND_CUDA;
-    dq_context* context;
-    fine(dq_context_create(&context_desc, &context), "context");
-    auto layer = sized<dq_layer_desc>();
-    layer.n_q_heads = HEADS, layer.n_kv_heads = KV_HEADS, layer.head_dim_k = layer.head_dim_v = DIM, layer.k_plan = 104, layer.v_plan = 4;
-    const std::vector<dq_layer_desc> layers(LAYERS, layer);
-    auto desc = sized<dq_codec_desc>();
-    desc.n_layers = LAYERS, desc.layers = layers.data();
-    dq_codec* codec;
-    fine(dq_codec_create(context, &desc, &codec), "codec");
+    dq_context* context = open(DQ_BACKEND_CUDA);
+    dq_codec* codec = make(context, {HEADS, KV_HEADS, DIM, 104, 4}, LAYERS);
     auto layout = sized<dq_layout>();
     fine(dq_codec_layout(codec, 0, 0, &layout), "layout");
     const size_t of_layer = size_t(MOST_KEYS) * layout.slot_bytes;
@@ -180,16 +169,9 @@ enum class Part { All, Brief, Rows };
 
 void bench(Events& e, const char* name, uint32_t k_plan, uint32_t v_plan, double copy, Part part) {
     const bool brief = part != Part::All;
-    auto context_desc = sized<dq_context_desc>();
-    context_desc.backend = DQ_BACKEND_CUDA;
-    dq_context* context;
-    fine(dq_context_create(&context_desc, &context), "context");
-    auto layer = sized<dq_layer_desc>();
-    layer.n_q_heads = N_Q, layer.n_kv_heads = N_KV, layer.head_dim_k = layer.head_dim_v = D, layer.k_plan = k_plan, layer.v_plan = v_plan;
-    auto desc = sized<dq_codec_desc>();
-    desc.n_layers = 1, desc.layers = &layer;
-    dq_codec* codec;
-    fine(dq_codec_create(context, &desc, &codec), "codec");
+    const Shape shape{N_Q, N_KV, D, k_plan, v_plan};
+    dq_context* context = open(DQ_BACKEND_CUDA);
+    dq_codec* codec = make(context, shape);
     auto layout = sized<dq_layout>();
     fine(dq_codec_layout(codec, 0, 0, &layout), "layout");
 
@@ -249,7 +231,7 @@ void bench(Events& e, const char* name, uint32_t k_plan, uint32_t v_plan, double
         }
         std::printf("  runs of 32 records in one set: %.1f%%\n", 100.0 * double(whole) / (128 * 2 * N_KV));
     }
-    bench_deferred(e, context, desc, t, d_slots);
+    bench_deferred(e, context, shape, t, d_slots);
     for (size_t have = 4096; have < slots; have *= 2) {
         const size_t n = std::min(have, slots - have) * layout.slot_bytes;
         e.copy(reinterpret_cast<uint64_t>(store.get()) + have * layout.slot_bytes, reinterpret_cast<uint64_t>(store.get()), n, e.stream);

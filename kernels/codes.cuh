@@ -22,6 +22,7 @@ __device__ __forceinline__ uint32_t add_bytes(uint32_t a, uint32_t b) {
     constexpr uint32_t SIGNS = 0x80808080u;
     return ((a & ~SIGNS) + (b & ~SIGNS)) ^ ((a ^ b) & SIGNS);
 }
+
 // The first four entries of tables (`prmt` takes the others as immediates); those that no plan of the kernel needs cost
 // nothing.
 struct Tables {
@@ -39,9 +40,10 @@ struct Tables {
     }
 };
 
-// Codes of up to four bits, one to a nibble, or numbers of another table: those of the selectors' low halves.
+// Turns numbers of a table, one to a nibble, into selectors of its other half.
 constexpr uint32_t OTHER_HALF = 0x88888888u;
 
+// Four codes of up to four bits, one to a nibble of the selectors' low halves.
 template <int BITS>
 __device__ __forceinline__ Levels<BITS> look_up(const Tables& t, uint32_t selector, uint32_t flipped) {
     if constexpr (BITS == 4) {

@@ -257,9 +257,8 @@ impl<'a> Store<'a> {
     /// No other thread reads or writes this slot while the slice lives.
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn slot_mut(&self, slot: usize) -> &'a mut [u8] {
-        assert!(slot < self.n_slots);
-        // SAFETY: the slot lies within what `from_raw` promised; the caller keeps others away.
-        unsafe { std::slice::from_raw_parts_mut(self.data.add(slot * self.stride), self.slot_bytes) }
+        // SAFETY: the caller's promise, for the whole record.
+        unsafe { self.part_mut(slot, 0..self.slot_bytes) }
     }
 }
 

@@ -3,6 +3,8 @@
 //! Rows wait in a buffer of [`BLOCK`] and enter together: outliers are found against their neighbours, sums over a block
 //! are kept in registers, and the result does not depend on how the rows were cut into calls.
 
+use crate::cpu::simd::Isa;
+
 /// Rows that enter together.
 pub const BLOCK: usize = 16;
 /// A larger value cannot be written as f16 and is no row to learn from.
@@ -236,8 +238,8 @@ fn energies(staged: &[f32], d: usize) -> [f64; BLOCK] {
 /// and stored once per eight products; lanes run along a row of the triangle. All ways of doing it give the same bits.
 fn add_products(rows: &[f32], d: usize, triangle: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx512f") {
-        // SAFETY: the CPU has the instructions.
+    if matches!(Isa::detect(), Isa::Avx512 | Isa::Amx) {
+        // SAFETY: what `detect` names the CPU has.
         return unsafe { add_products_avx512(rows, d, triangle) };
     }
     add_products_portable(rows, d, triangle);

@@ -146,13 +146,14 @@ impl<S: Simd, const BITS: u8> Fields<S, BITS> {
 
     #[inline(always)]
     fn new(s: S, tier: &TierLanes) -> Self {
+        let below = if BITS == 6 { 0x3333_3333 } else { 0x1111_1111 };
         Self {
             tables: tier.tables.each_ref().map(|table| s.table(table)),
             nibble: s.splat_i(0x000f_000f),
             m66: s.splat_i(0x6666_6666),
             m11: s.splat_i(0x1111_1111),
-            below: s.splat_i(if BITS == 6 { 0x3333_3333 } else { 0x1111_1111 }),
-            above: s.splat_i(!if BITS == 6 { 0x3333_3333 } else { 0x1111_1111 }),
+            below: s.splat_i(below),
+            above: s.splat_i(!below),
             byte: s.splat_i(0x00ff_00ff),
         }
     }
