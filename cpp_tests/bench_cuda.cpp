@@ -1,6 +1,6 @@
 // Times of the calls on a CUDA device, beside a device copy in the same run: 32 query heads over 8, head_dim 128.
 // Every figure is the median over replays of a graph of calls whose records rotate, so that the L2 has none of them.
-//   bench_cuda [brief|rows|step]    fewer sizes; statistics, fits and encode alone; decode steps of a small model alone
+//   bench_cuda [brief|rows|step]    fewer sizes; statistics, fits and encode alone; decode steps of small models alone
 #include <decoquant.h>
 
 #include <algorithm>
@@ -99,31 +99,40 @@ void bench_deferred(Events& e, const dq_context* context, const Shape& shape, co
     dq_codec_destroy(codec);
 }
 
-// A decode step as llama.cpp makes it, of SmolLM2-135M's shape: one token's rows in, then attention under a mask, 30 layers in
-// a graph; all fits are made.
-void bench_step(Events& e) {
-    constexpr uint32_t LAYERS = 30, HEADS = 9, KV_HEADS = 3, DIM = 64, CHUNK = 512, MOST_KEYS = 16384;
+// A decode step as llama.cpp makes it: one token's rows in, then attention under a mask, all layers in a graph. First while
+// there are still fits to come, which takes statistics of each token, then when all are made.
+struct Model {
+    const char* name;
+    uint32_t layers, heads, kv_heads, dim;
+    std::vector<uint32_t> keys;
+};
+void bench_step(Events& e, const Model& m, uint32_t k_plan, uint32_t v_plan) {
+    constexpr uint32_t CHUNK = 512, LEARNING_KEYS = 1024;
+    const uint32_t most_keys = m.keys.back();
     dq_context* context = open(DQ_BACKEND_CUDA);
-    dq_codec* codec = make(context, {HEADS, KV_HEADS, DIM, 104, 4}, LAYERS);
+    dq_codec* codec = make(context, {m.heads, m.kv_heads, m.dim, k_plan, v_plan}, m.layers);
     auto layout = sized<dq_layout>();
     fine(dq_codec_layout(codec, 0, 0, &layout), "layout");
-    const size_t of_layer = size_t(MOST_KEYS) * layout.slot_bytes;
-    cuda::Buffer<uint8_t> store(LAYERS * of_layer);
+    const size_t of_layer = size_t(most_keys) * layout.slot_bytes;
+    cuda::Buffer<uint8_t> store(m.layers * of_layer);
 
     std::mt19937 rng(1);
     std::normal_distribution<float> normal;
     auto rows = [&](uint32_t heads) {
-        std::vector<float> v(size_t(CHUNK) * heads * DIM);
-        for (size_t i = 0; i < v.size(); i++) v[i] = std::sin(float(i % DIM)) + normal(rng) * (4.0f * std::exp(-0.1f * float(i % DIM)) + 0.2f);
+        std::vector<float> v(size_t(CHUNK) * heads * m.dim);
+        for (size_t i = 0; i < v.size(); i++) {
+            const float c = float(i % m.dim);
+            v[i] = std::sin(c) + normal(rng) * (4.0f * std::exp(-6.4f * c / float(m.dim)) + 0.2f);
+        }
         return v;
     };
-    cuda::Buffer<float> q(rows(HEADS)), k(rows(KV_HEADS)), v(rows(KV_HEADS)), out(HEADS * DIM);
+    cuda::Buffer<float> q(rows(m.heads)), k(rows(m.kv_heads)), v(rows(m.kv_heads)), out(m.heads * m.dim);
     cuda::Buffer<int64_t> slots(CHUNK);
     cuda::Buffer<int32_t> positions(CHUNK);
-    cuda::Buffer<uint16_t> mask(std::vector<uint16_t>(MOST_KEYS, 0));
+    cuda::Buffer<uint16_t> mask(std::vector<uint16_t>(most_keys, 0));
     auto t = sized<dq_tokens>();
-    auto of = [](void* data, uint32_t heads) { return dq_tensor{data, DQ_F32, 0, heads * DIM * 4, DIM * 4}; };
-    t.q = of(q.get(), HEADS), t.k = of(k.get(), KV_HEADS), t.v = of(v.get(), KV_HEADS);
+    auto of = [&](void* data, uint32_t heads) { return dq_tensor{data, DQ_F32, 0, heads * m.dim * 4, m.dim * 4}; };
+    t.q = of(q.get(), m.heads), t.k = of(k.get(), m.kv_heads), t.v = of(v.get(), m.kv_heads);
     t.slots = slots.get(), t.positions = positions.get();
     auto put = [&](uint32_t n, uint32_t first) {
         std::vector<int64_t> numbers(CHUNK);
@@ -133,34 +142,38 @@ void bench_step(Events& e) {
         slots.put(numbers), positions.put(at);
     };
     auto compress = [&](uint32_t i) {
-        t.store = {store.get() + i * of_layer, MOST_KEYS, layout.slot_bytes};
+        t.store = {store.get() + i * of_layer, most_keys, layout.slot_bytes};
         fine(dq_compress(codec, i, &t, nullptr, 0, e.stream), "compress");
     };
-    for (uint32_t first = 0; first < MOST_KEYS; first += CHUNK) {
-        put(CHUNK, first);
-        for (uint32_t i = 0; i < LAYERS; i++) compress(i);
-        cuda::need(cuda::driver().stream_wait(e.stream), "prompt");
-    }
     auto limits = sized<dq_limits>();
-    limits.max_streams = limits.max_queries = 1, limits.max_kv = MOST_KEYS;
+    limits.max_streams = limits.max_queries = 1, limits.max_kv = most_keys;
     uint64_t bytes = 0;
     fine(dq_workspace_size(codec, 0, &limits, &bytes), "workspace size");
     cuda::Buffer<uint8_t> workspace(bytes);
-    std::printf("\ndecode step, 9 query heads over 3, head_dim 64, us a layer of 30\n%7s | %9s %9s %9s\n", "keys", "rows in", "attend", "both");
-    for (uint32_t keys : {4096u, 16384u}) {
+    std::printf("\ndecode step of %s (plans %u, %u), %u query heads over %u, head_dim %u, us a layer of %u\n%18s | %9s %9s %9s\n", m.name, k_plan, v_plan, m.heads,
+                m.kv_heads, m.dim, m.layers, "keys", "rows in", "attend", "both");
+    auto measure = [&](uint32_t keys, const char* state) {
         put(1, keys - 1);
         auto attend = [&](uint32_t i) {
             auto args = sized<dq_attend_args>();
-            args.n_q = 1, args.n_kv = keys, args.store = {store.get() + i * of_layer, MOST_KEYS, layout.slot_bytes};
-            args.q = of(q.get(), HEADS), args.out = of(out.get(), HEADS);
+            args.n_q = 1, args.n_kv = keys, args.store = {store.get() + i * of_layer, most_keys, layout.slot_bytes};
+            args.q = of(q.get(), m.heads), args.out = of(out.get(), m.heads);
             args.mask = {mask.get(), DQ_F16, 0, keys * 2, keys * 2};
             fine(dq_attend(codec, i, &args, workspace.get(), bytes, e.stream), "attend");
         };
-        const double in = e.median(LAYERS, [&](int i) { compress(uint32_t(i)); });
-        const double over = e.median(LAYERS, [&](int i) { attend(uint32_t(i)); });
-        const double both = e.median(LAYERS, [&](int i) { compress(uint32_t(i)), attend(uint32_t(i)); });
-        std::printf("%7u | %9.1f %9.1f %9.1f\n", keys, in, over, both);
+        const double in = e.median(int(m.layers), [&](int i) { compress(uint32_t(i)); });
+        const double over = e.median(int(m.layers), [&](int i) { attend(uint32_t(i)); });
+        const double both = e.median(int(m.layers), [&](int i) { compress(uint32_t(i)), attend(uint32_t(i)); });
+        std::printf("%8u%10s | %9.1f %9.1f %9.1f\n", keys, state, in, over, both);
+        std::fflush(stdout);
+    };
+    for (uint32_t first = 0; first < most_keys; first += CHUNK) {
+        put(CHUNK, first);
+        for (uint32_t i = 0; i < m.layers; i++) compress(i);
+        cuda::need(cuda::driver().stream_wait(e.stream), "prompt");
+        if (first + CHUNK == LEARNING_KEYS) measure(LEARNING_KEYS, ", learning");
     }
+    for (uint32_t keys : m.keys) measure(keys, "");
     dq_codec_destroy(codec);
     dq_context_destroy(context);
 }
@@ -303,7 +316,13 @@ int main(int argc, char** argv) {
     const double copy = copy_bandwidth(events);
     std::printf("device copy, bytes read and written: %.0f GB/s\n", copy);
     const std::string wish = argc > 1 ? argv[1] : "";
-    if (wish == "step" || wish.empty()) bench_step(events);
+    if (wish == "step" || wish.empty()) {
+        const Model smollm2{"SmolLM2-135M", 30, 9, 3, 64, {4096, 16384}}, gemma3{"Gemma 3 270M", 18, 4, 1, 256, {1024, 4096, 16384}};
+        for (const Model& m : {smollm2, gemma3}) {
+            bench_step(events, m, 104, 4);
+            bench_step(events, m, 103, 3);
+        }
+    }
     if (wish == "step") return 0;
     const Part part = wish == "rows" ? Part::Rows : wish == "brief" ? Part::Brief : Part::All;
     bench(events, "dq4 (plans 104, 4)", 104, 4, copy, part);
