@@ -132,9 +132,12 @@ void bench_step(Events& e, const Model& m, uint32_t k_plan, uint32_t v_plan) {
     cuda::Buffer<uint16_t> mask(std::vector<uint16_t>(most_keys, 0));
     auto t = sized<dq_tokens>();
     auto of = [&](void* data, uint32_t heads) { return dq_tensor{data, DQ_F32, 0, heads * m.dim * 4, m.dim * 4}; };
-    t.q = of(q.get(), m.heads), t.k = of(k.get(), m.kv_heads), t.v = of(v.get(), m.kv_heads);
     t.slots = slots.get(), t.positions = positions.get();
     auto put = [&](uint32_t n, uint32_t first) {
+        // Not the first row of all for the token of a step: it is a sink, where there is no feedback.
+        const size_t row = CHUNK - n;
+        t.q = of(q.get() + row * m.heads * m.dim, m.heads);
+        t.k = of(k.get() + row * m.kv_heads * m.dim, m.kv_heads), t.v = of(v.get() + row * m.kv_heads * m.dim, m.kv_heads);
         std::vector<int64_t> numbers(CHUNK);
         std::vector<int32_t> at(CHUNK);
         for (uint32_t i = 0; i < CHUNK; i++) numbers[i] = at[i] = int32_t(first + i);
