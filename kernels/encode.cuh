@@ -1,10 +1,12 @@
 // New rows into records. The same bytes as src/cpu/encode.rs: every product is rounded before it is added, every sum has
 // that file's order. Its sums over a row have sixteen lanes: lane l holds the channels l, l + 16, l + 32, ...
 //
-// Grid: (runs of ENCODE_ROWS tokens, KV head, side), 256 threads. Rows are loaded and their sets chosen by half a warp
-// each, latents made by the block, scales found by a warp to a row, codes with feedback by lanes of a (row, scale, tier).
-// Shared memory of a block, see `EncodeLayout`: codes [16][FEEDBACK_SCALES][CODES]; latents f32 [16][LATENTS]; stages of the matrix
-// f32 [STAGES][ENCODE_CHUNK][D], later errors; what the feedback weighs with.
+// Two kernels. For many tokens, grid (runs of ENCODE_ROWS tokens, KV head, side), 256 threads: rows are loaded and their sets
+// chosen by half a warp each, latents made by the block, scales found by a warp to a row, codes with feedback by lanes of a
+// (row, scale, tier). Shared memory of a block, see `EncodeLayout`: codes [16][FEEDBACK_SCALES][CODES]; latents f32 [16][LATENTS];
+// stages of the matrix f32 [STAGES][ENCODE_CHUNK][D], later errors; what the feedback weighs with.
+//
+// For few, a row to a block, grid (token, KV head, side), 256 threads: see `encode_alone`.
 #pragma once
 #include "rows.cuh"
 
@@ -218,16 +220,41 @@ struct LevelBook {
         float level;
         uint32_t codes;
     };
-    __device__ __forceinline__ Found look_up(float magnitude, float sign) const {
+    // The bin of a magnitude in units of which `most` are the cap and `per` counts bins.
+    __device__ __forceinline__ Bin bin(float magnitude, float most, float per) const {
         // The sum's last bits are the bin, and what is above them leaves with the shift.
-        const float at = __fmaf_rn(fminf(magnitude, cap), per_unit, 2097152.0f);
-        const Bin bin = *reinterpret_cast<const Bin*>(bins + (__float_as_uint(at) << 7));
-        const bool above = magnitude > bin.edge;
-        return {copysignf(above ? bin.above : bin.below, sign), above ? bin.codes >> 8 : bin.codes};
+        const float at = __fmaf_rn(fminf(magnitude, most), per, 2097152.0f);
+        return *reinterpret_cast<const Bin*>(bins + (__float_as_uint(at) << 7));
     }
-    __device__ __forceinline__ uint32_t code(Found found, float y) const { return (__float_as_int(y) < 0 ? found.codes >> 16 : found.codes) & 0xFF; }
+    __device__ __forceinline__ Found look_up(float magnitude, float sign) const {
+        const Bin found = bin(magnitude, cap, per_unit);
+        const bool above = magnitude > found.edge;
+        return {copysignf(above ? found.above : found.below, sign), above ? found.codes >> 8 : found.codes};
+    }
+    __device__ __forceinline__ static uint32_t code(uint32_t codes, float y) { return (__float_as_int(y) < 0 ? codes >> 16 : codes) & 0xFF; }
 };
 static_assert(BIN_BYTES == 1 << 7, "");
+
+// A book for values that `inverse` brings to units, and `scale` back. Where each value waits for the one before, what it
+// takes from value to value is what counts: the bin is found without the product that the edge is compared with, and both
+// levels are scaled while that comparison is made.
+struct ScaledBook {
+    LevelBook book;
+    float scale, inverse, most, per;
+    __device__ __forceinline__ ScaledBook(const LevelBook& book, float scale, float inverse)
+        : book(book), scale(scale), inverse(inverse), most(inverse > 0.0f ? __fdiv_rn(book.cap, inverse) : 0.0f), per(__fmul_rn(book.per_unit, inverse)) {}
+    // What the nearest level stands for, and its code.
+    struct Found {
+        float value;
+        uint32_t code;
+    };
+    __device__ __forceinline__ Found look_up(float y) const {
+        const Bin found = book.bin(fabsf(y), most, per);
+        const float with_sign = copysignf(scale, y), below = __fmul_rn(with_sign, found.below), above = __fmul_rn(with_sign, found.above);
+        const bool is_above = fabsf(__fmul_rn(y, inverse)) > found.edge;
+        return {is_above ? above : below, LevelBook::code(is_above ? found.codes >> 8 : found.codes, y)};
+    }
+};
 
 template <class S> struct SideBooks {
     __host__ __device__ static constexpr int bins_before(int t) {
@@ -272,6 +299,101 @@ template <class S> struct RowCoder {
         return sum;
     }
 
+    // A row, made safe to compute with, by half a warp: the lane's channels. NaN or infinity anywhere makes the row zero.
+    struct Row {
+        float raw[PER];
+        bool bad;
+    };
+    __device__ __forceinline__ static Row load_row(const DqRows& rows, uint64_t at, bool is_there, int l, uint32_t mask) {
+        Row row;
+        uint32_t bits[PER] = {};
+        // All loads before the first value is looked at.
+        if (is_there) load_elements(bits, rows, at, l);
+        float largest = 0.0f;
+        row.bad = false;
+        DQ_UNROLL
+        for (int k = 0; k < PER; k++) {
+            row.raw[k] = element_value(rows, bits[k]);
+            row.bad |= !(fabsf(row.raw[k]) <= 3.402823466e38f);
+            largest = fmaxf(largest, fabsf(row.raw[k]));
+        }
+        row.bad = __any_sync(mask, row.bad);
+        largest = max_lanes(largest, mask);
+        const float shrink = largest > HUGE_ROW ? __fdiv_rn(HUGE_ROW, largest) : 1.0f;
+        DQ_UNROLL
+        for (int k = 0; k < PER; k++) {
+            if (largest > HUGE_ROW) row.raw[k] = __fmul_rn(row.raw[k], shrink);
+            if (row.bad) row.raw[k] = 0.0f;
+        }
+        return row;
+    }
+
+    // What the newest set's kappa says of the tiers' errors.
+    struct Expected {
+        float kappa[S::tiers], of_tier[S::tiers], distortion;
+        __device__ __forceinline__ explicit Expected(const float* kappas) : distortion(0.0f) {
+            for_each<S::tiers>([&](auto tier) {
+                constexpr int T = decltype(tier)::value;
+                kappa[T] = kappas[T];
+                of_tier[T] = __fmul_rn(kappa[T], Book<S::bits(T)>::distortion);
+                distortion = __fadd_rn(distortion, __fmul_rn(float(S::channels(T)), Book<S::bits(T)>::distortion));
+            });
+            distortion = __fdiv_rn(distortion, float(D));
+        }
+    };
+
+    // The rotation about zero or a sink, whichever is nearest to the row, by half a warp. `mean` gives a set's at a channel.
+    struct Other {
+        uint32_t set;
+        float distance;
+    };
+    template <class Mean>
+    __device__ __forceinline__ static Other nearest_other(const Row& row, uint32_t sinks, int l, uint32_t mask, Mean&& mean) {
+        Other other{0, sum_channels<0, D>(mask, [&](int k) { return __fmul_rn(row.raw[k], row.raw[k]); })};
+        for (int n = 0; n < MAX_SINKS && sinks != 0; n++, sinks &= sinks - 1) {
+            const uint32_t sink = __ffs(sinks) - 1;
+            const float d = sum_channels<0, D>(mask, [&](int k) {
+                const float e = __fsub_rn(row.raw[k], mean(sink, l + 16 * k));
+                return __fmul_rn(e, e);
+            });
+            if (!row.bad && d < other.distance) other = {sink, d};
+        }
+        return other;
+    }
+    // Its latents, in place of those of the newest set.
+    template <class Mean>
+    __device__ __forceinline__ static void take_other(float* latents, const Row& row, uint32_t other, const uint32_t* rotation, int l, uint32_t mask, Mean&& mean) {
+        float y[PER];
+        DQ_UNROLL
+        for (int k = 0; k < PER; k++) {
+            y[k] = row.raw[k];
+            if (other != 0) y[k] = __fsub_rn(y[k], mean(other, l + 16 * k));
+        }
+        // Not the rotation's zeros: they are of either sign.
+        if (!row.bad) Rotation<D>::rotate(y, rotation, latents, l, mask);
+        DQ_UNROLL
+        for (int k = 0; k < PER; k++) latents[l + 16 * k] = row.bad ? 0.0f : y[k];
+    }
+    // Which set, by half a warp: the newest, unless the other promises less than half its error; that one is also the way out
+    // for a row that does not fit the newest. `latents` hold those of the newest set, its centred row where it is a rotation;
+    // true: they are the other's now.
+    template <class Mean>
+    __device__ __forceinline__ static bool choose_set(float* latents, const Row& row, const Other& other, const Expected& expected, bool dense, const uint32_t* rotation,
+                                                      int l, uint32_t mask, Mean&& mean) {
+        float y[PER];
+        DQ_UNROLL
+        for (int k = 0; k < PER; k++) y[k] = latents[l + 16 * k];
+        if (!dense) {
+            Rotation<D>::rotate(y, rotation, latents, l, mask);
+            DQ_UNROLL
+            for (int k = 0; k < PER; k++) latents[l + 16 * k] = y[k];
+        }
+        const float cost = over_tiers(expected.of_tier, mask, [&](auto, int k) { return __fmul_rn(y[k], y[k]); });
+        const bool use_other = row.bad || __fmul_rn(other.distance, expected.distortion) < __fmul_rn(SWITCH, cost);
+        if (use_other) take_other(latents, row, other.set, rotation, l, mask, mean);
+        return use_other;
+    }
+
     // Eight bits, by half a warp: the first scale of the header's that reaches the largest latent; codes against that very
     // scale. `codes` gets a byte to a channel.
     __device__ __forceinline__ static Header code_uniform(const float* latents, uint32_t set, uint8_t* codes, int l, uint32_t mask) {
@@ -296,58 +418,76 @@ template <class S> struct RowCoder {
     }
 
     // A few scales around the rms, each then such that the coded row is as long along the row; the least error after
-    // rounding wins. By a warp: lane 4 m + p tries multiple m, with the channels p, p + 4, p + 8, p + 12 of each sixteen,
-    // which are four of a sum's lanes. `reach` gets what latents are multiplied with to find their levels.
-    __device__ __forceinline__ static Header find_scale(const float* latents, uint32_t set, const float (&kappa)[S::tiers], const uint8_t* books, float& reach, int lane) {
-        const int m = lane >> 2, p = lane & 3;
-        auto fold = [](const float (&v)[4]) {
-            float s = __fadd_rn(__fadd_rn(v[0], v[2]), __fadd_rn(v[1], v[3]));
-            s = __fadd_rn(s, __shfl_xor_sync(ALL_LANES, s, 2));
-            return __fadd_rn(s, __shfl_xor_sync(ALL_LANES, s, 1));
+    // rounding wins. One of them, by LANES lanes next to each other: lane p has the channels p, p + LANES, ... of each sixteen,
+    // which are 16 / LANES of a sum's lanes. `reach` is what latents are multiplied with to find their levels.
+    struct Trial {
+        Header header;
+        float reach, error;
+    };
+    template <int LANES>
+    __device__ __forceinline__ static Trial try_scale(const float* latents, uint32_t set, const float (&kappa)[S::tiers], const uint8_t* books, int m, int p, int lane) {
+        constexpr int PARTS = 16 / LANES;
+        auto fold = [](float (&v)[PARTS]) {
+            DQ_UNROLL
+            for (int w = PARTS / 2; w > 0; w /= 2) {
+                DQ_UNROLL
+                for (int i = 0; i < w; i++) v[i] = __fadd_rn(v[i], v[i + w]);
+            }
+            float sum = v[0];
+            DQ_UNROLL
+            for (int d = LANES / 2; d > 0; d /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(ALL_LANES, sum, d));
+            return sum;
         };
-        float y[D / 4], level[D / 4], squares[4] = {};
+        float y[D / LANES], level[D / LANES], squares[PARTS] = {};
         DQ_UNROLL
-        for (int k = 0; k < D / 4; k++) {
-            y[k] = latents[k / 4 * 16 + p + 4 * (k % 4)];
-            squares[k % 4] = __fadd_rn(squares[k % 4], __fmul_rn(y[k], y[k]));
+        for (int k = 0; k < D / LANES; k++) {
+            y[k] = latents[k / PARTS * 16 + p + LANES * (k % PARTS)];
+            squares[k % PARTS] = __fadd_rn(squares[k % PARTS], __fmul_rn(y[k], y[k]));
         }
         const float rms = __fsqrt_rn(__fdiv_rn(fold(squares), float(D)));
-        reach = 0.0f;
-        if (!(rms > 0.0f)) return {set, false};
+        if (!(rms > 0.0f)) return {{set, false}, 0.0f, 0.0f};
         float multiple = 0.0f;
         for_each<N_MULTIPLES>([&](auto i) { if (m == decltype(i)::value) multiple = scale_multiple(decltype(i)::value); });
-        reach = __fdiv_rn(1.0f, __fmul_rn(rms, multiple));
+        const float reach = __fdiv_rn(1.0f, __fmul_rn(rms, multiple));
 
         float projection = 0.0f, energy = 0.0f, error = 0.0f;
         for_each<S::tiers>([&](auto tier) {
-            constexpr int T = decltype(tier)::value, FROM = S::first(T) / 4, TO = FROM + S::channels(T) / 4;
+            constexpr int T = decltype(tier)::value, FROM = S::first(T) / LANES, TO = FROM + S::channels(T) / LANES;
             const LevelBook book = Books::template of<T>(books, lane);
-            float along[4] = {}, own[4] = {};
+            float along[PARTS] = {}, own[PARTS] = {};
             DQ_UNROLL
             for (int k = FROM; k < TO; k++) {
                 level[k] = book.look_up(fabsf(__fmul_rn(y[k], reach)), y[k]).level;
-                along[k % 4] = __fadd_rn(along[k % 4], __fmul_rn(y[k], level[k]));
-                own[k % 4] = __fadd_rn(own[k % 4], __fmul_rn(y[k], y[k]));
+                along[k % PARTS] = __fadd_rn(along[k % PARTS], __fmul_rn(y[k], level[k]));
+                own[k % PARTS] = __fadd_rn(own[k % PARTS], __fmul_rn(y[k], y[k]));
             }
             projection = __fadd_rn(projection, __fmul_rn(kappa[T], fold(along)));
             energy = __fadd_rn(energy, __fmul_rn(kappa[T], fold(own)));
         });
         float scale = __fdiv_rn(energy, projection);
         scale = scale < 0.0f ? 0.0f : scale > 3.402823466e38f ? 3.402823466e38f : scale;
-        const Header mine = pack_header(scale, set);
-        const float kept = header_scale(mine.bits);
+        const Header header = pack_header(scale, set);
+        const float kept = header_scale(header.bits);
         for_each<S::tiers>([&](auto tier) {
-            constexpr int T = decltype(tier)::value, FROM = S::first(T) / 4, TO = FROM + S::channels(T) / 4;
-            float lost[4] = {};
+            constexpr int T = decltype(tier)::value, FROM = S::first(T) / LANES, TO = FROM + S::channels(T) / LANES;
+            float lost[PARTS] = {};
             DQ_UNROLL
             for (int k = FROM; k < TO; k++) {
                 const float e = __fsub_rn(y[k], __fmul_rn(kept, level[k]));
-                lost[k % 4] = __fadd_rn(lost[k % 4], __fmul_rn(e, e));
+                lost[k % PARTS] = __fadd_rn(lost[k % PARTS], __fmul_rn(e, e));
             }
             error = __fadd_rn(error, __fmul_rn(kappa[T], fold(lost)));
         });
         // The first of the least. NaN loses against all but stays when it comes first.
         if (error != error) error = m == 0 ? -__builtin_huge_valf() : __builtin_huge_valf();
+        return {header, reach, error};
+    }
+
+    // All of them by a warp, four lanes to each.
+    __device__ __forceinline__ static Header find_scale(const float* latents, uint32_t set, const float (&kappa)[S::tiers], const uint8_t* books, float& reach, int lane) {
+        const int m = lane >> 2;
+        const Trial mine = try_scale<4>(latents, set, kappa, books, m, lane & 3, lane);
+        float error = mine.error;
         int best = m;
         DQ_UNROLL
         for (int d = 4; d < 32; d *= 2) {
@@ -355,19 +495,20 @@ template <class S> struct RowCoder {
             const int there = __shfl_xor_sync(ALL_LANES, best, d);
             if (that < error || (that == error && there < best)) error = that, best = there;
         }
-        reach = __shfl_sync(ALL_LANES, reach, 4 * best);
-        const uint32_t found = __shfl_sync(ALL_LANES, mine.bits | uint32_t(mine.saturated) << 16, 4 * best);
+        reach = __shfl_sync(ALL_LANES, mine.reach, 4 * best);
+        const uint32_t found = __shfl_sync(ALL_LANES, mine.header.bits | uint32_t(mine.header.saturated) << 16, 4 * best);
         return {found & 0xFFFF, found >> 16 != 0};
     }
 
-    // Codes of the levels that `reach` finds, by a warp.
-    __device__ __forceinline__ static void code(const float* latents, float reach, const uint8_t* books, uint8_t* codes, int lane) {
+    // Codes of the levels that `reach` finds, by THREADS threads from a whole warp on.
+    template <int THREADS>
+    __device__ __forceinline__ static void code(const float* latents, float reach, const uint8_t* books, uint8_t* codes, int t) {
         for_each<S::tiers>([&](auto tier) {
             constexpr int T = decltype(tier)::value;
-            const LevelBook book = Books::template of<T>(books, lane);
-            for (int c = S::first(T) + lane; c < S::first(T) + S::channels(T); c += 32) {
+            const LevelBook book = Books::template of<T>(books, t);
+            for (int c = S::first(T) + t; c < S::first(T) + S::channels(T); c += THREADS) {
                 const float y = latents[c];
-                codes[c] = uint8_t(book.code(book.look_up(fabsf(__fmul_rn(y, reach)), y), y));
+                codes[c] = uint8_t(LevelBook::code(book.look_up(fabsf(__fmul_rn(y, reach)), y).codes, y));
             }
         });
     }
@@ -382,6 +523,9 @@ template <class S> struct RowCoder {
         LevelBook book;
         float widening;  // Codebook::widening
     };
+    __device__ __forceinline__ static ScaledBook scaled(const Tier& tier, float scale) {
+        return {tier.book, scale, __fmul_rn(scale > 0.0f ? __fdiv_rn(1.0f, scale) : 0.0f, tier.widening)};
+    }
     // Of a chain: its loss, its targets' squares, and their products with what their codes stand for.
     struct Sums {
         float lost, size, along;
@@ -391,6 +535,32 @@ template <class S> struct RowCoder {
         else return load_global(reinterpret_cast<const float4*>(at));
     }
 
+    __device__ __forceinline__ static void put(float* to, const float4& v) { to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w; }
+
+    // Eight latents behind each other, each against what the errors before it leave of its target. `triangle`: what the error
+    // of each adds to all eight.
+    template <class Weights>
+    __device__ __forceinline__ static void round_eight(const ScaledBook& book, const float* triangle, const float (&latent)[8], float (&target)[8],
+                                                       float (&error)[8], uint2& codes, Sums& sums, Weights&& four_weights) {
+        uint32_t words[2] = {0, 0};
+        DQ_UNROLL
+        for (int i = 0; i < 8; i++, triangle += 8) {
+            float weight[8];
+            if (i < 4) put(weight, four_weights(triangle));
+            put(weight + 4, four_weights(triangle + 4));
+            const ScaledBook::Found found = book.look_up(target[i]);
+            const float left = __fsub_rn(found.value, target[i]);
+            error[i] = __fsub_rn(found.value, latent[i]);
+            sums.lost = __fadd_rn(sums.lost, __fmul_rn(weight[i], __fmul_rn(left, left)));
+            sums.size = __fadd_rn(sums.size, __fmul_rn(weight[i], __fmul_rn(target[i], target[i])));
+            sums.along = __fadd_rn(sums.along, __fmul_rn(weight[i], __fmul_rn(target[i], found.value)));
+            DQ_UNROLL
+            for (int k = i + 1; k < 8; k++) target[k] = __fsub_rn(target[k], __fmul_rn(weight[k], error[i]));
+            words[i / 4] |= found.code << (8 * (i % 4));
+        }
+        codes = make_uint2(words[0], words[1]);
+    }
+
     // Codes a tier of a row anew with one scale, latent after latent, each against what the errors before it leave to be
     // said (src/factor/fit.rs). LANES lanes next to each other share the work: each takes the errors of earlier eights off
     // 8 / LANES of the next eight, which all then code. `errors` [n], `codes` [n]; returns what it lost.
@@ -398,13 +568,12 @@ template <class S> struct RowCoder {
     __device__ __forceinline__ static Sums chain(const Tier& tier, const float* latents, float scale, float* errors, uint8_t* codes, bool keeps, int lane) {
         constexpr int OWN = 8 / LANES;
         const int share = lane % LANES * OWN;
-        const float inverse = __fmul_rn(scale > 0.0f ? __fdiv_rn(1.0f, scale) : 0.0f, tier.widening);
+        const ScaledBook book = scaled(tier, scale);
         const float* weights = tier.weights;
         Sums sums{};
         DQ_UNROLL_BY_1
         for (int block = 0; block < tier.n; block += 8) {
             float own[OWN], target[8], latent[8], error[8];
-            auto put = [](float* to, const float4& v) { to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w; };
             DQ_UNROLL
             for (int i = 0; i < 8; i += 4) put(latent + i, *reinterpret_cast<const float4*>(latents + block + i));
             DQ_UNROLL
@@ -426,26 +595,13 @@ template <class S> struct RowCoder {
             }
             DQ_UNROLL
             for (int i = 0; i < 8; i++) target[i] = LANES == 1 ? own[i % OWN] : __shfl_sync(ALL_LANES, own[i % OWN], i / OWN, LANES);
-            uint32_t words[2] = {0, 0};
-            DQ_UNROLL
-            for (int i = 0; i < 8; i++, weights += 8) {
-                float weight[8];
-                if (i < 4) put(weight, weights_at(weights));
-                put(weight + 4, weights_at(weights + 4));
-                const LevelBook::Found found = tier.book.look_up(fabsf(__fmul_rn(target[i], inverse)), target[i]);
-                const float value = __fmul_rn(scale, found.level), left = __fsub_rn(value, target[i]);
-                error[i] = __fsub_rn(value, latent[i]);
-                sums.lost = __fadd_rn(sums.lost, __fmul_rn(weight[i], __fmul_rn(left, left)));
-                sums.size = __fadd_rn(sums.size, __fmul_rn(weight[i], __fmul_rn(target[i], target[i])));
-                sums.along = __fadd_rn(sums.along, __fmul_rn(weight[i], __fmul_rn(target[i], value)));
-                DQ_UNROLL
-                for (int k = i + 1; k < 8; k++) target[k] = __fsub_rn(target[k], __fmul_rn(weight[k], error[i]));
-                words[i / 4] |= tier.book.code(found, target[i]) << (8 * (i % 4));
-            }
+            uint2 words;
+            round_eight(book, weights, latent, target, error, words, sums, [](const float* at) { return weights_at(at); });
+            weights += 64;
             if (lane % LANES == 0) {
                 DQ_UNROLL
                 for (int i = 0; i < 8; i += 4) *reinterpret_cast<float4*>(errors + block + i) = make_float4(error[i], error[i + 1], error[i + 2], error[i + 3]);
-                if (keeps) *reinterpret_cast<uint2*>(codes + block) = make_uint2(words[0], words[1]);
+                if (keeps) *reinterpret_cast<uint2*>(codes + block) = words;
             }
             __syncwarp();
         }
@@ -462,6 +618,21 @@ template <class S> struct RowCoder {
         return 0;
     }
 
+    __device__ __forceinline__ static Tier tier_by_size(int rank, const float* weights, const uint8_t* books, int copy, int& t) {
+        Tier tier{};
+        for_each<S::tiers>([&](auto i) {
+            constexpr int T = by_size(decltype(i)::value);
+            if (rank == decltype(i)::value) t = T, tier = {S::first(T), S::channels(T), weights + S::feedback_before(T), Books::template of<T>(books, copy), __fadd_rn(1.0f, Book<S::bits(T)>::distortion)};
+        });
+        return tier;
+    }
+    // Scale number s of those that are tried with feedback.
+    __device__ __forceinline__ static float feedback_scale(uint32_t without, int s) {
+        float multiple = 0.0f;
+        for_each<FEEDBACK_SCALES>([&](auto i) { if (s == decltype(i)::value) multiple = feedback_multiple(decltype(i)::value); });
+        return header_scale(pack_header(__fmul_rn(header_scale(without & 0xFFFF), multiple), 0).bits);
+    }
+
     // All chains of `n_rows` rows, by the block. `headers` of rows without feedback, FEED where it is wanted; `sums`
     // [tier][row][scale].
     static constexpr uint32_t FEED = 1u << 16, REPLACED = 1u << 17;
@@ -474,23 +645,99 @@ template <class S> struct RowCoder {
             const int row = pair / FEEDBACK_SCALES, s = pair % FEEDBACK_SCALES;
             const bool keeps = at < pairs && (headers[row] & FEED);
             if (!__any_sync(ALL_LANES, keeps)) continue;
-            Tier tier{};
             int t = 0;
-            for_each<S::tiers>([&](auto i) {
-                constexpr int T = by_size(decltype(i)::value);
-                if (task / groups == decltype(i)::value) t = T, tier = {S::first(T), S::channels(T), weights + S::feedback_before(T), Books::template of<T>(books, lane), __fadd_rn(1.0f, Book<S::bits(T)>::distortion)};
-            });
-            float multiple = 0.0f;
-            for_each<FEEDBACK_SCALES>([&](auto i) { if (s == decltype(i)::value) multiple = feedback_multiple(decltype(i)::value); });
-            const float scale = header_scale(pack_header(__fmul_rn(header_scale(headers[row] & 0xFFFF), multiple), 0).bits);
+            const Tier tier = tier_by_size(task / groups, weights, books, lane, t);
+            const float scale = feedback_scale(headers[row], s);
             // Lanes without a pair of their own do the last pair's work again, and write the same.
             const Sums mine = chain<LANES>(tier, latents + row * Layout::LATENTS + tier.first, scale, errors + pair * Layout::ERRORS + tier.first + 4 * t, codes + pair * Layout::CODES + tier.first, keeps, lane);
             if (keeps && lane % LANES == 0) sums[t * ENCODE_ROWS * FEEDBACK_SCALES + pair] = mine;
         }
     }
 
-    // The scale of least loss, the first of equals; then as long as the targets' codes must be.
-    __device__ __forceinline__ static Header least_loss(uint32_t without, uint32_t set, const float (&kappa)[S::tiers], const Sums* sums, int& slot) {
+    // The chains of one row, by the block, in steps of eight latents. For each tier a warp leads: eight lanes to a scale all
+    // round the step's eight latents. The others help, each with every so many eights of a tier: once the errors of a step are
+    // known they are taken off all eights behind it, a lane to a latent and scale, while the next step is rounded. So a chain
+    // waits for nothing but its own roundings, and each latent hears of the errors before it in their order.
+    __host__ __device__ static constexpr int helpers(int rank) { return (ENCODE_WARPS - S::tiers - rank + S::tiers - 1) / S::tiers; }
+    __host__ __device__ static constexpr int most_eights() {
+        int most = 0;
+        for (int i = 0; i < S::tiers; i++) {
+            const int eights = (S::channels(by_size(i)) / 8 + helpers(i) - 1) / helpers(i);
+            if (eights > most) most = eights;
+        }
+        return most;
+    }
+    struct alignas(16) Handed {
+        float targets[2][32];                     // [of even and odd steps][lane]: of the next eight, from whoever helps
+        float errors[2][FEEDBACK_SCALES][8];      // of the last eight, from whoever leads
+    };
+    __device__ __forceinline__ static void feed_back_alone(const float* latents, uint32_t without, const float* weights, const uint8_t* books,
+                                                           uint8_t (&codes)[FEEDBACK_SCALES][Layout::CODES], Sums* sums, Handed (&handed)[S::tiers]) {
+        constexpr int EIGHTS = most_eights();
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, s = lane / 8, i = lane % 8;
+        const bool leads = warp < S::tiers;
+        const int rank = warp % S::tiers, helper = leads ? 0 : warp / S::tiers - 1, stride = helpers(rank);
+        int t = 0;
+        // Lanes of a scale look at one copy of a bin, those of others next to it.
+        const Tier tier = tier_by_size(rank, weights, books, s, t);
+        const int eights = tier.n / 8;
+        // Weights of the eight latents number `eight`, those of the error of latent `before`.
+        auto of = [&](int eight, int before) { return tier.weights + 32 * eight * (eight + 1) + 8 * before; };
+        const ScaledBook book = scaled(tier, feedback_scale(without, s));
+        Handed& hand = handed[rank];
+        float own[EIGHTS], error[8] = {};
+        Sums mine{};
+        DQ_UNROLL
+        for (int k = 0; k < EIGHTS; k++) {
+            const int eight = helper + k * stride;
+            own[k] = eight < eights ? latents[tier.first + 8 * eight + i] : 0.0f;
+        }
+        DQ_UNROLL_BY_1
+        for (int step = 0; step < S::channels(by_size(0)) / 8; step++) {
+            if (leads && step < eights) {
+                float latent[8], target[8];
+                put(latent, *reinterpret_cast<const float4*>(latents + tier.first + 8 * step));
+                put(latent + 4, *reinterpret_cast<const float4*>(latents + tier.first + 8 * step + 4));
+                float first = own[0];
+                if (step > 0) {
+                    first = hand.targets[step % 2][lane];
+                    DQ_UNROLL
+                    for (int k = 0; k < 8; k++) first = __fsub_rn(first, __fmul_rn(of(step, 8 * (step - 1) + k)[i], error[k]));
+                }
+                DQ_UNROLL
+                for (int k = 0; k < 8; k++) target[k] = __shfl_sync(ALL_LANES, first, k, 8);
+                uint2 words;
+                round_eight(book, of(step, 8 * step), latent, target, error, words, mine, [](const float* at) { return *reinterpret_cast<const float4*>(at); });
+                if (i == 0) {
+                    float4* to = reinterpret_cast<float4*>(hand.errors[step % 2][s]);
+                    to[0] = make_float4(error[0], error[1], error[2], error[3]), to[1] = make_float4(error[4], error[5], error[6], error[7]);
+                    *reinterpret_cast<uint2*>(codes[s] + tier.first + 8 * step) = words;
+                }
+            } else if (!leads && step + 1 < eights) {
+                float before[8] = {};
+                if (step > 0) {
+                    const float4* from = reinterpret_cast<const float4*>(hand.errors[(step - 1) % 2][s]);
+                    put(before, from[0]), put(before + 4, from[1]);
+                }
+                DQ_UNROLL
+                for (int k = 0; k < EIGHTS; k++) {
+                    const int eight = helper + k * stride;
+                    if (eight <= step || eight >= eights) continue;
+                    if (step > 0) {
+                        DQ_UNROLL
+                        for (int e = 0; e < 8; e++) own[k] = __fsub_rn(own[k], __fmul_rn(of(eight, 8 * (step - 1) + e)[i], before[e]));
+                    }
+                    if (eight == step + 1) hand.targets[eight % 2][lane] = own[k];
+                }
+            }
+            __syncthreads();
+        }
+        if (leads && i == 0) sums[t * FEEDBACK_SCALES + s] = mine;
+    }
+
+    // The scale of least loss, the first of equals; then as long as the targets' codes must be. Sums of a row's tiers are `stride`
+    // apart.
+    __device__ __forceinline__ static Header least_loss(uint32_t without, uint32_t set, const float (&kappa)[S::tiers], const Sums* sums, int stride, int& slot) {
         Header best{0, false};
         float least = 0.0f, ratio = 0.0f;
         slot = 0;
@@ -500,7 +747,7 @@ template <class S> struct RowCoder {
             float cost = 0.0f, size = 0.0f, along = 0.0f;
             for_each<S::tiers>([&](auto tier) {
                 constexpr int T = decltype(tier)::value;
-                const Sums& of = sums[T * ENCODE_ROWS * FEEDBACK_SCALES + I];
+                const Sums& of = sums[T * stride + I];
                 cost = __fadd_rn(cost, __fmul_rn(kappa[T], of.lost));
                 size = __fadd_rn(size, __fmul_rn(kappa[T], of.size)), along = __fadd_rn(along, __fmul_rn(kappa[T], of.along));
             });
@@ -513,8 +760,9 @@ template <class S> struct RowCoder {
         return best;
     }
 
-    // Codes into the planes of a record.
-    __device__ __forceinline__ static void write(const uint8_t* codes, uint8_t* record, uint32_t side, uint32_t n_kv, uint32_t head, int l) {
+    // Codes into the planes of a record, by THREADS threads.
+    template <int THREADS>
+    __device__ __forceinline__ static void write(const uint8_t* codes, uint8_t* record, uint32_t side, uint32_t n_kv, uint32_t head, int t) {
         for_each<S::tiers>([&](auto tier) {
             constexpr int T = decltype(tier)::value;
             for_each<planes_of(S::bits(T))>([&](auto plane) {
@@ -528,7 +776,7 @@ template <class S> struct RowCoder {
                     for (int k = 0; k < 8 / BITS; k++) byte |= (codes[S::first(T) + j + k * BYTES] >> SHIFT & ((1u << BITS) - 1)) << (k * BITS);
                     return byte;
                 };
-                for (int j = 2 * l; j < BYTES; j += 32) {
+                for (int j = 2 * t; j < BYTES; j += 2 * THREADS) {
                     *reinterpret_cast<uint16_t*>(out + j) = uint16_t(byte_at(j) | byte_at(j + 1) << 8);
                 }
             });
@@ -621,28 +869,11 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
     start_next_kernel();
     const bool stored = token < p.n && in_store(p.store, p.slots[token]);
 
-    // Phase 1: the rows, made safe to compute with; NaN or infinity anywhere makes the row zero.
-    bool bad = false;
-    float raw[PER], largest = 0.0f;
-    uint32_t bits[PER] = {};
-    // All loads before the first value is looked at.
-    if (token < p.n) load_elements(bits, rows, token * rows.token_stride + head * rows.head_stride, l);
+    // Phase 1: the rows.
+    auto mean = [&](uint32_t set, int c) { return half_to_float(load_global(means + set * D + c)); };
+    const auto row = Coder::load_row(rows, token * rows.token_stride + head * rows.head_stride, token < p.n, l, mask);
     DQ_UNROLL
-    for (int k = 0; k < PER; k++) {
-        raw[k] = element_value(rows, bits[k]);
-        bad |= !(fabsf(raw[k]) <= 3.402823466e38f);
-        largest = fmaxf(largest, fabsf(raw[k]));
-    }
-    bad = __any_sync(mask, bad);
-    largest = max_lanes(largest, mask);
-    const float shrink = largest > HUGE_ROW ? __fdiv_rn(HUGE_ROW, largest) : 1.0f;
-    DQ_UNROLL
-    for (int k = 0; k < PER; k++) {
-        if (largest > HUGE_ROW) raw[k] = __fmul_rn(raw[k], shrink);
-        if (bad) raw[k] = 0.0f;
-        const float mean = half_to_float(load_global(means + newest * D + l + 16 * k));
-        latents[l + 16 * k] = __fsub_rn(raw[k], mean);
-    }
+    for (int k = 0; k < PER; k++) latents[l + 16 * k] = __fsub_rn(row.raw[k], mean(newest, l + 16 * k));
 
     // Phase 2: latents under the newest set.
     if (dense) {
@@ -653,53 +884,16 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
         __syncthreads();  // books
     }
 
-    float kappa[S::tiers], expected[S::tiers], distortion = 0.0f;
-    for_each<S::tiers>([&](auto tier) {
-        constexpr int T = decltype(tier)::value;
-        kappa[T] = sets.kappa[T];
-        expected[T] = __fmul_rn(kappa[T], Book<S::bits(T)>::distortion);
-        distortion = __fadd_rn(distortion, __fmul_rn(float(S::channels(T)), Book<S::bits(T)>::distortion));
-    });
-    distortion = __fdiv_rn(distortion, float(D));
-
-    // Phase 3: which set. The newest, unless another promises less than half its error: the rotation about zero or a sink,
-    // also the way out for a row that does not fit the newest set.
-    bool use_other = bad;
+    // Phase 3: which set.
+    const typename Coder::Expected expected(sets.kappa);
+    const float (&kappa)[S::tiers] = expected.kappa;
+    bool use_other = row.bad;
     uint32_t other = 0;
-    auto take_other = [&] {
-        float y[PER];
-        DQ_UNROLL
-        for (int k = 0; k < PER; k++) {
-            y[k] = raw[k];
-            if (other != 0) y[k] = __fsub_rn(y[k], half_to_float(load_global(means + other * D + l + 16 * k)));
-        }
-        // Not the rotation's zeros: they are of either sign.
-        if (!bad) Rotation<D>::rotate(y, f.rotation, latents, l, mask);
-        DQ_UNROLL
-        for (int k = 0; k < PER; k++) latents[l + 16 * k] = bad ? 0.0f : y[k];
-    };
+    auto take_other = [&] { Coder::take_other(latents, row, other, f.rotation, l, mask, mean); };
     if (stored) {
-        float y[PER];
-        DQ_UNROLL
-        for (int k = 0; k < PER; k++) y[k] = latents[l + 16 * k];
-        if (!dense) {
-            Rotation<D>::rotate(y, f.rotation, latents, l, mask);
-            DQ_UNROLL
-            for (int k = 0; k < PER; k++) latents[l + 16 * k] = y[k];
-        }
-        const float cost = Coder::over_tiers(expected, mask, [&](auto, int k) { return __fmul_rn(y[k], y[k]); });
-        float distance = sum_channels<0, D>(mask, [&](int k) { return __fmul_rn(raw[k], raw[k]); });
-        uint32_t left = sets.sinks & sets.present;
-        for (int n = 0; n < MAX_SINKS && left != 0; n++, left &= left - 1) {
-            const uint32_t sink = __ffs(left) - 1;
-            const float d = sum_channels<0, D>(mask, [&](int k) {
-                const float e = __fsub_rn(raw[k], half_to_float(load_global(means + sink * D + l + 16 * k)));
-                return __fmul_rn(e, e);
-            });
-            if (!bad && d < distance) distance = d, other = sink;
-        }
-        use_other |= __fmul_rn(distance, distortion) < __fmul_rn(SWITCH, cost);
-        if (use_other) take_other();
+        const auto nearest = Coder::nearest_other(row, sets.sinks & sets.present, l, mask, mean);
+        other = nearest.set;
+        use_other = Coder::choose_set(latents, row, nearest, expected, dense, f.rotation, l, mask, mean);
     }
     __syncwarp();
 
@@ -715,14 +909,14 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
                 header = Coder::code_uniform(latents, other, codes, l, mask);
             }
         }
-        if (l == 0) headers[half] = header.bits | (bad || (use_other && header.saturated) ? Coder::REPLACED : 0);
+        if (l == 0) headers[half] = header.bits | (row.bad || (use_other && header.saturated) ? Coder::REPLACED : 0);
     } else {
         DQ_UNROLL_BY_1
         for (int r = 0; r < 2; r++) {
-            const uint32_t state = __shfl_sync(ALL_LANES, uint32_t(stored) | uint32_t(use_other) << 1 | uint32_t(bad) << 2 | other << 3, 16 * r);
+            const uint32_t state = __shfl_sync(ALL_LANES, uint32_t(stored) | uint32_t(use_other) << 1 | uint32_t(row.bad) << 2 | other << 3, 16 * r);
             if (!(state & 1)) continue;
-            const int row = 2 * warp + r;
-            const float* row_latents = all_latents + row * Layout::LATENTS;
+            const int at = 2 * warp + r;
+            const float* row_latents = all_latents + at * Layout::LATENTS;
             bool fits = !(state & 2);
             Header header;
             float reach, weights[S::tiers];
@@ -732,12 +926,12 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
                 header = Coder::find_scale(row_latents, fits ? newest : state >> 3, weights, books, reach, lane);
                 if (!fits || !header.saturated) break;
                 fits = false;
-                if (half == row) take_other();
+                if (half == at) take_other();
                 __syncwarp();
             }
             const bool feed = FEEDBACK && dense && fits;
-            if (!feed) Coder::code(row_latents, reach, books, all_codes + row * FEEDBACK_SCALES * Layout::CODES, lane);
-            if (lane == 0) headers[row] = header.bits | (feed ? Coder::FEED : 0) | ((state & 4) || (!fits && header.saturated) ? Coder::REPLACED : 0);
+            if (!feed) Coder::template code<32>(row_latents, reach, books, all_codes + at * FEEDBACK_SCALES * Layout::CODES, lane);
+            if (lane == 0) headers[at] = header.bits | (feed ? Coder::FEED : 0) | ((state & 4) || (!fits && header.saturated) ? Coder::REPLACED : 0);
         }
     }
 
@@ -767,9 +961,9 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
     uint32_t header = headers[half];
     int slot = 0;
     if constexpr (FEEDBACK) {
-        if (header & Coder::FEED) header = Coder::least_loss(header, newest, kappa, sums + half * FEEDBACK_SCALES, slot).bits;
+        if (header & Coder::FEED) header = Coder::least_loss(header, newest, kappa, sums + half * FEEDBACK_SCALES, ENCODE_ROWS * FEEDBACK_SCALES, slot).bits;
     }
-    Coder::write(all_codes + (half * FEEDBACK_SCALES + slot) * Layout::CODES, record, side, p.n_kv_heads, head, l);
+    Coder::template write<16>(all_codes + (half * FEEDBACK_SCALES + slot) * Layout::CODES, record, side, p.n_kv_heads, head, l);
     if (l == 0) *reinterpret_cast<uint16_t*>(record + headers_at + 2 * head) = uint16_t(header);
     if (pad && head == 0) {
         for (uint32_t b = headers_at + 2 * p.n_kv_heads + l; b < slot_bytes; b += 16) record[b] = 0;
@@ -777,7 +971,172 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
     if ((header & Coder::REPLACED) && l == 0 && p.status != nullptr) atomicAdd(p.status, 1u);
 }
 
+// ---- A row to a block ----
+
+// Bytes of shared memory; src/cuda/launch.rs says the same: what the feedback weighs with, and the means of all sets.
+template <class S> struct AloneLayout {
+    static constexpr int weights = (S::encode_floats - S::D * S::D) * 4, means = DQ_MAX_SETS * S::D * 2, bytes = weights + means;
+};
+
+// The same for one row by a whole block, where what counts is how long it takes: of few tokens each has blocks of its own.
+// Tables are on their way before the kernel ahead has ended, a column of the matrix to a thread, straight into registers.
+template <class S>
+__device__ __forceinline__ void encode_alone(const DqEncode& p, const DqFactors& f, const DqRows& rows, uint32_t side, uint32_t headers_at, uint32_t slot_bytes, bool pad, uint8_t* shared) {
+    constexpr int D = S::D, PER = D / 16, AHEAD = D % 64 == 0 ? 64 : D / 2;
+    static_assert(D <= ENCODE_THREADS && D % AHEAD == 0 && AHEAD % 4 == 0, "");
+    using Coder = RowCoder<S>;
+    using Layout = EncodeLayout<S>;
+    constexpr bool FEEDBACK = S::tiers > 1, UNIFORM = S::bits(0) == 8;
+    const int t = threadIdx.x, l = t & 15, lane = t & 31;
+    const uint32_t mask = half_mask(lane), head = blockIdx.y, token = blockIdx.x;
+    float* weights = reinterpret_cast<float*>(shared);
+    uint16_t* means = reinterpret_cast<uint16_t*>(shared + AloneLayout<S>::weights);
+    __shared__ __align__(16) uint8_t books[SideBooks<S>::BYTES];
+    __shared__ __align__(16) float latents[D];
+    __shared__ __align__(16) uint8_t codes[FEEDBACK ? FEEDBACK_SCALES : 1][Layout::CODES];
+    __shared__ typename Coder::Trial trials[N_MULTIPLES];
+    __shared__ uint32_t choice, uniform;
+
+    // Phase 1: tables start on their way. Nothing of the side is ever dense without room for it.
+    const DqHeadSets& sets = f.heads[head];
+    const float* matrix = f.encode + uint64_t(head) * S::encode_floats;
+    const bool may_be_dense = f.max_dense > 0;
+    auto entry = [&](int c) { return load_fresh(matrix + c * D + t); };
+    float column[AHEAD];
+    DQ_UNROLL
+    for (int c = 0; c < AHEAD; c++) column[c] = may_be_dense && t < D ? entry(c) : 0.0f;
+    for (int i = 8 * t; i < DQ_MAX_SETS * D; i += 8 * ENCODE_THREADS) cp_async_16(means + i, f.means + uint64_t(head) * DQ_MAX_SETS * D + i);
+    cp_async_commit();
+    for (int i = 4 * t; may_be_dense && i < S::encode_floats - D * D; i += 4 * ENCODE_THREADS) cp_async_16(weights + i, matrix + D * D + i);
+    cp_async_commit();
+    SideBooks<S>::fill(books, t);
+    const uint32_t newest = header_set(load_fresh(&sets.newest)), sinks = load_fresh(&sets.sinks) & load_fresh(&sets.present);
+    const bool dense = load_fresh(&sets.encode_dense);
+    float kappas[S::tiers];
+    DQ_UNROLL
+    for (int i = 0; i < S::tiers; i++) kappas[i] = load_fresh(sets.kappa + i);
+    auto mean = [&](uint32_t set, int c) { return half_to_float(means[set * D + c]); };
+    wait_for_previous_kernel();
+    start_next_kernel();
+
+    // Phase 2: the row, by the first half of each warp, since all are there; the first one's is centred for all.
+    const int64_t slot = p.slots[token];
+    const bool stored = in_store(p.store, slot);
+    const auto row = Coder::load_row(rows, token * rows.token_stride + head * rows.head_stride, stored && t < 16, l, mask);
+    cp_async_wait<1>();
+    __syncthreads();
+    if (t < 16) {
+        DQ_UNROLL
+        for (int k = 0; k < PER; k++) latents[l + 16 * k] = __fsub_rn(row.raw[k], mean(newest, l + 16 * k));
+    }
+    __syncthreads();
+    if (!stored) return cp_async_wait<0>();
+
+    // Phase 3: latents under the newest set; then which set.
+    const typename Coder::Expected expected(kappas);
+    typename Coder::Other other{};
+    if (dense) {
+        float sum = 0.0f;
+        if (t < D) {
+            DQ_UNROLL_BY_1
+            for (int first = 0; first < D; first += AHEAD) {
+                DQ_UNROLL
+                for (int c = 0; c < AHEAD; c += 4) {
+                    const float4 x = *reinterpret_cast<const float4*>(latents + first + c);
+                    auto add = [&](int i, float v) {
+                        sum = __fadd_rn(sum, __fmul_rn(v, column[c + i]));
+                        if (first + AHEAD < D) column[c + i] = entry(first + AHEAD + c + i);
+                    };
+                    add(0, x.x), add(1, x.y), add(2, x.z), add(3, x.w);
+                }
+            }
+        }
+        if (t < 16) other = Coder::nearest_other(row, sinks, l, mask, mean);
+        __syncthreads();
+        if (t < D) latents[t] = sum;
+        __syncthreads();
+    } else if (t < 16) {
+        other = Coder::nearest_other(row, sinks, l, mask, mean);
+    }
+    if (t < 16) {
+        const bool use_other = Coder::choose_set(latents, row, other, expected, dense, f.rotation, l, mask, mean);
+        if (t == 0) choice = uint32_t(use_other) | uint32_t(row.bad) << 1;
+    }
+    __syncthreads();
+    const bool bad = choice >> 1 & 1;
+    bool fits = !(choice & 1);
+    auto take_other = [&] {
+        if (t < 16) Coder::take_other(latents, row, other.set, f.rotation, l, mask, mean);
+    };
+
+    // Phase 4: scale and codes without feedback.
+    Header header{};
+    int taken = 0;
+    if constexpr (UNIFORM) {
+        while (true) {
+            if (t < 16) {
+                header = Coder::code_uniform(latents, fits ? newest : other.set, codes[0], l, mask);
+                if (t == 0) uniform = header.bits | uint32_t(header.saturated) << 16;
+            }
+            __syncthreads();
+            header = {uniform & 0xFFFF, uniform >> 16 != 0};
+            if (!fits || !header.saturated) break;
+            fits = false;
+            take_other();
+            __syncthreads();
+        }
+    } else {
+        float reach;
+        while (true) {
+            if (t < 16 * N_MULTIPLES) {
+                float of_tiers[S::tiers];
+                DQ_UNROLL
+                for (int i = 0; i < S::tiers; i++) of_tiers[i] = fits ? expected.kappa[i] : 1.0f;
+                const auto trial = Coder::template try_scale<16>(latents, 0, of_tiers, books, t / 16, l, lane);
+                if (l == 0) trials[t / 16] = trial;
+            }
+            __syncthreads();
+            int best = 0;
+            DQ_UNROLL
+            for (int m = 1; m < N_MULTIPLES; m++) if (trials[m].error < trials[best].error) best = m;
+            header = trials[best].header, reach = trials[best].reach;
+            if (!fits || !header.saturated) break;
+            fits = false;
+            take_other();
+            __syncthreads();
+        }
+        if (!(FEEDBACK && dense && fits)) Coder::template code<ENCODE_THREADS>(latents, reach, books, codes[0], t);
+    }
+
+    // Phase 5: the newest set's codes anew, with feedback.
+    cp_async_wait<0>();
+    __syncthreads();
+    if constexpr (FEEDBACK) {
+        __shared__ typename Coder::Sums sums[S::tiers * FEEDBACK_SCALES];
+        __shared__ typename Coder::Handed handed[S::tiers];
+        if (dense && fits) {
+            Coder::feed_back_alone(latents, header.bits, weights, books, codes, sums, handed);
+            __syncthreads();
+            header.bits = Coder::least_loss(header.bits, newest, expected.kappa, sums, FEEDBACK_SCALES, taken).bits;
+        }
+    }
+
+    // Phase 6: codes, header, and the pad behind the headers.
+    uint8_t* record = p.store.data + uint64_t(slot) * p.store.stride;
+    Coder::template write<ENCODE_THREADS>(codes[taken], record, side, p.n_kv_heads, head, t);
+    // The set's number is known only here to all: it was the first half of a warp that chose it.
+    if (t == 0) *reinterpret_cast<uint16_t*>(record + headers_at + 2 * head) = uint16_t(header.bits | (UNIFORM || (FEEDBACK && dense && fits) ? 0 : fits ? newest : other.set));
+    if (pad && head == 0) {
+        for (uint32_t b = headers_at + 2 * p.n_kv_heads + t; b < slot_bytes; b += ENCODE_THREADS) record[b] = 0;
+    }
+    if ((bad || (!fits && header.saturated)) && t == 0 && p.status != nullptr) atomicAdd(p.status, 1u);
+}
+
 // Bytes of dynamic shared memory of a block.
+template <class K, class V>
+constexpr uint32_t encode_alone_shared_bytes() {
+    return AloneLayout<K>::bytes > AloneLayout<V>::bytes ? AloneLayout<K>::bytes : AloneLayout<V>::bytes;
+}
 template <class K, class V>
 constexpr uint32_t encode_shared_bytes() {
     return EncodeLayout<K>::bytes > EncodeLayout<V>::bytes ? EncodeLayout<K>::bytes : EncodeLayout<V>::bytes;
@@ -790,6 +1149,14 @@ __device__ __forceinline__ void encode(const DqEncode& p) {
     const uint32_t n = p.n_kv_heads;
     if (blockIdx.z == 0) encode_side<K>(p, p.k, p.k_rows, 0, R::k_headers(n), 0, false, shared);
     else encode_side<V>(p, p.v, p.v_rows, n * K::row_bytes, R::v_headers(n), R::bytes(n), true, shared);
+}
+template <class K, class V>
+__device__ __forceinline__ void encode_few(const DqEncode& p) {
+    DQ_DYNAMIC_SHARED(shared);
+    using R = Record<K, V>;
+    const uint32_t n = p.n_kv_heads;
+    if (blockIdx.z == 0) encode_alone<K>(p, p.k, p.k_rows, 0, R::k_headers(n), 0, false, shared);
+    else encode_alone<V>(p, p.v, p.v_rows, n * K::row_bytes, R::v_headers(n), R::bytes(n), true, shared);
 }
 
 }  // namespace dq

@@ -204,6 +204,7 @@ struct PlainEncoder {
 };
 
 template <class K, class V> __global__ void __launch_bounds__(256) encode_kernel(const DqEncode p) { dq::encode<K, V>(p); }
+template <class K, class V> __global__ void __launch_bounds__(256) encode_few_kernel(const DqEncode p) { dq::encode_few<K, V>(p); }
 template <class K, class V> __global__ void __launch_bounds__(128) dequantize_kernel(const DqDequantize p) { dq::dequantize<K, V>(p); }
 
 template <int DK, int KP, int DV, int VP>
@@ -274,6 +275,12 @@ void encode_case(uint32_t n_kv, uint32_t n, ref::SetKinds k_sets, ref::SetKinds 
     rt::launch(encode_kernel<K, V>, dim3((n + dq::ENCODE_ROWS - 1) / dq::ENCODE_ROWS, n_kv, 2), 256, dq::encode_shared_bytes<K, V>(), p);
     rt::sync();
     auto got = d_store.take();
+    const double replaced_rows = status.take()[0];
+    // A row to a block gives the same.
+    d_store.put(std::vector<uint8_t>(n_slots * stride, 0xEE)), status.put({0});
+    rt::launch(encode_few_kernel<K, V>, dim3(n, n_kv, 2), 256, dq::encode_alone_shared_bytes<K, V>(), p);
+    rt::sync();
+    const auto got_few = d_store.take();
 
     // Records equal, padding between records untouched, replaced rows counted.
     std::vector<uint8_t> want(n_slots * stride, 0xEE);
@@ -288,11 +295,13 @@ void encode_case(uint32_t n_kv, uint32_t n, ref::SetKinds k_sets, ref::SetKinds 
             replaced += PlainEncoder{vf, l.v}.row(row(v, DV), h, record);
         }
     }
-    double differing = 0;
-    for (size_t i = 0; i < got.size(); i++) differing += got[i] != want[i];
+    double differing = 0, differing_few = 0;
+    for (size_t i = 0; i < got.size(); i++) differing += got[i] != want[i], differing_few += got_few[i] != want[i];
     std::string name = "k" + std::to_string(DK) + "@" + std::to_string(KP) + " v" + std::to_string(DV) + "@" + std::to_string(VP) + " tokens " + std::to_string(n) + " type " + std::to_string(type);
     rt::expect("encode " + name + ": differing bytes", differing, 0);
-    rt::expect("encode " + name + ": replaced rows", std::fabs(double(status.take()[0]) - replaced), 0);
+    rt::expect("encode " + name + ": replaced rows", std::fabs(replaced_rows - replaced), 0);
+    rt::expect("encode " + name + ": differing bytes, a row to a block", differing_few, 0);
+    rt::expect("encode " + name + ": replaced rows, a row to a block", std::fabs(double(status.take()[0]) - replaced), 0);
 
     // And back.
     rt::Buffer<float> k_out(size_t(n) * n_kv * DK), v_out(size_t(n) * n_kv * DV);

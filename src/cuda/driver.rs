@@ -175,16 +175,25 @@ impl Device {
                 Code::CUDA_ERROR_NOT_FOUND => return Ok(None),
                 code => check(code, name)?,
             }
-            let mut fixed = 0;
             // Asking also loads a function that the driver would load at its first launch, which may be in a capture.
-            check(sys::cuFuncGetAttribute(&raw mut fixed, A::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function), name)?;
-            let dynamic = self.block_shared.saturating_sub(fixed.max(0) as usize);
+            let dynamic = self.dynamic_shared(Kernel(function))?;
             check(
                 sys::cuFuncSetAttribute(function, A::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, dynamic as i32),
                 name,
             )?;
         }
         Ok(Some(Kernel(function)))
+    }
+
+    /// Bytes of shared memory that a block of a kernel may have beside what the kernel declares.
+    pub fn dynamic_shared(&self, kernel: Kernel) -> Result<usize> {
+        let mut fixed = 0;
+        // SAFETY: a kernel of this device.
+        let code = unsafe {
+            sys::cuFuncGetAttribute(&raw mut fixed, sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, kernel.0)
+        };
+        check(code, "shared memory of a kernel")?;
+        Ok(self.block_shared.saturating_sub(fixed.max(0) as usize))
     }
 
     /// Blocks of a kernel that one multiprocessor runs at once.

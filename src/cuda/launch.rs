@@ -2,6 +2,7 @@
 
 use super::driver::{Device, Kernel, MOST_BLOCKS_Y};
 use super::params::{self, MAX_SETS, MAX_TRANSFORMS};
+use super::tables::feedback_floats;
 use super::view::{Address, Workspace};
 use super::Limits;
 use crate::error::{Error, ErrorKind, Result};
@@ -34,15 +35,22 @@ const MOST_WAVES: usize = 4;
 /// The kernels of a layer and what is fixed about their launches.
 #[derive(Debug, Clone)]
 pub struct LayerKernels {
-    pub encode: Kernel,
+    encode: Kernel,
+    /// The same for few tokens: a row to a block.
+    encode_few: Kernel,
     pub dequantize: Kernel,
     fold: Kernel,
     merge: Kernel,
     tail: Kernel,
     /// Decode with one and two tiles of four rows, prefill.
     attend: [Variant; 3],
-    pub encode_shared: usize,
+    encode_shared: usize,
+    encode_few_shared: usize,
+    /// Tokens up to which each row has a block of its own.
+    few: usize,
     k_groups: usize,
+    /// Units to a block of the fold kernel, at most: a power of two.
+    fold_units: usize,
     v_transforms: usize,
 }
 
@@ -60,8 +68,11 @@ struct Variant {
     blocks: usize,
 }
 
-/// Rows of a block of the encode kernel.
-pub const ENCODE_ROWS: usize = 16;
+/// Rows of a block of the encode kernel, and its threads.
+const ENCODE_ROWS: usize = 16;
+pub const ENCODE_THREADS: usize = 256;
+/// Blocks of single rows to a multiprocessor, at most.
+const FEW_BLOCKS: usize = 2;
 
 /// Bytes of its shared memory, as encode.cuh's `EncodeLayout`.
 fn encode_shared(d: usize) -> usize {
@@ -71,10 +82,16 @@ fn encode_shared(d: usize) -> usize {
     ENCODE_ROWS * (codes + latents) + stages.max(errors) + if d <= 128 { 112 * d } else { 0 }
 }
 
+/// The same for a row to a block, as encode.cuh's `AloneLayout`.
+fn encode_few_shared(shape: &LayerShape) -> usize {
+    let of = |side: &SideShape| 4 * feedback_floats(side) + MAX_SETS * 2 * side.head_dim;
+    of(&shape.k).max(of(&shape.v))
+}
+
 /// Bytes of shared memory of a block of the fold kernel, as fold.cuh's `fold_shared_bytes`.
 fn fold_shared(d: usize, k_groups: usize, units: usize) -> usize {
-    let chunk = if d <= 128 { d } else { 64 };
-    (MAX_SETS + chunk + 8 * units) * (d + 8) * 2 + 4 * units * d * 4 + FOLD_WARPS * k_groups * 64
+    let chunks = if d <= 128 { d } else { 2 * 64 };
+    (MAX_SETS + chunks + 8 * units) * (d + 8) * 2 + 4 * units * d * 4 + FOLD_WARPS * k_groups * 64
 }
 
 /// Codes of 32 channels of a tier are a group.
@@ -122,15 +139,27 @@ impl LayerKernels {
         let n1 = Self::decode(device, shape, attend(format!("dq_attend_{d}_{k}_{v}_n1"))?, 1)?;
         let n2 = Self::decode(device, shape, attend(format!("dq_attend_{d}_{k}_{v}_n2"))?, 2)?;
         let prefill = Self::prefill(device, shape, attend(format!("dq_prefill_{d}_{k}_{v}"))?)?;
+        let encode_few_shared = encode_few_shared(shape);
+        let encode_few = find(format!("dq_encode_few_{d}_{k}_{v}"))?;
+        let fits = encode_few_shared <= device.dynamic_shared(encode_few)?;
+        let (fold, k_groups) = (find(format!("dq_fold_{d}_{k}_{v}"))?, groups(&shape.k));
+        let fold_room = device.dynamic_shared(fold)?;
+        let Some(fold_units) = (0..=FOLD_WARPS.ilog2()).rev().map(|i| 1 << i).find(|&n| fold_shared(d, k_groups, n) <= fold_room) else {
+            return Err(absent("fold that fits this device"));
+        };
         Ok(Self {
             encode: find(format!("dq_encode_{d}_{k}_{v}"))?,
             dequantize: find(format!("dq_dequantize_{d}_{k}_{v}"))?,
-            fold: find(format!("dq_fold_{d}_{k}_{v}"))?,
+            fold,
             merge: find(format!("dq_merge_{d}_{k}_{v}"))?,
             tail: find("dq_tail".into())?,
             attend: [n1, n2, prefill],
+            encode_few,
             encode_shared: encode_shared(d),
-            k_groups: groups(&shape.k),
+            encode_few_shared,
+            few: if fits { FEW_BLOCKS * device.sms / (2 * shape.n_kv_heads) } else { 0 },
+            k_groups,
+            fold_units,
             v_transforms: if shape.v.gauge == Gauge::Attention { MAX_TRANSFORMS } else { 1 },
         })
     }
@@ -179,6 +208,14 @@ impl LayerKernels {
         }
         let blocks = device.sms * device.blocks_per_sm(kernel, 32 * MOST_WARPS, shared)?;
         Ok(Variant { kernel, prefill: true, nt, heads_per_block: 1, key_warps: 1, shared, blocks })
+    }
+
+    /// The encode kernel for so many tokens, its grid and its shared memory.
+    pub fn encode(&self, shape: &LayerShape, tokens: usize) -> (Kernel, (usize, usize, usize), usize) {
+        if tokens <= self.few {
+            return (self.encode_few, (tokens, shape.n_kv_heads, 2), self.encode_few_shared);
+        }
+        (self.encode, (tokens.div_ceil(ENCODE_ROWS), shape.n_kv_heads, 2), self.encode_shared)
     }
 
     /// Which kernel takes so many rows (queries times query heads of a KV head).
@@ -234,7 +271,8 @@ impl Variant {
             // Work done per time of the longest: tiles of all over waves times the longest share.
             let used = (splits * others).div_ceil(self.blocks) * share * self.blocks;
             let score = 1000 * tiles * others / used.max(1);
-            if score > best.0 + 30 {
+            // Where there is work for few blocks only, all scores are low, and one wave is as many as there can be.
+            if waves == 1 || score > best.0 + 30 {
                 best = (score, splits);
             }
         }
@@ -356,7 +394,7 @@ pub fn plan_attend(
     p.partial = pieces.partial.addr() as Address;
     p.partial_sums = pieces.partial_sums.addr() as Address;
     p.tail.parts = tail_parts as u32;
-    let units = (heads * n_tiles / FOLD_HEADS).next_power_of_two().clamp(1, FOLD_WARPS);
+    let units = (heads * n_tiles / FOLD_HEADS).next_power_of_two().clamp(1, kernels.fold_units);
     p.fold_tiles = n_tiles as u32;
     p.fold_units = units as u32;
 

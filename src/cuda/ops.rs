@@ -384,9 +384,9 @@ impl DeviceCodec {
             n: tokens.n_tokens,
             n_kv_heads: shape.n_kv_heads as u32,
         };
-        let grid = ((tokens.n_tokens as usize).div_ceil(launch::ENCODE_ROWS), shape.n_kv_heads, 2);
+        let (kernel, grid, shared) = l.kernels.encode(shape, tokens.n_tokens as usize);
         // SAFETY: as in attend.
-        unsafe { self.device.launch_early(l.kernels.encode, grid, 256, l.kernels.encode_shared, stream, &p) }
+        unsafe { self.device.launch_early(kernel, grid, launch::ENCODE_THREADS, shared, stream, &p) }
     }
 
     /// Sums down, fits where they are due, factors up.

@@ -33,6 +33,11 @@ fn blocked_len(channels: usize) -> usize {
     channels * (channels + BLOCK) / 2
 }
 
+/// Floats of a head's feedback as the kernels read it.
+pub fn feedback_floats(side: &SideShape) -> usize {
+    if side.plan.feedback_len() == 0 { 0 } else { side.plan.tiers.iter().map(|t| blocked_len(t.channels)).sum() }
+}
+
 /// A fit that was made and is to come into force.
 pub struct Made {
     pub due: DueFit,
@@ -122,8 +127,7 @@ impl TableLayout {
         };
         let mut side = |s: &SideShape| {
             let d = s.head_dim;
-            let feedback = s.plan.tiers.iter().map(|t| blocked_len(t.channels)).sum();
-            let encode_len = d * d + if s.plan.feedback_len() > 0 { feedback } else { 0 };
+            let encode_len = d * d + feedback_floats(s);
             // Fits of one's own, and some that come with imported rows.
             let max_dense = if s.gauge == Gauge::Attention { (max_fits + 3).min(MAX_TRANSFORMS - 1) } else { 0 };
             SideLayout {
