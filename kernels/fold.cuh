@@ -19,7 +19,7 @@
 // Of a call for few queries this kernel is a large part: what it loads is on its way before anything is waited for, and code
 // is short, since fetching it is part of the time: nothing comes twice, and little is unrolled.
 //
-// Shared memory: means f16 [set][channel] | matrix f16 [FOLD_CHUNK channels][latent] | halves f16 [unit][column of the mma]
+// Shared memory: means f16 [set][channel] | matrix f16 [FOLD_STAGES][FOLD_CHUNK channels][latent] | halves f16 [unit][column of the mma]
 // [channel] | rows f32 [unit][row][channel, then latent] | fragments of the row that a warp is at. Rows of f16 have eight of
 // nothing behind them.
 #pragma once
@@ -57,13 +57,14 @@ __device__ __forceinline__ float fold_factor(const DqAttend& p) {
     return p.softcap > 0.0f ? p.scale / p.softcap : p.scale * LOG2_E;
 }
 
-// Channels of the matrix that are in shared memory at once.
+// Channels of the matrix that are copied at a time, and copies that are in shared memory at once.
 template <class K> constexpr int FOLD_CHUNK = K::D <= 128 ? K::D : 64;
+template <class K> constexpr int FOLD_STAGES = K::D <= 128 ? 1 : 2;
 // A row has 64 bytes of each group in a unit's fragments.
 constexpr int FOLDED_ROW = 64;
 template <class K>
 constexpr uint32_t fold_shared_bytes(uint32_t units) {
-    return (DQ_MAX_SETS + FOLD_CHUNK<K> + 8 * units) * (K::D + 8) * 2 + 4 * units * K::D * 4 + FOLD_WARPS * K::groups * FOLDED_ROW;
+    return (DQ_MAX_SETS + FOLD_STAGES<K> * FOLD_CHUNK<K> + 8 * units) * (K::D + 8) * 2 + 4 * units * K::D * 4 + FOLD_WARPS * K::groups * FOLDED_ROW;
 }
 
 // The exponent of a magnitude's bits, kept within what has an inverse: a power of two that brings it below 2.
@@ -100,7 +101,7 @@ __device__ __forceinline__ void place_folded(uint8_t* fragments, int channel, fl
 
 template <class K>
 __device__ __forceinline__ void fold_queries(const DqAttend& p) {
-    constexpr int D = K::D, ROWS = 4, CHUNK = FOLD_CHUNK<K>, STRIDE = D + 8, PIECES = (D + 31) / 32, AT_ONCE = 8;
+    constexpr int D = K::D, ROWS = 4, CHUNK = FOLD_CHUNK<K>, STAGES = FOLD_STAGES<K>, STRIDE = D + 8, PIECES = (D + 31) / 32, AT_ONCE = 8;
     constexpr bool BUTTERFLIES = (D & (D - 1)) == 0;
     constexpr uint64_t NO_ROW = ~0ull;
     DQ_DYNAMIC_SHARED(shared);
@@ -109,7 +110,7 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     const uint32_t n_tiles = p.fold_tiles, units = p.fold_units, first_unit = (blockIdx.z * gridDim.y + blockIdx.y) * units;
     uint16_t (*means)[STRIDE] = reinterpret_cast<uint16_t (*)[STRIDE]>(shared);
     uint16_t (*matrix)[STRIDE] = means + DQ_MAX_SETS;
-    uint16_t (*halves)[STRIDE] = matrix + CHUNK;
+    uint16_t (*halves)[STRIDE] = matrix + STAGES * CHUNK;
     float (*rows)[D] = reinterpret_cast<float (*)[D]>(halves + 2 * ROWS * units);
     const int t = threadIdx.x, warp = t >> 5, lane = t & 31, g = lane >> 2, q = lane & 3;
     uint8_t* fragments = reinterpret_cast<uint8_t*>(rows + ROWS * units) + warp * (K::groups * FOLDED_ROW);
@@ -124,17 +125,22 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     };
     auto copy_chunk = [&](int first) {
         if (turns || transform > p.k.max_dense) return;
+        uint16_t (*to)[STRIDE] = matrix + first / CHUNK % STAGES * CHUNK;
         if (transform != 0) {
-            copy_rows(matrix, p.k.decode + ((uint64_t(head) * p.k.max_dense + transform - 1) * D + first) * D, CHUNK);
+            copy_rows(to, p.k.decode + ((uint64_t(head) * p.k.max_dense + transform - 1) * D + first) * D, CHUNK);
         } else {
             // Ones of f16 with the signs of the rotation.
-            for (int i = t; i < CHUNK * D; i += FOLD_THREADS) matrix[i / D][i % D] = uint16_t(0x3C00u | rotation_sign<D>(p.k.rotation, i % D, first + i / D) << 15);
+            for (int i = t; i < CHUNK * D; i += FOLD_THREADS) to[i / D][i % D] = uint16_t(0x3C00u | rotation_sign<D>(p.k.rotation, i % D, first + i / D) << 15);
         }
     };
     const bool named = names_transform(sets, transform);
     copy_chunk(0);
     copy_rows(means, p.k.means + uint64_t(head) * DQ_MAX_SETS * D, DQ_MAX_SETS);
     cp_async_commit();
+    for (int stage = 1; stage < STAGES; stage++) {
+        copy_chunk(stage * CHUNK);
+        cp_async_commit();
+    }
     wait_for_previous_kernel();
     // Nothing to do for a linear part that no set names.
     if (!named) {
@@ -196,7 +202,8 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
         halves[2 * row + 1][c] = float_to_half((small - half_to_float(upper)) * LOWER_HALF);
         rows[row][c] = turns ? x : 0.0f;
     });
-    cp_async_wait<0>();
+    if (turns) cp_async_wait<0>();
+    else cp_async_wait<STAGES - 1>();
     __syncthreads();
 
     // Phase 4: products of sixteen means or latents (rows g and g + 8 of the mma) with a unit's queries: q', and the constants
@@ -219,16 +226,18 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     auto tile_of = [&](int unit) { return (first_unit + unit) % n_tiles; };
     for (int first = 0; first < D && !turns; first += CHUNK) {
         if (first > 0) {
-            __syncthreads();
-            copy_chunk(first);
-            cp_async_commit();
             cp_async_wait<0>();
             __syncthreads();
+            // Where the chunk before was, since all are done with that.
+            if (first + CHUNK < D) {
+                copy_chunk(first + CHUNK);
+                cp_async_commit();
+            }
         }
         DQ_UNROLL_BY_1
         for (int i = warp; i < int(units) * (D / 16); i += FOLD_WARPS) {
             const int unit = i / (D / 16), latent = i % (D / 16) * 16;
-            const uint16_t* source = &matrix[(lane >> 4) * 8 + (lane & 7)][(lane >> 3 & 1) * 8 + latent];
+            const uint16_t* source = &matrix[first / CHUNK % STAGES * CHUNK + (lane >> 4) * 8 + (lane & 7)][(lane >> 3 & 1) * 8 + latent];
             float sum[2];
             products(sum, unit, CHUNK, first, [&](uint32_t (&a)[4], int c) { ldmatrix_trans(a, source + c * STRIDE); });
             rows[unit * ROWS + q][latent + g] += sum[0], rows[unit * ROWS + q][latent + g + 8] += sum[1];

@@ -16,6 +16,8 @@ int main(int argc, char** argv) {
     run<64, 103, 64, 3, 1, false>({"three heads", 3, 3, 1, 1, 70, 2, {2, 1}, {2, 0}, 1, true, 0, false, 0, 3}, rng);
     prefill_cases<128, 104, 128, 4, 4, 3>(rng, 0, 1);
     prefill_cases<64, 103, 64, 3, 4, 3>(rng, 1, 2);
+    // The fold takes the matrix in pieces.
+    all_cases<256, 103, 256, 3>(rng, 1, 2);
     // Narrow records: the joined results of warps that share a head are larger than their stages.
     run<64, 102, 64, 2, 2, false>({"narrow", 2, 8, 1, 1, 700, 2, {2, 1}, {4, 0}, 1, true, 0, false, 0, 8}, rng);
     run<64, 102, 64, 2, 2, true>({"narrow", 4, 8, 1, 1, 700, 2, {2, 1}, {4, 0}, 1, true, 0, false, 0, 8}, rng);
