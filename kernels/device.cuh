@@ -25,6 +25,7 @@ constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 #define DQ_UNROLL_BY_8
 #define DQ_UNROLL_BY_4
 #define DQ_UNROLL_BY_1
+#define DQ_COLD
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float tanh_fast(float x) { return std::tanh(x); }
@@ -114,6 +115,8 @@ inline void wait_for_previous_kernel() { emu::wait_for_previous_launch(); }
 #define DQ_UNROLL_BY_8 _Pragma("unroll 8")
 #define DQ_UNROLL_BY_4 _Pragma("unroll 4")
 #define DQ_UNROLL_BY_1 _Pragma("unroll 1")
+// Of functions that few launches ever call: out of the way of those that do not.
+#define DQ_COLD __noinline__
 
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;

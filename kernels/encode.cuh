@@ -6,9 +6,9 @@
 // (row, scale, tier). Shared memory of a block, see `EncodeLayout`: codes [16][FEEDBACK_SCALES][CODES]; latents f32 [16][LATENTS];
 // stages of the matrix f32 [STAGES][ENCODE_CHUNK][D], later errors; what the feedback weighs with.
 //
-// For few, a row to a block, grid (token, KV head, side), 256 threads: see `encode_alone`.
+// For few, a row to a block or several, grid (token and block of it, KV head, side), 256 threads: see `encode_alone`.
 #pragma once
-#include "rows.cuh"
+#include "sinks.cuh"
 
 namespace dq {
 
@@ -243,16 +243,18 @@ struct ScaledBook {
     float scale, inverse, most, per;
     __device__ __forceinline__ ScaledBook(const LevelBook& book, float scale, float inverse)
         : book(book), scale(scale), inverse(inverse), most(inverse > 0.0f ? __fdiv_rn(book.cap, inverse) : 0.0f), per(__fmul_rn(book.per_unit, inverse)) {}
-    // What the nearest level stands for, and its code.
+    // What the two levels about a value stand for, which of them is nearer, and its code.
     struct Found {
-        float value;
+        float below, above;
+        bool is_above;
         uint32_t code;
+        __device__ __forceinline__ float value() const { return is_above ? above : below; }
     };
     __device__ __forceinline__ Found look_up(float y) const {
         const Bin found = book.bin(fabsf(y), most, per);
-        const float with_sign = copysignf(scale, y), below = __fmul_rn(with_sign, found.below), above = __fmul_rn(with_sign, found.above);
+        const float with_sign = copysignf(scale, y);
         const bool is_above = fabsf(__fmul_rn(y, inverse)) > found.edge;
-        return {is_above ? above : below, LevelBook::code(is_above ? found.codes >> 8 : found.codes, y)};
+        return {__fmul_rn(with_sign, found.below), __fmul_rn(with_sign, found.above), is_above, LevelBook::code(is_above ? found.codes >> 8 : found.codes, y)};
     }
 };
 
@@ -272,6 +274,7 @@ template <class S> struct SideBooks {
             constexpr int T = decltype(tier)::value, N = bins_of(S::bits(T));
             if constexpr (N > 0) {
                 Bin* to = reinterpret_cast<Bin*>(shared + bins_before(T) * BIN_BYTES);
+                DQ_UNROLL_BY_1
                 for (int i = t; i < N * BIN_COPIES; i += ENCODE_THREADS) to[i] = BINS<S::bits(T)>.bins[i / BIN_COPIES];
             }
         });
@@ -349,14 +352,17 @@ template <class S> struct RowCoder {
     };
     template <class Mean>
     __device__ __forceinline__ static Other nearest_other(const Row& row, uint32_t sinks, int l, uint32_t mask, Mean&& mean) {
-        Other other{0, sum_channels<0, D>(mask, [&](int k) { return __fmul_rn(row.raw[k], row.raw[k]); })};
-        for (int n = 0; n < MAX_SINKS && sinks != 0; n++, sinks &= sinks - 1) {
-            const uint32_t sink = __ffs(sinks) - 1;
+        Other other{0, 0.0f};
+        // Set 0 comes first: its mean is zero, and it needs no sink.
+        uint32_t left = sinks | 1;
+        DQ_UNROLL_BY_1
+        for (int n = 0; n <= MAX_SINKS && left != 0; n++, left &= left - 1) {
+            const uint32_t set = __ffs(left) - 1;
             const float d = sum_channels<0, D>(mask, [&](int k) {
-                const float e = __fsub_rn(row.raw[k], mean(sink, l + 16 * k));
+                const float e = set == 0 ? row.raw[k] : __fsub_rn(row.raw[k], mean(set, l + 16 * k));
                 return __fmul_rn(e, e);
             });
-            if (!row.bad && d < other.distance) other = {sink, d};
+            if (set == 0 || (!row.bad && d < other.distance)) other = {set, d};
         }
         return other;
     }
@@ -538,8 +544,8 @@ template <class S> struct RowCoder {
     __device__ __forceinline__ static void put(float* to, const float4& v) { to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w; }
 
     // Eight latents behind each other, each against what the errors before it leave of its target. `triangle`: what the error
-    // of each adds to all eight.
-    template <class Weights>
+    // of each adds to all eight. ALONE: it is better to have the next target for both levels than to wait for the choice.
+    template <bool ALONE, class Weights>
     __device__ __forceinline__ static void round_eight(const ScaledBook& book, const float* triangle, const float (&latent)[8], float (&target)[8],
                                                        float (&error)[8], uint2& codes, Sums& sums, Weights&& four_weights) {
         uint32_t words[2] = {0, 0};
@@ -549,13 +555,18 @@ template <class S> struct RowCoder {
             if (i < 4) put(weight, four_weights(triangle));
             put(weight + 4, four_weights(triangle + 4));
             const ScaledBook::Found found = book.look_up(target[i]);
-            const float left = __fsub_rn(found.value, target[i]);
-            error[i] = __fsub_rn(found.value, latent[i]);
+            if (ALONE && i + 1 < 8) {
+                const float below = __fsub_rn(target[i + 1], __fmul_rn(weight[i + 1], __fsub_rn(found.below, latent[i])));
+                const float above = __fsub_rn(target[i + 1], __fmul_rn(weight[i + 1], __fsub_rn(found.above, latent[i])));
+                target[i + 1] = found.is_above ? above : below;
+            }
+            const float value = found.value(), left = __fsub_rn(value, target[i]);
+            error[i] = __fsub_rn(value, latent[i]);
             sums.lost = __fadd_rn(sums.lost, __fmul_rn(weight[i], __fmul_rn(left, left)));
             sums.size = __fadd_rn(sums.size, __fmul_rn(weight[i], __fmul_rn(target[i], target[i])));
-            sums.along = __fadd_rn(sums.along, __fmul_rn(weight[i], __fmul_rn(target[i], found.value)));
+            sums.along = __fadd_rn(sums.along, __fmul_rn(weight[i], __fmul_rn(target[i], value)));
             DQ_UNROLL
-            for (int k = i + 1; k < 8; k++) target[k] = __fsub_rn(target[k], __fmul_rn(weight[k], error[i]));
+            for (int k = i + (ALONE ? 2 : 1); k < 8; k++) target[k] = __fsub_rn(target[k], __fmul_rn(weight[k], error[i]));
             words[i / 4] |= found.code << (8 * (i % 4));
         }
         codes = make_uint2(words[0], words[1]);
@@ -596,7 +607,7 @@ template <class S> struct RowCoder {
             DQ_UNROLL
             for (int i = 0; i < 8; i++) target[i] = LANES == 1 ? own[i % OWN] : __shfl_sync(ALL_LANES, own[i % OWN], i / OWN, LANES);
             uint2 words;
-            round_eight(book, weights, latent, target, error, words, sums, [](const float* at) { return weights_at(at); });
+            round_eight<false>(book, weights, latent, target, error, words, sums, [](const float* at) { return weights_at(at); });
             weights += 64;
             if (lane % LANES == 0) {
                 DQ_UNROLL
@@ -685,7 +696,7 @@ template <class S> struct RowCoder {
         auto of = [&](int eight, int before) { return tier.weights + 32 * eight * (eight + 1) + 8 * before; };
         const ScaledBook book = scaled(tier, feedback_scale(without, s));
         Handed& hand = handed[rank];
-        float own[EIGHTS], error[8] = {};
+        float own[EIGHTS], error[8] = {}, near[8] = {};
         Sums mine{};
         DQ_UNROLL
         for (int k = 0; k < EIGHTS; k++) {
@@ -698,16 +709,19 @@ template <class S> struct RowCoder {
                 float latent[8], target[8];
                 put(latent, *reinterpret_cast<const float4*>(latents + tier.first + 8 * step));
                 put(latent + 4, *reinterpret_cast<const float4*>(latents + tier.first + 8 * step + 4));
-                float first = own[0];
+                float first = step == 0 ? own[0] : hand.targets[step % 2][lane];
                 if (step > 0) {
-                    first = hand.targets[step % 2][lane];
                     DQ_UNROLL
-                    for (int k = 0; k < 8; k++) first = __fsub_rn(first, __fmul_rn(of(step, 8 * (step - 1) + k)[i], error[k]));
+                    for (int k = 0; k < 8; k++) first = __fsub_rn(first, __fmul_rn(near[k], error[k]));
                 }
                 DQ_UNROLL
                 for (int k = 0; k < 8; k++) target[k] = __shfl_sync(ALL_LANES, first, k, 8);
+                // What the next eight take of this step's errors, which are not known yet.
+                const float* next = of(step + 1 < eights ? step + 1 : step, 8 * step) + i;
+                DQ_UNROLL
+                for (int k = 0; k < 8; k++) near[k] = next[8 * k];
                 uint2 words;
-                round_eight(book, of(step, 8 * step), latent, target, error, words, mine, [](const float* at) { return *reinterpret_cast<const float4*>(at); });
+                round_eight<true>(book, of(step, 8 * step), latent, target, error, words, mine, [](const float* at) { return *reinterpret_cast<const float4*>(at); });
                 if (i == 0) {
                     float4* to = reinterpret_cast<float4*>(hand.errors[step % 2][s]);
                     to[0] = make_float4(error[0], error[1], error[2], error[3]), to[1] = make_float4(error[4], error[5], error[6], error[7]);
@@ -719,56 +733,65 @@ template <class S> struct RowCoder {
                     const float4* from = reinterpret_cast<const float4*>(hand.errors[(step - 1) % 2][s]);
                     put(before, from[0]), put(before + 4, from[1]);
                 }
-                DQ_UNROLL
-                for (int k = 0; k < EIGHTS; k++) {
-                    const int eight = helper + k * stride;
-                    if (eight <= step || eight >= eights) continue;
-                    if (step > 0) {
+                // Those that are rounded already go on with what is nobody's, rather than part the warp's ways.
+                if (step > 0) {
+                    DQ_UNROLL
+                    for (int k = 0; k < EIGHTS; k++) {
+                        const int eight = helper + k * stride;
+                        const float* weight = eight > step && eight < eights ? of(eight, 8 * (step - 1)) + i : tier.weights + i;
                         DQ_UNROLL
-                        for (int e = 0; e < 8; e++) own[k] = __fsub_rn(own[k], __fmul_rn(of(eight, 8 * (step - 1) + e)[i], before[e]));
+                        for (int e = 0; e < 8; e++) own[k] = __fsub_rn(own[k], __fmul_rn(weight[8 * e], before[e]));
                     }
-                    if (eight == step + 1) hand.targets[eight % 2][lane] = own[k];
                 }
+                DQ_UNROLL
+                for (int k = 0; k < EIGHTS; k++) if (helper + k * stride == step + 1) hand.targets[(step + 1) % 2][lane] = own[k];
             }
             __syncthreads();
         }
         if (leads && i == 0) sums[t * FEEDBACK_SCALES + s] = mine;
     }
 
-    // The scale of least loss, the first of equals; then as long as the targets' codes must be. Sums of a row's tiers are `stride`
-    // apart.
-    __device__ __forceinline__ static Header least_loss(uint32_t without, uint32_t set, const float (&kappa)[S::tiers], const Sums* sums, int stride, int& slot) {
-        Header best{0, false};
-        float least = 0.0f, ratio = 0.0f;
-        slot = 0;
-        for_each<FEEDBACK_SCALES>([&](auto i) {
-            constexpr int I = decltype(i)::value;
-            const Header header = pack_header(__fmul_rn(header_scale(without & 0xFFFF), feedback_multiple(I)), set);
-            float cost = 0.0f, size = 0.0f, along = 0.0f;
-            for_each<S::tiers>([&](auto tier) {
-                constexpr int T = decltype(tier)::value;
-                const Sums& of = sums[T * stride + I];
-                cost = __fadd_rn(cost, __fmul_rn(kappa[T], of.lost));
-                size = __fadd_rn(size, __fmul_rn(kappa[T], of.size)), along = __fadd_rn(along, __fmul_rn(kappa[T], of.along));
-            });
-            // The first never saturates where the scale without feedback does not.
-            if (I == 0 || (!header.saturated && cost < least)) best = {header.bits, false}, least = cost, slot = I, ratio = __fdiv_rn(size, along);
+    // The scale of least loss, the first of equals; then as long as the targets' codes must be. By sixteen lanes at least, of which
+    // each looks at one scale. Sums of a row's tiers are `stride` apart.
+    __device__ __forceinline__ static Header least_loss(uint32_t without, uint32_t set, const float (&kappa)[S::tiers], const Sums* sums, int stride, int& slot, int lane, uint32_t mask) {
+        const int mine = lane % FEEDBACK_SCALES;
+        float multiple = 0.0f, cost = 0.0f, size = 0.0f, along = 0.0f;
+        for_each<FEEDBACK_SCALES>([&](auto i) { if (mine == decltype(i)::value) multiple = feedback_multiple(decltype(i)::value); });
+        const Header header = pack_header(__fmul_rn(header_scale(without & 0xFFFF), multiple), set);
+        for_each<S::tiers>([&](auto tier) {
+            constexpr int T = decltype(tier)::value;
+            const Sums& of = sums[T * stride + mine];
+            cost = __fadd_rn(cost, __fmul_rn(kappa[T], of.lost));
+            size = __fadd_rn(size, __fmul_rn(kappa[T], of.size)), along = __fadd_rn(along, __fmul_rn(kappa[T], of.along));
         });
+        // The first never saturates where the scale without feedback does not.
+        float least = 0.0f;
+        slot = 0;
+        DQ_UNROLL
+        for (int i = 0; i < FEEDBACK_SCALES; i++) {
+            const float that = __shfl_sync(mask, cost, i, 16);
+            const bool saturated = __shfl_sync(mask, uint32_t(header.saturated), i, 16) != 0;
+            if (i == 0 || (!saturated && that < least)) least = that, slot = i;
+        }
+        Header best{__shfl_sync(mask, header.bits, slot, 16), false};
+        const float ratio = __shfl_sync(mask, __fdiv_rn(size, along), slot, 16);
         const float scale = header_scale(best.bits), unbiased = ratio > 0.0f && ratio <= 3.402823466e38f ? __fmul_rn(scale, ratio) : scale;
         const Header longer = pack_header(unbiased > 3.402823466e38f ? 3.402823466e38f : unbiased, set);
         if (!longer.saturated) best.bits = longer.bits;
         return best;
     }
 
-    // Codes into the planes of a record, by THREADS threads.
-    template <int THREADS>
-    __device__ __forceinline__ static void write(const uint8_t* codes, uint8_t* record, uint32_t side, uint32_t n_kv, uint32_t head, int t) {
+    // Codes into the planes of a record, by THREADS threads; plane by plane, or each by a group of its own: planes number `group`,
+    // group + GROUPS, ...
+    template <int THREADS, int GROUPS = 1>
+    __device__ __forceinline__ static void write(const uint8_t* codes, uint8_t* record, uint32_t side, uint32_t n_kv, uint32_t head, int t, int group = 0) {
         for_each<S::tiers>([&](auto tier) {
             constexpr int T = decltype(tier)::value;
             for_each<planes_of(S::bits(T))>([&](auto plane) {
                 constexpr int P = decltype(plane)::value, BITS = plane_bits(S::bits(T), P), BYTES = S::head_bytes(T, P);
                 // Bits of the code below this plane.
                 constexpr int SHIFT = planes_of(S::bits(T)) == 2 && P == 0 ? plane_bits(S::bits(T), 1) : 0;
+                if (GROUPS > 1 && S::plane_index(T, P) % GROUPS != group) return;
                 uint8_t* out = record + side + n_kv * S::bytes_before(T, P) + head * BYTES;
                 auto byte_at = [&](int j) {
                     uint32_t byte = 0;
@@ -961,7 +984,7 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
     uint32_t header = headers[half];
     int slot = 0;
     if constexpr (FEEDBACK) {
-        if (header & Coder::FEED) header = Coder::least_loss(header, newest, kappa, sums + half * FEEDBACK_SCALES, ENCODE_ROWS * FEEDBACK_SCALES, slot).bits;
+        if (header & Coder::FEED) header = Coder::least_loss(header, newest, kappa, sums + half * FEEDBACK_SCALES, ENCODE_ROWS * FEEDBACK_SCALES, slot, l, mask).bits;
     }
     Coder::template write<16>(all_codes + (half * FEEDBACK_SCALES + slot) * Layout::CODES, record, side, p.n_kv_heads, head, l);
     if (l == 0) *reinterpret_cast<uint16_t*>(record + headers_at + 2 * head) = uint16_t(header);
@@ -973,120 +996,168 @@ __device__ __forceinline__ void encode_side(const DqEncode& p, const DqFactors& 
 
 // ---- A row to a block ----
 
-// Bytes of shared memory; src/cuda/launch.rs says the same: what the feedback weighs with, and the means of all sets.
+// Bytes of shared memory; src/cuda/launch.rs says the same: a slice of the matrix, what the feedback weighs with (where the matrix
+// is large: in place of the slice, later), the means of all sets.
 template <class S> struct AloneLayout {
-    static constexpr int weights = (S::encode_floats - S::D * S::D) * 4, means = DQ_MAX_SETS * S::D * 2, bytes = weights + means;
+    static constexpr int D = S::D, SLICE = D <= 128 ? D : 32, SLICES = D / SLICE;
+    static constexpr bool beside = D <= 128;
+    static constexpr int slice = D * SLICE * 4, weights = (S::encode_floats - D * D) * 4;
+    static constexpr int work = beside ? slice + weights : slice > weights ? slice : weights;
+    static constexpr int bytes = work + DQ_MAX_SETS * D * 2;
 };
 
-// The same for one row by a whole block, where what counts is how long it takes: of few tokens each has blocks of its own.
-// Tables are on their way before the kernel ahead has ended, a column of the matrix to a thread, straight into registers.
+// The same for one row, where what counts is how long it takes: of few tokens each row has blocks of its own. Tables are on their
+// way before the kernel ahead has ended. A large matrix would take a multiprocessor long to read: blocks next to each other share
+// its latents, and the one that is the last to be done goes on. `units`: the side's statistics, for a row at position 0.
 template <class S>
-__device__ __forceinline__ void encode_alone(const DqEncode& p, const DqFactors& f, const DqRows& rows, uint32_t side, uint32_t headers_at, uint32_t slot_bytes, bool pad, uint8_t* shared) {
-    constexpr int D = S::D, PER = D / 16, AHEAD = D % 64 == 0 ? 64 : D / 2;
-    static_assert(D <= ENCODE_THREADS && D % AHEAD == 0 && AHEAD % 4 == 0, "");
+__device__ __forceinline__ void encode_alone(const DqEncode& p, const DqFactors& f, const DqUnits& units, const DqRows& rows, uint32_t side, uint32_t headers_at, uint32_t slot_bytes,
+                                             bool values, uint32_t blocks, uint8_t* shared) {
+    constexpr int D = S::D, PER = D / 16;
     using Coder = RowCoder<S>;
     using Layout = EncodeLayout<S>;
+    using Alone = AloneLayout<S>;
     constexpr bool FEEDBACK = S::tiers > 1, UNIFORM = S::bits(0) == 8;
-    const int t = threadIdx.x, l = t & 15, lane = t & 31;
-    const uint32_t mask = half_mask(lane), head = blockIdx.y, token = blockIdx.x;
-    float* weights = reinterpret_cast<float*>(shared);
-    uint16_t* means = reinterpret_cast<uint16_t*>(shared + AloneLayout<S>::weights);
+    constexpr uint32_t SLICES = Alone::SLICES, SLICE = Alone::SLICE;
+    // The first warp does what sixteen lanes do of a row elsewhere, both its halves the same.
+    const int t = threadIdx.x, l = t & 15, lane = t & 31, warp = t >> 5;
+    const bool first = t < 32;
+    const uint32_t head = blockIdx.y, token = blockIdx.x / blocks, part = blockIdx.x % blocks;
+    float* slice = reinterpret_cast<float*>(shared);
+    float* weights = reinterpret_cast<float*>(shared + (Alone::beside ? Alone::slice : 0));
+    uint16_t* means = reinterpret_cast<uint16_t*>(shared + Alone::work);
     __shared__ __align__(16) uint8_t books[SideBooks<S>::BYTES];
     __shared__ __align__(16) float latents[D];
     __shared__ __align__(16) uint8_t codes[FEEDBACK ? FEEDBACK_SCALES : 1][Layout::CODES];
     __shared__ typename Coder::Trial trials[N_MULTIPLES];
-    __shared__ uint32_t choice, uniform;
+    __shared__ uint32_t choice, uniform, is_last;
 
-    // Phase 1: tables start on their way. Nothing of the side is ever dense without room for it.
+    // Phase 1: tables start on their way; in little code, since fetching that is a part of the time. Nothing of a side is ever dense that has no room for it.
+    const bool may_be_dense = f.max_dense > 0;
+    if (part >= (may_be_dense ? SLICES : 1)) return wait_for_previous_kernel();
     const DqHeadSets& sets = f.heads[head];
     const float* matrix = f.encode + uint64_t(head) * S::encode_floats;
-    const bool may_be_dense = f.max_dense > 0;
-    auto entry = [&](int c) { return load_fresh(matrix + c * D + t); };
-    float column[AHEAD];
-    DQ_UNROLL
-    for (int c = 0; c < AHEAD; c++) column[c] = may_be_dense && t < D ? entry(c) : 0.0f;
-    for (int i = 8 * t; i < DQ_MAX_SETS * D; i += 8 * ENCODE_THREADS) cp_async_16(means + i, f.means + uint64_t(head) * DQ_MAX_SETS * D + i);
-    cp_async_commit();
-    for (int i = 4 * t; may_be_dense && i < S::encode_floats - D * D; i += 4 * ENCODE_THREADS) cp_async_16(weights + i, matrix + D * D + i);
+    auto fetch_means = [&] {
+        DQ_UNROLL_BY_1
+        for (int i = 8 * t; i < DQ_MAX_SETS * D; i += 8 * ENCODE_THREADS) cp_async_16(means + i, f.means + uint64_t(head) * DQ_MAX_SETS * D + i);
+    };
+    auto fetch_weights = [&] {
+        DQ_UNROLL_BY_1
+        for (int i = 4 * t; i < S::encode_floats - D * D; i += 4 * ENCODE_THREADS) cp_async_16(weights + i, matrix + D * D + i);
+    };
+    if (may_be_dense) {
+        DQ_UNROLL_BY_1
+        for (uint32_t i = 4 * t; i < D * SLICE; i += 4 * ENCODE_THREADS) cp_async_16(slice + i, matrix + i / SLICE * D + part * SLICE + i % SLICE);
+        if (Alone::beside) fetch_weights();
+    }
+    fetch_means();
     cp_async_commit();
     SideBooks<S>::fill(books, t);
-    const uint32_t newest = header_set(load_fresh(&sets.newest)), sinks = load_fresh(&sets.sinks) & load_fresh(&sets.present);
+    const uint32_t newest = header_set(load_fresh(&sets.newest));
     const bool dense = load_fresh(&sets.encode_dense);
     float kappas[S::tiers];
     DQ_UNROLL
     for (int i = 0; i < S::tiers; i++) kappas[i] = load_fresh(sets.kappa + i);
     auto mean = [&](uint32_t set, int c) { return half_to_float(means[set * D + c]); };
     wait_for_previous_kernel();
-    start_next_kernel();
 
-    // Phase 2: the row, by the first half of each warp, since all are there; the first one's is centred for all.
+    // Phase 2: the row, centred. One at position 0 may become a sink first.
     const int64_t slot = p.slots[token];
     const bool stored = in_store(p.store, slot);
-    const auto row = Coder::load_row(rows, token * rows.token_stride + head * rows.head_stride, stored && t < 16, l, mask);
-    cp_async_wait<1>();
+    const bool at_zero = p.sinks.positions != nullptr && units.data != nullptr && p.sinks.positions[token] == 0;
+    if (at_zero && part == 0) {
+        const Unit unit(units, head);
+        if (unit.head->takes_sinks) {
+            if (t < D) latents[t] = load_row(rows, token, head, t);
+            __syncthreads();
+            if (t == 0) {
+                enter_sink(*unit.head, unit.sum, latents, const_cast<DqHeadSets&>(sets), const_cast<uint16_t*>(f.means) + uint64_t(head) * DQ_MAX_SETS * D, D);
+                __threadfence();
+            }
+            __syncthreads();
+        }
+    }
+    start_next_kernel();
+    const auto row = Coder::load_row(rows, token * rows.token_stride + head * rows.head_stride, stored && first, l, ALL_LANES);
+    cp_async_wait<0>();
     __syncthreads();
-    if (t < 16) {
+    if (!stored || (part > 0 && !dense)) return;
+    if (first) {
         DQ_UNROLL
         for (int k = 0; k < PER; k++) latents[l + 16 * k] = __fsub_rn(row.raw[k], mean(newest, l + 16 * k));
     }
     __syncthreads();
-    if (!stored) return cp_async_wait<0>();
 
     // Phase 3: latents under the newest set; then which set.
-    const typename Coder::Expected expected(kappas);
-    typename Coder::Other other{};
     if (dense) {
         float sum = 0.0f;
-        if (t < D) {
-            DQ_UNROLL_BY_1
-            for (int first = 0; first < D; first += AHEAD) {
-                DQ_UNROLL
-                for (int c = 0; c < AHEAD; c += 4) {
-                    const float4 x = *reinterpret_cast<const float4*>(latents + first + c);
-                    auto add = [&](int i, float v) {
-                        sum = __fadd_rn(sum, __fmul_rn(v, column[c + i]));
-                        if (first + AHEAD < D) column[c + i] = entry(first + AHEAD + c + i);
-                    };
-                    add(0, x.x), add(1, x.y), add(2, x.z), add(3, x.w);
-                }
+        if (t < SLICE) {
+            DQ_UNROLL_BY_4
+            for (int c = 0; c < D; c += 4) {
+                const float4 x = *reinterpret_cast<const float4*>(latents + c);
+                const float* column = slice + c * SLICE + t;
+                sum = __fadd_rn(sum, __fmul_rn(x.x, column[0])), sum = __fadd_rn(sum, __fmul_rn(x.y, column[SLICE]));
+                sum = __fadd_rn(sum, __fmul_rn(x.z, column[2 * SLICE])), sum = __fadd_rn(sum, __fmul_rn(x.w, column[3 * SLICE]));
             }
         }
-        if (t < 16) other = Coder::nearest_other(row, sinks, l, mask, mean);
+        float* joined = p.joined + uint64_t((token * 2 + values) * p.n_kv_heads + head) * DQ_JOINED_DIM;
+        if constexpr (SLICES > 1) {
+            if (t < SLICE) joined[part * SLICE + t] = sum, __threadfence();
+        }
         __syncthreads();
-        if (t < D) latents[t] = sum;
-        __syncthreads();
-    } else if (t < 16) {
-        other = Coder::nearest_other(row, sinks, l, mask, mean);
+        if constexpr (SLICES > 1) {
+            if (t == 0) {
+                uint32_t* arrived = p.arrived + (token * 2 + values) * p.n_kv_heads + head;
+                is_last = atomicAdd(arrived, 1u) == SLICES - 1;
+                if (is_last) *arrived = 0;
+                __threadfence();
+            }
+            __syncthreads();
+            if (!is_last) return;
+            if (!Alone::beside) fetch_weights();
+            if (t < D) latents[t] = load_fresh(joined + t);
+        } else if (t < D) {
+            latents[t] = sum;
+        }
     }
-    if (t < 16) {
-        const bool use_other = Coder::choose_set(latents, row, other, expected, dense, f.rotation, l, mask, mean);
+    // Another block may have made the sink.
+    if (at_zero) fetch_means();
+    cp_async_commit();
+    if (at_zero) cp_async_wait<0>();
+    __syncthreads();
+    const typename Coder::Expected expected(kappas);
+    typename Coder::Other other{};
+    if (first) {
+        other = Coder::nearest_other(row, load_fresh(&sets.sinks) & load_fresh(&sets.present), l, ALL_LANES, mean);
+        const bool use_other = Coder::choose_set(latents, row, other, expected, dense, f.rotation, l, ALL_LANES, mean);
         if (t == 0) choice = uint32_t(use_other) | uint32_t(row.bad) << 1;
     }
     __syncthreads();
     const bool bad = choice >> 1 & 1;
     bool fits = !(choice & 1);
-    auto take_other = [&] {
-        if (t < 16) Coder::take_other(latents, row, other.set, f.rotation, l, mask, mean);
+    auto leave = [&] {
+        fits = false;
+        if (first) Coder::take_other(latents, row, other.set, f.rotation, l, ALL_LANES, mean);
+        __syncthreads();
     };
 
     // Phase 4: scale and codes without feedback.
     Header header{};
     int taken = 0;
     if constexpr (UNIFORM) {
+        DQ_UNROLL_BY_1
         while (true) {
-            if (t < 16) {
-                header = Coder::code_uniform(latents, fits ? newest : other.set, codes[0], l, mask);
+            if (first) {
+                header = Coder::code_uniform(latents, 0, codes[0], l, ALL_LANES);
                 if (t == 0) uniform = header.bits | uint32_t(header.saturated) << 16;
             }
             __syncthreads();
             header = {uniform & 0xFFFF, uniform >> 16 != 0};
             if (!fits || !header.saturated) break;
-            fits = false;
-            take_other();
-            __syncthreads();
+            leave();
         }
     } else {
         float reach;
+        DQ_UNROLL_BY_1
         while (true) {
             if (t < 16 * N_MULTIPLES) {
                 float of_tiers[S::tiers];
@@ -1101,9 +1172,7 @@ __device__ __forceinline__ void encode_alone(const DqEncode& p, const DqFactors&
             for (int m = 1; m < N_MULTIPLES; m++) if (trials[m].error < trials[best].error) best = m;
             header = trials[best].header, reach = trials[best].reach;
             if (!fits || !header.saturated) break;
-            fits = false;
-            take_other();
-            __syncthreads();
+            leave();
         }
         if (!(FEEDBACK && dense && fits)) Coder::template code<ENCODE_THREADS>(latents, reach, books, codes[0], t);
     }
@@ -1117,19 +1186,21 @@ __device__ __forceinline__ void encode_alone(const DqEncode& p, const DqFactors&
         if (dense && fits) {
             Coder::feed_back_alone(latents, header.bits, weights, books, codes, sums, handed);
             __syncthreads();
-            header.bits = Coder::least_loss(header.bits, newest, expected.kappa, sums, FEEDBACK_SCALES, taken).bits;
+            header.bits = Coder::least_loss(header.bits, 0, expected.kappa, sums, FEEDBACK_SCALES, taken, lane, ALL_LANES).bits;
         }
     }
 
     // Phase 6: codes, header, and the pad behind the headers.
     uint8_t* record = p.store.data + uint64_t(slot) * p.store.stride;
-    Coder::template write<ENCODE_THREADS>(codes[taken], record, side, p.n_kv_heads, head, t);
-    // The set's number is known only here to all: it was the first half of a warp that chose it.
-    if (t == 0) *reinterpret_cast<uint16_t*>(record + headers_at + 2 * head) = uint16_t(header.bits | (UNIFORM || (FEEDBACK && dense && fits) ? 0 : fits ? newest : other.set));
-    if (pad && head == 0) {
+    Coder::template write<32, ENCODE_WARPS>(codes[taken], record, side, p.n_kv_heads, head, lane, warp);
+    if (t == 0) {
+        *reinterpret_cast<uint16_t*>(record + headers_at + 2 * head) = uint16_t(header.bits | (fits ? newest : other.set));
+        if ((bad || (!fits && header.saturated)) && p.status != nullptr) atomicAdd(p.status, 1u);
+    }
+    // Behind the values' headers.
+    if (values && head == 0) {
         for (uint32_t b = headers_at + 2 * p.n_kv_heads + t; b < slot_bytes; b += ENCODE_THREADS) record[b] = 0;
     }
-    if ((bad || (!fits && header.saturated)) && t == 0 && p.status != nullptr) atomicAdd(p.status, 1u);
 }
 
 // Bytes of dynamic shared memory of a block.
@@ -1150,13 +1221,19 @@ __device__ __forceinline__ void encode(const DqEncode& p) {
     if (blockIdx.z == 0) encode_side<K>(p, p.k, p.k_rows, 0, R::k_headers(n), 0, false, shared);
     else encode_side<V>(p, p.v, p.v_rows, n * K::row_bytes, R::v_headers(n), R::bytes(n), true, shared);
 }
+// Blocks to a row.
+template <class K, class V>
+__host__ __device__ constexpr uint32_t encode_few_blocks() {
+    return AloneLayout<K>::SLICES > AloneLayout<V>::SLICES ? AloneLayout<K>::SLICES : AloneLayout<V>::SLICES;
+}
 template <class K, class V>
 __device__ __forceinline__ void encode_few(const DqEncode& p) {
     DQ_DYNAMIC_SHARED(shared);
     using R = Record<K, V>;
+    constexpr uint32_t BLOCKS = encode_few_blocks<K, V>();
     const uint32_t n = p.n_kv_heads;
-    if (blockIdx.z == 0) encode_alone<K>(p, p.k, p.k_rows, 0, R::k_headers(n), 0, false, shared);
-    else encode_alone<V>(p, p.v, p.v_rows, n * K::row_bytes, R::v_headers(n), R::bytes(n), true, shared);
+    if (blockIdx.z == 0) encode_alone<K>(p, p.k, p.sinks.k, p.k_rows, 0, R::k_headers(n), 0, false, BLOCKS, shared);
+    else encode_alone<V>(p, p.v, p.sinks.v, p.v_rows, n * K::row_bytes, R::v_headers(n), R::bytes(n), true, BLOCKS, shared);
 }
 
 }  // namespace dq

@@ -8,33 +8,14 @@
 //   products   grid (tile of the triangle, KV head, kind): a block adds its 32 x 32 second moments over all turns.
 // At most OBSERVE_ROWS rows of a unit in a launch.
 #pragma once
-#include "rows.cuh"
+#include "sinks.cuh"
 
 namespace dq {
 
-constexpr int OBSERVE_BLOCK = 16, OBSERVE_THREADS = 256, OBSERVE_DIM = 256;
+constexpr int OBSERVE_THREADS = 256, OBSERVE_DIM = 256;
 constexpr int OBSERVE_TURNS = DQ_OBSERVE_ROWS / OBSERVE_BLOCK + 1;
-constexpr int OBSERVE_SINKS = 4;
 constexpr int16_t NO_ROW = -32768;
-constexpr float LARGEST_ROW = 65504.0f;
-constexpr double OVER_MEDIAN = 100.0, OVER_MEAN = 64.0, SINK_DISTANCE = 0.25;
-
-// The parts of a unit, see DqMoments.
-struct Unit {
-    DqMoments* head;
-    double* sum;
-    float* reference;
-    float* staged;
-    float* second;
-    __device__ Unit(const DqUnits& u, uint32_t index) {
-        uint8_t* at = u.data + index * u.stride;
-        head = reinterpret_cast<DqMoments*>(at);
-        sum = reinterpret_cast<double*>(at + sizeof(DqMoments));
-        reference = reinterpret_cast<float*>(sum + u.dim);
-        staged = reference + u.dim;
-        second = staged + OBSERVE_BLOCK * u.dim;
-    }
-};
+constexpr double OVER_MEDIAN = 100.0, OVER_MEAN = 64.0;
 
 // What entered in a launch, from the first kernel to the second. A row of a turn: an index among the launch's rows of the
 // unit, -1 - k for row k of those that waited from before, or NO_ROW.
@@ -112,6 +93,8 @@ __device__ __forceinline__ void load_places(float (&x)[N], uint32_t type, const 
 
 // Channels of a tile of rows on its way to energies; rows whose places are known at a time.
 constexpr int OBSERVE_STRIP = 8, OBSERVE_PLACES = 1024;
+// Values of rows that are few enough to have all their squares in shared memory.
+constexpr uint32_t OBSERVE_FEW = 1024;
 
 struct ObserveShared {
     double energies[DQ_OBSERVE_ROWS];                  // of the launch's rows
@@ -122,6 +105,7 @@ struct ObserveShared {
     union {
         float strip[OBSERVE_THREADS][OBSERVE_STRIP + 1];
         uint64_t places[OBSERVE_PLACES];               // of rows that are added
+        double squares[OBSERVE_FEW];
     };
     double limit[OBSERVE_TURNS];                       // of a turn's energies, by its median
     uint8_t all_enter[OBSERVE_TURNS];
@@ -143,16 +127,6 @@ __device__ __forceinline__ void sort_16(float (&v)[OBSERVE_BLOCK], int n) {
         for (; j > 0 && v[j - 1] > x; j--) v[j] = v[j - 1];
         v[j] = x;
     }
-}
-
-// Mean of |x - mean|^2.
-__device__ inline double spread_of(const ObserveShared& s, uint32_t d) {
-    if (s.m.rows == 0) return 0.0;
-    const double n = double(s.m.rows);
-    double mean = 0.0;
-    for (uint32_t c = 0; c < d; c++) mean = __dadd_rn(mean, __dmul_rn(s.sum[c] / n, s.sum[c] / n));
-    const double spread = __dadd_rn(s.m.energy / n, -mean);
-    return spread > 0.0 ? spread : 0.0;
 }
 
 // One thread: which rows of a turn of n enter, those first.
@@ -190,9 +164,32 @@ __device__ inline void keep_rows(ObserveShared& s, uint32_t turn, uint32_t n, ui
     for (uint32_t i = kept; i < n; i++) list[i] = NO_ROW;
 }
 
+// The same as `measure` for the few rows of a token that is decoded: all values are loaded at once, and only the sums are one
+// addition after the other.
+__device__ inline void measure_few(ObserveShared& s, const UnitRows& rows, uint32_t d) {
+    const uint32_t t = threadIdx.x;
+    for (uint32_t i = t; i < rows.count; i += OBSERVE_THREADS) s.kind[i] = ROW;
+    __syncthreads();
+    for (uint32_t i = t; i < rows.count * d; i += OBSERVE_THREADS) {
+        const float value = rows.load(i / d, i % d);
+        if (!(fabsf(value) <= LARGEST_ROW)) s.kind[i / d] = SKIP;
+        const double y = double(__fsub_rn(value, s.reference[i % d]));
+        s.squares[i] = __dmul_rn(y, y);
+    }
+    __syncthreads();
+    for (uint32_t i = t; i < rows.count; i += OBSERVE_THREADS) {
+        double energy = 0.0;
+        DQ_UNROLL_BY_8
+        for (uint32_t c = 0; c < d; c++) energy = __dadd_rn(energy, s.squares[i * d + c]);
+        s.energies[i] = energy;
+    }
+    __syncthreads();
+}
+
 // Whether each row is one to learn from, and its energy about the reference: a thread to a row, channels in order, since
 // the order is the CPU's. Through strips of channels, so that loads of neighbours are next to each other.
 __device__ inline void measure(ObserveShared& s, const UnitRows& rows, uint32_t d) {
+    if (rows.count * d <= OBSERVE_FEW) return measure_few(s, rows, d);
     const uint32_t t = threadIdx.x;
     for (uint32_t from = 0; from < rows.count; from += OBSERVE_THREADS) {
         uint64_t at[OBSERVE_STRIP];
@@ -304,48 +301,6 @@ __device__ inline void add_turns(ObserveShared& s, const UnitRows& rows, const U
     }
 }
 
-// A row at position 0 becomes a sink unless one near it is there or no place is left. One thread: it is rare.
-__device__ inline void enter_sink(const ObserveShared& s, const float* row, DqHeadSets& sets, uint16_t* means, uint32_t d) {
-    double energy = 0.0;
-    for (uint32_t c = 0; c < d; c++) energy = __dadd_rn(energy, __dmul_rn(double(row[c]), double(row[c])));
-    if (!(energy <= 1.7976931348623157e308) || __popc(sets.sinks) >= OBSERVE_SINKS) return;
-    const double spread = s.m.learns ? spread_of(s, d) : s.m.spread;
-    const double scale = spread > 0.0 && spread < energy ? spread : energy;
-    for (uint32_t e = 1; e < DQ_MAX_SETS; e++) {
-        if (!(sets.sinks >> e & 1)) continue;
-        double distance = 0.0;
-        for (uint32_t c = 0; c < d; c++) {
-            const double x = __dadd_rn(double(row[c]), -double(half_to_float(means[e * d + c])));
-            distance = __dadd_rn(distance, __dmul_rn(x, x));
-        }
-        if (distance <= __dmul_rn(SINK_DISTANCE, scale) || distance <= __dmul_rn(1e-5, energy)) return;
-    }
-    auto mean = [&](uint32_t c) {
-        const float x = row[c] < -LARGEST_ROW ? -LARGEST_ROW : row[c] > LARGEST_ROW ? LARGEST_ROW : row[c];
-        return float_to_half(x);
-    };
-    bool zero = true;
-    for (uint32_t c = 0; c < d; c++) zero &= (mean(c) & 0x7FFF) == 0;
-    if (zero) return;
-    // The same content keeps its id; otherwise the first free one.
-    uint32_t id = DQ_MAX_SETS;
-    for (uint32_t e = 1; e < DQ_MAX_SETS && id == DQ_MAX_SETS; e++) {
-        if (!(sets.present >> e & 1) || sets.transform[e] != 0) continue;
-        bool same = true;
-        for (uint32_t c = 0; c < d; c++) same &= means[e * d + c] == mean(c);
-        if (same) id = e;
-    }
-    for (uint32_t e = 1; e < DQ_MAX_SETS && id == DQ_MAX_SETS; e++) {
-        if (sets.present >> e & 1) continue;
-        id = e;
-        for (uint32_t c = 0; c < d; c++) means[e * d + c] = mean(c);
-        sets.transform[e] = 0;
-    }
-    if (id == DQ_MAX_SETS) return;
-    sets.present |= uint16_t(1u << id);
-    sets.sinks |= uint16_t(1u << id);
-}
-
 // What is to become of each row, and the lists of those that wait to enter and of those that may be sinks.
 __device__ inline void sort_rows(ObserveShared& s, const DqObserve& p, const UnitRows& rows, bool sinks) {
     const uint32_t t = threadIdx.x, lane = t % 32, n_rows = rows.count;
@@ -388,6 +343,7 @@ __device__ __forceinline__ void observe(const DqObserve& p) {
     const UnitRows rows(p, rows_of(p, kind), head, kind == 2 ? p.group : 1);
     const Unit unit(units, head);
     if (t == 0) s.m = *unit.head;
+    for (uint32_t c = t; c < d; c += OBSERVE_THREADS) s.sum[c] = unit.sum[c], s.reference[c] = unit.reference[c];
     __syncthreads();
     if (!s.m.learns) {
         // Only a row at position 0 matters still.
@@ -395,10 +351,8 @@ __device__ __forceinline__ void observe(const DqObserve& p) {
         for (uint32_t i = t; s.m.takes_sinks && !p.flush && p.positions != nullptr && i < p.n; i += OBSERVE_THREADS) sink |= p.positions[i] == 0;
         if (!__syncthreads_or(sink)) return;
     }
-    for (uint32_t c = t; c < d; c += OBSERVE_THREADS) s.sum[c] = unit.sum[c], s.reference[c] = unit.reference[c];
 
     // Phase 1: rows by themselves, and the lists.
-    __syncthreads();
     if (s.m.learns) measure(s, rows, d);
     sort_rows(s, p, rows, kind < 2);
     __syncthreads();
@@ -415,7 +369,7 @@ __device__ __forceinline__ void observe(const DqObserve& p) {
         __syncthreads();
         DqHeadSets* sets = (kind == 0 ? p.k_heads : p.v_heads) + head;
         uint16_t* means = (kind == 0 ? p.k_means : p.v_means) + uint64_t(head) * DQ_MAX_SETS * d;
-        if (t == 0) enter_sink(s, s.row, *sets, means, d), __threadfence();
+        if (t == 0) enter_sink(s.m, s.sum, s.row, *sets, means, d), __threadfence();
         __syncthreads();
     }
     uint32_t left = s.n_list - turns * OBSERVE_BLOCK;
@@ -430,12 +384,13 @@ __device__ __forceinline__ void observe(const DqObserve& p) {
     for (uint32_t i = t; i < turns * OBSERVE_BLOCK; i += OBSERVE_THREADS) (&entered.rows[0][0])[i] = s.list[i];
     for (uint32_t i = t; turns > 0 && i < s.m.n_staged * d; i += OBSERVE_THREADS) reinterpret_cast<float*>(&entered + 1)[i] = unit.staged[i];
     __syncthreads();
-    for (uint32_t i = t; i < left * d; i += OBSERVE_THREADS) {
+    for (uint32_t i = (turns == 0 ? s.m.n_staged * d : 0) + t; i < left * d; i += OBSERVE_THREADS) {
         // Rows that go on waiting are where they were.
         const int16_t row = s.list[turns * OBSERVE_BLOCK + i / d];
         if (row >= 0) unit.staged[i] = rows.load(uint32_t(row), i % d);
     }
-    for (uint32_t c = t; c < d; c += OBSERVE_THREADS) unit.sum[c] = s.sum[c], unit.reference[c] = s.reference[c];
+    for (uint32_t c = t; turns > 0 && c < d; c += OBSERVE_THREADS) unit.sum[c] = s.sum[c], unit.reference[c] = s.reference[c];
+    __syncthreads();
     if (t == 0) {
         s.m.n_staged = left;
         *unit.head = s.m;

@@ -93,14 +93,6 @@ typedef struct DqAttend {
     DqTail tail;
 } DqAttend;
 
-typedef struct DqDequantize {
-    DqStore store;
-    DqFactors k, v;
-    DqRows k_out, v_out;          /* data may be null */
-    const int64_t* slots;         /* [n], -1 skips */
-    uint32_t n, n_kv_heads;
-} DqDequantize;
-
 /* Running statistics of one unit: the rows of a KV head (K or V) or the queries of its group. The same sums, in the same
  * order, as src/factor/moments.rs. Behind each other in memory, all of one layer's units of a kind equally large:
  *   DqMoments | sum f64 [d] | reference f32 [d] | staged f32 [16][d] | second f32 [d (d + 1) / 2] where it is wanted */
@@ -121,6 +113,20 @@ typedef struct DqUnits {
     uint64_t stride;                 /* bytes from head to head */
     uint32_t dim, with_second;
 } DqUnits;
+
+/* Where a token's row at position 0 is made a sink of. */
+typedef struct DqSinks {
+    const int32_t* positions;     /* [n]; null: sinks are somebody else's work */
+    DqUnits k, v;
+} DqSinks;
+
+typedef struct DqDequantize {
+    DqStore store;
+    DqFactors k, v;
+    DqRows k_out, v_out;          /* data may be null */
+    const int64_t* slots;         /* [n], -1 skips */
+    uint32_t n, n_kv_heads;
+} DqDequantize;
 
 /* Rows of a unit that one launch takes at most. A unit's rows are [head of the group][token]. */
 #define DQ_OBSERVE_ROWS 2048
@@ -168,19 +174,25 @@ typedef struct DqPublish {
     uint32_t n_kv_heads, reserved;
 } DqPublish;
 
+#define DQ_JOINED_ROWS 32
+#define DQ_JOINED_DIM 256
 typedef struct DqEncode {
     DqStore store;
     DqFactors k, v;
     DqRows k_rows, v_rows;
     const int64_t* slots;         /* [n], -1 skips */
     uint32_t* status;             /* counts replaced rows, or null */
+    DqSinks sinks;                /* of one token alone; null: of none */
+    /* Where blocks that share a row's matrix meet, of at most DQ_JOINED_ROWS rows of a side (token, KV head). */
+    float* joined;                /* [token][side][head][DQ_JOINED_DIM] */
+    uint32_t* arrived;            /* [token][side][head], 0 between launches */
     uint32_t n, n_kv_heads;
 } DqEncode;
 
 /* src/cuda/params.rs asserts the same numbers. */
 #ifdef __cplusplus
 static_assert(sizeof(DqHeadSets) == 40 && sizeof(DqFactors) == 48 && sizeof(DqRows) == 32 && sizeof(DqStore) == 24, "");
-static_assert(sizeof(DqTail) == 96 && sizeof(DqAttend) == 472 && sizeof(DqDequantize) == 200 && sizeof(DqEncode) == 208, "");
+static_assert(sizeof(DqTail) == 96 && sizeof(DqAttend) == 472 && sizeof(DqDequantize) == 200 && sizeof(DqEncode) == 280, "");
 static_assert(sizeof(DqFit) == 40 && sizeof(DqPublish) == 136, "");
 static_assert(sizeof(DqMoments) == 56 && sizeof(DqObserve) == 256, "");
 #endif

@@ -272,13 +272,16 @@ void encode_case(uint32_t n_kv, uint32_t n, ref::SetKinds k_sets, ref::SetKinds 
     p.k_rows = {d_k.get(), uint64_t(n_kv) * DK * size, uint64_t(DK) * size, type, 0};
     p.v_rows = {d_v.get(), uint64_t(n_kv) * DV * size, uint64_t(DV) * size, type, 0};
     p.slots = d_slots.get(), p.status = status.get(), p.n = n, p.n_kv_heads = n_kv;
+    rt::Buffer<float> joined(size_t(n) * 2 * n_kv * DQ_JOINED_DIM);
+    rt::Buffer<uint32_t> arrived(std::vector<uint32_t>(n * 2 * n_kv, 0));
+    p.joined = joined.get(), p.arrived = arrived.get();
     rt::launch(encode_kernel<K, V>, dim3((n + dq::ENCODE_ROWS - 1) / dq::ENCODE_ROWS, n_kv, 2), 256, dq::encode_shared_bytes<K, V>(), p);
     rt::sync();
     auto got = d_store.take();
     const double replaced_rows = status.take()[0];
     // A row to a block gives the same.
     d_store.put(std::vector<uint8_t>(n_slots * stride, 0xEE)), status.put({0});
-    rt::launch(encode_few_kernel<K, V>, dim3(n, n_kv, 2), 256, dq::encode_alone_shared_bytes<K, V>(), p);
+    rt::launch(encode_few_kernel<K, V>, dim3(n * dq::encode_few_blocks<K, V>(), n_kv, 2), 256, dq::encode_alone_shared_bytes<K, V>(), p);
     rt::sync();
     const auto got_few = d_store.take();
 

@@ -1,7 +1,7 @@
 //! How work is cut: kernels of a layer, grids, shared memory, workspace. The kernels' comments say what each number means.
 
 use super::driver::{Device, Kernel, MOST_BLOCKS_Y};
-use super::params::{self, MAX_SETS, MAX_TRANSFORMS};
+use super::params::{self, JOINED_ROWS, MAX_SETS, MAX_TRANSFORMS};
 use super::tables::feedback_floats;
 use super::view::{Address, Workspace};
 use super::Limits;
@@ -46,6 +46,8 @@ pub struct LayerKernels {
     attend: [Variant; 3],
     encode_shared: usize,
     encode_few_shared: usize,
+    /// Blocks to a row of few.
+    few_blocks: usize,
     /// Tokens up to which each row has a block of its own.
     few: usize,
     k_groups: usize,
@@ -72,7 +74,9 @@ struct Variant {
 const ENCODE_ROWS: usize = 16;
 pub const ENCODE_THREADS: usize = 256;
 /// Blocks of single rows to a multiprocessor, at most.
-const FEW_BLOCKS: usize = 2;
+const FEW_BLOCKS: usize = 8;
+/// Latents to a block of those that share a large matrix.
+const FEW_LATENTS: usize = 32;
 
 /// Bytes of its shared memory, as encode.cuh's `EncodeLayout`.
 fn encode_shared(d: usize) -> usize {
@@ -82,10 +86,15 @@ fn encode_shared(d: usize) -> usize {
     ENCODE_ROWS * (codes + latents) + stages.max(errors) + if d <= 128 { 112 * d } else { 0 }
 }
 
-/// The same for a row to a block, as encode.cuh's `AloneLayout`.
-fn encode_few_shared(shape: &LayerShape) -> usize {
-    let of = |side: &SideShape| 4 * feedback_floats(side) + MAX_SETS * 2 * side.head_dim;
-    of(&shape.k).max(of(&shape.v))
+/// The same for a row to a block, as encode.cuh's `AloneLayout`, and blocks of a row.
+fn encode_few_cut(shape: &LayerShape) -> (usize, usize) {
+    let of = |side: &SideShape| {
+        let (d, weights) = (side.head_dim, 4 * feedback_floats(side));
+        let work = if d <= 128 { d * d * 4 + weights } else { (d * FEW_LATENTS * 4).max(weights) };
+        work + MAX_SETS * 2 * d
+    };
+    let d = shape.k.head_dim;
+    (of(&shape.k).max(of(&shape.v)), if d <= 128 { 1 } else { d / FEW_LATENTS })
 }
 
 /// Bytes of shared memory of a block of the fold kernel, as fold.cuh's `fold_shared_bytes`.
@@ -139,7 +148,7 @@ impl LayerKernels {
         let n1 = Self::decode(device, shape, attend(format!("dq_attend_{d}_{k}_{v}_n1"))?, 1)?;
         let n2 = Self::decode(device, shape, attend(format!("dq_attend_{d}_{k}_{v}_n2"))?, 2)?;
         let prefill = Self::prefill(device, shape, attend(format!("dq_prefill_{d}_{k}_{v}"))?)?;
-        let encode_few_shared = encode_few_shared(shape);
+        let (encode_few_shared, few_blocks) = encode_few_cut(shape);
         let encode_few = find(format!("dq_encode_few_{d}_{k}_{v}"))?;
         let fits = encode_few_shared <= device.dynamic_shared(encode_few)?;
         let (fold, k_groups) = (find(format!("dq_fold_{d}_{k}_{v}"))?, groups(&shape.k));
@@ -157,7 +166,12 @@ impl LayerKernels {
             encode_few,
             encode_shared: encode_shared(d),
             encode_few_shared,
-            few: if fits { FEW_BLOCKS * device.sms / (2 * shape.n_kv_heads) } else { 0 },
+            few_blocks,
+            few: match (fits, few_blocks) {
+                (false, _) => 0,
+                (true, 1) => FEW_BLOCKS * device.sms / (2 * shape.n_kv_heads),
+                (true, _) => JOINED_ROWS / shape.n_kv_heads,
+            },
             k_groups,
             fold_units,
             v_transforms: if shape.v.gauge == Gauge::Attention { MAX_TRANSFORMS } else { 1 },
@@ -210,10 +224,15 @@ impl LayerKernels {
         Ok(Variant { kernel, prefill: true, nt, heads_per_block: 1, key_warps: 1, shared, blocks })
     }
 
+    /// Whether rows of so many tokens have a block each.
+    pub fn encodes_alone(&self, tokens: usize) -> bool {
+        tokens <= self.few
+    }
+
     /// The encode kernel for so many tokens, its grid and its shared memory.
     pub fn encode(&self, shape: &LayerShape, tokens: usize) -> (Kernel, (usize, usize, usize), usize) {
-        if tokens <= self.few {
-            return (self.encode_few, (tokens, shape.n_kv_heads, 2), self.encode_few_shared);
+        if self.encodes_alone(tokens) {
+            return (self.encode_few, (tokens * self.few_blocks, shape.n_kv_heads, 2), self.encode_few_shared);
         }
         (self.encode, (tokens.div_ceil(ENCODE_ROWS), shape.n_kv_heads, 2), self.encode_shared)
     }

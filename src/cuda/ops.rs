@@ -118,6 +118,7 @@ impl DeviceCodec {
     /// Statistics, a fit where one is due unless fits are deferred, records.
     pub fn compress(&self, codec: &Codec, layer: usize, tokens: &Tokens, stream: Stream) -> Result<()> {
         let _current = self.device.enter(stream)?;
+        let sinks;
         let due = {
             let mut state = self.state(layer);
             let due = !codec.defers_fits && self.is_due(layer, &state, u64::from(tokens.n_tokens));
@@ -127,19 +128,23 @@ impl DeviceCodec {
                     format!("layer {layer}: a fit is due, which a graph cannot hold; compress outside of the capture first"),
                 ));
             }
-            self.observe(codec, layer, &mut state, tokens, stream)?;
+            // Of one token alone encode itself makes sinks: a launch less to each token that a chat decodes.
+            sinks = state.next_fit.is_none() && tokens.n_tokens == 1 && self.layers[layer].kernels.encodes_alone(1);
+            if !sinks {
+                self.observe(codec, layer, &mut state, tokens, stream)?;
+            }
             due
         };
         if due {
             self.fit(codec, layer, stream)?;
         }
-        self.encode(codec, layer, tokens, stream)
+        self.encode(codec, layer, tokens, sinks, stream)
     }
 
     /// Records with the sets in force, then statistics when q is given.
     pub fn append(&self, codec: &Codec, layer: usize, tokens: &Tokens, stream: Stream) -> Result<()> {
         let _current = self.device.enter(stream)?;
-        self.encode(codec, layer, tokens, stream)?;
+        self.encode(codec, layer, tokens, false, stream)?;
         if tokens.q.is_some() {
             self.observe(codec, layer, &mut self.state(layer), tokens, stream)?;
         }
@@ -371,8 +376,14 @@ impl DeviceCodec {
         }
     }
 
-    fn encode(&self, codec: &Codec, layer: usize, tokens: &Tokens, stream: Stream) -> Result<()> {
-        let (shape, l) = (&codec.layers[layer].shape, &self.layers[layer]);
+    fn encode(&self, codec: &Codec, layer: usize, tokens: &Tokens, sinks: bool, stream: Stream) -> Result<()> {
+        let (shape, l, base) = (&codec.layers[layer].shape, &self.layers[layer], self.base(layer));
+        let sinks = if sinks {
+            params::Sinks { positions: tokens.positions, k: l.tables.units(base, 0), v: l.tables.units(base, 1) }
+        } else {
+            params::Sinks::default()
+        };
+        let (joined, arrived) = l.tables.joined(base);
         let p = params::Encode {
             store: (&tokens.store).into(),
             k: self.factors(layer, Side::K),
@@ -381,6 +392,9 @@ impl DeviceCodec {
             v_rows: (&tokens.v).into(),
             slots: tokens.slots,
             status: tokens.replaced_rows,
+            sinks,
+            joined,
+            arrived,
             n: tokens.n_tokens,
             n_kv_heads: shape.n_kv_heads as u32,
         };

@@ -147,8 +147,19 @@ pub struct Encode {
     pub v_rows: DeviceRows,
     pub slots: Address,
     pub status: Address,
+    pub sinks: Sinks,
+    pub joined: Address,
+    pub arrived: Address,
     pub n: u32,
     pub n_kv_heads: u32,
+}
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Sinks {
+    pub positions: Address,
+    pub k: Units,
+    pub v: Units,
 }
 
 /// Head of a unit's running statistics; `kernels/params.h` says what follows it.
@@ -200,6 +211,10 @@ pub struct Observe {
     pub reserved: u32,
 }
 
+/// Rows of a side whose matrix several blocks of the encode kernel share, at most; floats of each.
+pub const JOINED_ROWS: usize = 32;
+pub const JOINED_DIM: usize = 256;
+
 /// Rows of a unit that one launch of the statistics takes at most.
 pub const OBSERVE_ROWS: usize = 2048;
 /// What its kernels pass each other for a unit, without the rows that waited.
@@ -244,7 +259,7 @@ const _: () = {
     assert!(size_of::<HeadSets>() == 40 && size_of::<Factors>() == 48);
     assert!(size_of::<DeviceRows>() == 32 && size_of::<DeviceStore>() == 24);
     assert!(size_of::<Tail>() == 96 && size_of::<Attend>() == 472);
-    assert!(size_of::<Dequantize>() == 200 && size_of::<Encode>() == 208);
+    assert!(size_of::<Dequantize>() == 200 && size_of::<Encode>() == 280 && size_of::<Sinks>() == 56);
     assert!(size_of::<Fit>() == 40 && size_of::<Publish>() == 136);
     assert!(size_of::<Moments>() == 56 && size_of::<Observe>() == 256);
 };

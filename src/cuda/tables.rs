@@ -15,7 +15,7 @@ use half::f16;
 
 use super::driver::{Device, Memory};
 use super::driver::Kernel;
-use super::params::{self, ENTERED_BYTES, HeadSets, MAX_SETS, MAX_TRANSFORMS};
+use super::params::{self, ENTERED_BYTES, HeadSets, JOINED_DIM, JOINED_ROWS, MAX_SETS, MAX_TRANSFORMS};
 use super::view::{Address, Stream};
 use crate::error::Result;
 use crate::factor::{DueFit, FactorSet, HeadFactors, LayerFactors, RawMoments, Transform, hadamard};
@@ -110,6 +110,9 @@ pub struct TableLayout {
     end: usize,
     entered: usize,
     entered_stride: usize,
+    joined: usize,
+    /// Counters that are zero between launches: among what is pushed, so that they begin so.
+    arrived: usize,
     fits: usize,
     fit_means: usize,
     fit_ids: usize,
@@ -157,7 +160,9 @@ impl TableLayout {
             Some(UnitsLayout { at: take(n_kv * stride), stride, d, with_second })
         };
         let units = [units(&shape.k, false), units(&shape.v, false), units(&shape.k, true)];
+        let arrived = take(2 * JOINED_ROWS * 4);
         let end = take(0);
+        let joined = take(2 * JOINED_ROWS * JOINED_DIM * 4);
         let d = shape.k.head_dim.max(shape.v.head_dim);
         let entered_stride = ENTERED_BYTES + 4 * STAGED * d;
         let entered = take(3 * n_kv * entered_stride);
@@ -165,7 +170,7 @@ impl TableLayout {
         let fit_means = take(2 * n_kv * 2 * MEAN);
         let fit_ids = take(2 * n_kv * 4);
         let bytes = take(0);
-        Self { n_kv, sides, units, mutable, end, entered, entered_stride, fits, fit_means, fit_ids, bytes }
+        Self { n_kv, sides, units, mutable, end, entered, entered_stride, joined, arrived, fits, fit_means, fit_ids, bytes }
     }
 
     fn side(&self, side: Side) -> &SideLayout {
@@ -198,6 +203,11 @@ impl TableLayout {
     /// What the statistics kernels pass each other: address and stride.
     pub fn entered(&self, base: Address) -> (Address, u64) {
         (base + self.entered as u64, self.entered_stride as u64)
+    }
+
+    /// Where blocks of the encode kernel meet: latents and counters.
+    pub fn joined(&self, base: Address) -> (Address, Address) {
+        (base + self.joined as u64, base + self.arrived as u64)
     }
 
     /// Dense sets that the side's tables hold beyond those that are there.
