@@ -243,18 +243,16 @@ struct ScaledBook {
     float scale, inverse, most, per;
     __device__ __forceinline__ ScaledBook(const LevelBook& book, float scale, float inverse)
         : book(book), scale(scale), inverse(inverse), most(inverse > 0.0f ? __fdiv_rn(book.cap, inverse) : 0.0f), per(__fmul_rn(book.per_unit, inverse)) {}
-    // What the two levels about a value stand for, which of them is nearer, and its code.
+    // What the nearest level stands for, and its code.
     struct Found {
-        float below, above;
-        bool is_above;
+        float value;
         uint32_t code;
-        __device__ __forceinline__ float value() const { return is_above ? above : below; }
     };
     __device__ __forceinline__ Found look_up(float y) const {
         const Bin found = book.bin(fabsf(y), most, per);
-        const float with_sign = copysignf(scale, y);
+        const float with_sign = copysignf(scale, y), below = __fmul_rn(with_sign, found.below), above = __fmul_rn(with_sign, found.above);
         const bool is_above = fabsf(__fmul_rn(y, inverse)) > found.edge;
-        return {__fmul_rn(with_sign, found.below), __fmul_rn(with_sign, found.above), is_above, LevelBook::code(is_above ? found.codes >> 8 : found.codes, y)};
+        return {is_above ? above : below, LevelBook::code(is_above ? found.codes >> 8 : found.codes, y)};
     }
 };
 
@@ -544,8 +542,8 @@ template <class S> struct RowCoder {
     __device__ __forceinline__ static void put(float* to, const float4& v) { to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w; }
 
     // Eight latents behind each other, each against what the errors before it leave of its target. `triangle`: what the error
-    // of each adds to all eight. ALONE: it is better to have the next target for both levels than to wait for the choice.
-    template <bool ALONE, class Weights>
+    // of each adds to all eight.
+    template <class Weights>
     __device__ __forceinline__ static void round_eight(const ScaledBook& book, const float* triangle, const float (&latent)[8], float (&target)[8],
                                                        float (&error)[8], uint2& codes, Sums& sums, Weights&& four_weights) {
         uint32_t words[2] = {0, 0};
@@ -555,18 +553,13 @@ template <class S> struct RowCoder {
             if (i < 4) put(weight, four_weights(triangle));
             put(weight + 4, four_weights(triangle + 4));
             const ScaledBook::Found found = book.look_up(target[i]);
-            if (ALONE && i + 1 < 8) {
-                const float below = __fsub_rn(target[i + 1], __fmul_rn(weight[i + 1], __fsub_rn(found.below, latent[i])));
-                const float above = __fsub_rn(target[i + 1], __fmul_rn(weight[i + 1], __fsub_rn(found.above, latent[i])));
-                target[i + 1] = found.is_above ? above : below;
-            }
-            const float value = found.value(), left = __fsub_rn(value, target[i]);
-            error[i] = __fsub_rn(value, latent[i]);
+            const float left = __fsub_rn(found.value, target[i]);
+            error[i] = __fsub_rn(found.value, latent[i]);
             sums.lost = __fadd_rn(sums.lost, __fmul_rn(weight[i], __fmul_rn(left, left)));
             sums.size = __fadd_rn(sums.size, __fmul_rn(weight[i], __fmul_rn(target[i], target[i])));
-            sums.along = __fadd_rn(sums.along, __fmul_rn(weight[i], __fmul_rn(target[i], value)));
+            sums.along = __fadd_rn(sums.along, __fmul_rn(weight[i], __fmul_rn(target[i], found.value)));
             DQ_UNROLL
-            for (int k = i + (ALONE ? 2 : 1); k < 8; k++) target[k] = __fsub_rn(target[k], __fmul_rn(weight[k], error[i]));
+            for (int k = i + 1; k < 8; k++) target[k] = __fsub_rn(target[k], __fmul_rn(weight[k], error[i]));
             words[i / 4] |= found.code << (8 * (i % 4));
         }
         codes = make_uint2(words[0], words[1]);
@@ -607,7 +600,7 @@ template <class S> struct RowCoder {
             DQ_UNROLL
             for (int i = 0; i < 8; i++) target[i] = LANES == 1 ? own[i % OWN] : __shfl_sync(ALL_LANES, own[i % OWN], i / OWN, LANES);
             uint2 words;
-            round_eight<false>(book, weights, latent, target, error, words, sums, [](const float* at) { return weights_at(at); });
+            round_eight(book, weights, latent, target, error, words, sums, [](const float* at) { return weights_at(at); });
             weights += 64;
             if (lane % LANES == 0) {
                 DQ_UNROLL
@@ -696,7 +689,7 @@ template <class S> struct RowCoder {
         auto of = [&](int eight, int before) { return tier.weights + 32 * eight * (eight + 1) + 8 * before; };
         const ScaledBook book = scaled(tier, feedback_scale(without, s));
         Handed& hand = handed[rank];
-        float own[EIGHTS], error[8] = {}, near[8] = {};
+        float own[EIGHTS], error[8] = {};
         Sums mine{};
         DQ_UNROLL
         for (int k = 0; k < EIGHTS; k++) {
@@ -712,16 +705,12 @@ template <class S> struct RowCoder {
                 float first = step == 0 ? own[0] : hand.targets[step % 2][lane];
                 if (step > 0) {
                     DQ_UNROLL
-                    for (int k = 0; k < 8; k++) first = __fsub_rn(first, __fmul_rn(near[k], error[k]));
+                    for (int k = 0; k < 8; k++) first = __fsub_rn(first, __fmul_rn(of(step, 8 * (step - 1) + k)[i], error[k]));
                 }
                 DQ_UNROLL
                 for (int k = 0; k < 8; k++) target[k] = __shfl_sync(ALL_LANES, first, k, 8);
-                // What the next eight take of this step's errors, which are not known yet.
-                const float* next = of(step + 1 < eights ? step + 1 : step, 8 * step) + i;
-                DQ_UNROLL
-                for (int k = 0; k < 8; k++) near[k] = next[8 * k];
                 uint2 words;
-                round_eight<true>(book, of(step, 8 * step), latent, target, error, words, mine, [](const float* at) { return *reinterpret_cast<const float4*>(at); });
+                round_eight(book, of(step, 8 * step), latent, target, error, words, mine, [](const float* at) { return *reinterpret_cast<const float4*>(at); });
                 if (i == 0) {
                     float4* to = reinterpret_cast<float4*>(hand.errors[step % 2][s]);
                     to[0] = make_float4(error[0], error[1], error[2], error[3]), to[1] = make_float4(error[4], error[5], error[6], error[7]);

@@ -33,7 +33,7 @@
     extern "C" __global__ void __launch_bounds__(256, (d) <= 128 ? 2 : 1) dq_encode_##d##_##kp##_##vp(const DqEncode p) { \
         dq::encode<dq::Side<d, kp, true>, dq::Side<d, vp, true>>(p);                                                  \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(256) dq_encode_few_##d##_##kp##_##vp(const DqEncode p) {             \
+    extern "C" __global__ void __launch_bounds__(256, 2) dq_encode_few_##d##_##kp##_##vp(const DqEncode p) {          \
         dq::encode_few<dq::Side<d, kp, true>, dq::Side<d, vp, true>>(p);                                              \
     }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(128) dq_dequantize_##d##_##kp##_##vp(const DqDequantize p) {         \

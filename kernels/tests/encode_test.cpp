@@ -304,6 +304,9 @@ void encode_case(uint32_t n_kv, uint32_t n, ref::SetKinds k_sets, ref::SetKinds 
     rt::expect("encode " + name + ": differing bytes", differing, 0);
     rt::expect("encode " + name + ": replaced rows", std::fabs(replaced_rows - replaced), 0);
     rt::expect("encode " + name + ": differing bytes, a row to a block", differing_few, 0);
+    double not_zero = 0;
+    for (uint32_t count : arrived.take()) not_zero += count != 0;
+    rt::expect("encode " + name + ": counters for the next launch", not_zero, 0);
     rt::expect("encode " + name + ": replaced rows, a row to a block", std::fabs(double(status.take()[0]) - replaced), 0);
 
     // And back.

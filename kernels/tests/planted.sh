@@ -62,6 +62,10 @@ plant "encode: an error that the next latent does not hear of" encode.cuh 's/for
 plant "encode: errors of other latents" encode.cuh 's/(errors + k))/(errors + (k ^ 4)))/' encode_emu
 plant "encode: errors before the lane that has them wrote them" encode.cuh '/keeps) \*reinterpret_cast<uint2/{n;n;d}' encode_emu
 plant "encode: chains before their rows are there" encode.cuh '/from += Layout::PASS_ROWS/{n;d}' encode_emu
-plant "encode: ties the other way" encode.cuh 's/magnitude > bin.edge/magnitude >= bin.edge * 1.0001f/' encode_emu
+plant "encode: ties the other way" encode.cuh 's/magnitude > found.edge/magnitude >= found.edge * 1.0001f/' encode_emu
 plant "encode: beyond the last edge" encode.cuh 's/bins\[LAST\] = entry(-1.0f, 0/bins[LAST] = entry(2.0f * cap, 0/' encode_emu
+plant "encode: a row alone: errors before they are known" encode.cuh '/handed\[rank\];/,/if (leads \&\& i == 0) sums/{/^            __syncthreads();$/d}' encode_emu
+plant "encode: a row alone: errors of the step before last" encode.cuh 's/hand.errors\[(step - 1) % 2\]\[s\]/hand.errors[step % 2][s]/' encode_emu
+plant "encode: a row alone: goes on before all latents are there" encode.cuh 's/== SLICES - 1/== SLICES - 2/' encode_emu
+plant "encode: a row alone: counters that are not zero again" encode.cuh 's/if (is_last) \*arrived = 0;/;/' encode_emu
 exit $missed

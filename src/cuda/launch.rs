@@ -74,7 +74,7 @@ struct Variant {
 const ENCODE_ROWS: usize = 16;
 pub const ENCODE_THREADS: usize = 256;
 /// Blocks of single rows to a multiprocessor, at most.
-const FEW_BLOCKS: usize = 8;
+const FEW_BLOCKS: usize = 4;
 /// Latents to a block of those that share a large matrix.
 const FEW_LATENTS: usize = 32;
 
