@@ -61,9 +61,9 @@ class Side {
     cuda::Handle stream = nullptr;
     bool on_device;
 
-    Side(uint32_t backend, const Shape& s, uint64_t slots, uint32_t flags = 0) : shape(s), n_slots(slots), on_device(backend == DQ_BACKEND_CUDA) {
+    Side(uint32_t backend, const Shape& s, uint64_t slots, uint32_t flags = 0, uint32_t max_fits = 0) : shape(s), n_slots(slots), on_device(backend == DQ_BACKEND_CUDA) {
         context = open(backend);
-        codec = make(context, s, 1, flags);
+        codec = make(context, s, 1, flags, max_fits);
         auto layout = sized<dq_layout>();
         expect_status(dq_codec_layout(codec, 0, 0, &layout), DQ_OK, "layout");
         slot_bytes = layout.slot_bytes;
@@ -358,6 +358,32 @@ void model_case(const Shape& s, std::mt19937_64& rng) {
     cuda::driver().stream_destroy(gpu.stream);
 }
 
+// Tokens one at a time behind the last fit, as a chat decodes them: those at position 0 are sinks, which encode makes itself.
+void alone_case(const Shape& s, std::mt19937_64& rng) {
+    const std::string name = "tokens alone, d " + std::to_string(s.d) + " plans " + std::to_string(s.k_plan) + "/" + std::to_string(s.v_plan);
+    Side cpu(DQ_BACKEND_CPU, s, 60, 0, 1), gpu(DQ_BACKEND_CUDA, s, 60, 0, 1);
+    const Rows chunk = rows(s, 40, 1, rng);
+    cpu.take(chunk, 0, false), gpu.take(chunk, 0, false);
+    uint32_t slot = 40;
+    Rows again = rows(s, 1, 0, rng);
+    for (uint32_t position : {41u, 0u, 42u, 0u, 43u, 44u}) {
+        const Rows r = rows(s, 1, position, rng);
+        cpu.take(r, slot, false), gpu.take(r, slot, false);
+        slot++;
+    }
+    // Twice the same, and far from all others: the second makes no set.
+    for (float& x : again.k) x = 200.0f - x;
+    for (int i = 0; i < 2; i++, slot++) cpu.take(again, slot, false), gpu.take(again, slot, false);
+    expect_at_most(differing(gpu.records(), cpu.records()), record_limit, name + ": share of record bytes that differ from the CPU's");
+    std::vector<uint8_t> none;
+    auto count = [](void*, const void*, uint64_t) { return 0; };
+    expect_status(dq_sets_export(gpu.codec, 0, count, &none), DQ_OK, name + ": export");
+    auto on_cpu = sized<dq_layer_info>(), on_gpu = sized<dq_layer_info>();
+    dq_codec_info(cpu.codec, 0, &on_cpu), dq_codec_info(gpu.codec, 0, &on_gpu);
+    expect(on_cpu.rows_to_fit == UINT64_MAX && on_cpu.k_sets == on_gpu.k_sets && on_cpu.v_sets == on_gpu.v_sets && on_cpu.k_sets > 3,
+           name + ": sets " + std::to_string(on_gpu.k_sets) + " and " + std::to_string(on_gpu.v_sets) + ", on the CPU " + std::to_string(on_cpu.k_sets) + " and " + std::to_string(on_cpu.v_sets));
+}
+
 // A decode step in a graph, replayed over growing lengths; what cannot be captured says so.
 void graph_case(const Shape& s, std::mt19937_64& rng) {
     Side cpu(DQ_BACKEND_CPU, s, 256), gpu(DQ_BACKEND_CUDA, s, 256);
@@ -626,6 +652,8 @@ int main(int argc, char** argv) {
         model_case({32, 8, 128, 103, 3}, rng);
         model_case({8, 8, 128, 102, 2}, rng);
         model_case({4, 1, 256, 104, 4}, rng);
+        alone_case({4, 1, 256, 104, 4}, rng);
+        alone_case({8, 2, 256, 103, 3}, rng);
         model_case({16, 2, 256, 104, 3}, rng);
         model_case({28, 4, 128, 4, 4}, rng);
         model_case({6, 1, 64, 3, 3}, rng);
@@ -634,6 +662,7 @@ int main(int argc, char** argv) {
         // More queries than one launch of the statistics takes.
         model_case({16, 2, 64, 104, 4}, rng);
     }
+    alone_case({4, 2, 64, 104, 4}, rng);
     graph_case({4, 2, 64, 104, 4}, rng);
     deferred_case({4, 2, 64, 104, 4}, rng);
     std::printf("cuda%s: %d passed, %d failed\n", stand_in ? " on the stand-in driver" : "", passed, failed);

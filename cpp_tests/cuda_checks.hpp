@@ -39,14 +39,14 @@ inline dq_context* open(uint32_t backend) {
     expect_status(dq_context_create(&desc, &context), DQ_OK, "context");
     return context;
 }
-inline dq_codec* make(const dq_context* context, const Shape& s, uint32_t n_layers = 1, uint32_t flags = 0) {
+inline dq_codec* make(const dq_context* context, const Shape& s, uint32_t n_layers = 1, uint32_t flags = 0, uint32_t max_fits = 0) {
     std::vector<dq_layer_desc> layers(n_layers, sized<dq_layer_desc>());
     for (auto& l : layers) {
         l.n_q_heads = s.n_q, l.n_kv_heads = s.n_kv, l.head_dim_k = l.head_dim_v = s.d;
         l.k_plan = s.k_plan, l.v_plan = s.v_plan;
     }
     auto desc = sized<dq_codec_desc>();
-    desc.n_layers = n_layers, desc.layers = layers.data(), desc.flags = flags;
+    desc.n_layers = n_layers, desc.layers = layers.data(), desc.flags = flags, desc.max_fits = max_fits;
     dq_codec* codec = nullptr;
     expect_status(dq_codec_create(context, &desc, &codec), DQ_OK, "codec");
     return codec;

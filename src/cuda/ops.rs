@@ -408,7 +408,11 @@ impl DeviceCodec {
         let (l, Layer { shape, factors }) = (&self.layers[layer], &codec.layers[layer]);
         let _fitting = l.fitting();
         let p = params::Observe { flush: 1, ..self.statistics(codec, layer) };
-        self.launch_observe(shape, &p, true, stream)?;
+        {
+            // Another thread's launches must not come between those of one observation, which hand each other a list of rows.
+            let _state = self.state(layer);
+            self.launch_observe(shape, &p, true, stream)?;
+        }
         l.tables.pull(&self.device, &self.memory, l.at, factors, stream)?;
         let due: Vec<_> = factors.units().map(|(_, _, unit)| unit.take_due()).collect();
         let rows = self.rows_seen(layer);
