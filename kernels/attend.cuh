@@ -77,11 +77,11 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
     // Phase 1: what this block and warp work on.
     const int t = threadIdx.x, lane = t & 31;
     const uint32_t warp = __shfl_sync(ALL_LANES, uint32_t(t) >> 5, 0);  // in a uniform register
-    const uint32_t row_tile = blockIdx.y % p.row_tiles;
-    const uint32_t first_head = blockIdx.y / p.row_tiles * p.heads_per_block;
-    const uint32_t head = first_head + warp % p.heads_per_block, key_warp = warp / p.heads_per_block;
+    const uint32_t head_group = quotient(blockIdx.y, p.row_tiles), row_tile = blockIdx.y - head_group * p.row_tiles;
+    const uint32_t first_head = head_group * p.heads_per_block;
+    const uint32_t key_warp = p.key_warps > 1 ? warp / p.heads_per_block : 0, head = first_head + warp - key_warp * p.heads_per_block;
     const uint32_t warps = p.heads_per_block * p.key_warps;
-    const uint32_t stream = blockIdx.z / p.v_transforms, v_transform = blockIdx.z % p.v_transforms;
+    const uint32_t stream = quotient(blockIdx.z, p.v_transforms), v_transform = blockIdx.z - stream * p.v_transforms;
     const uint32_t tile_keys = KEYS_PER_WARP * p.key_warps;
     const uint32_t n_keys = coded_keys(p, stream), n_all = n_keys + tail_of(p, stream).count;
     // A tile of rows that this stream does not have.
@@ -90,8 +90,9 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
     const uint32_t end_row = first_row + 4 * NT < n_rows ? first_row + 4 * NT : n_rows;
     const Keys keys = keys_of(p, n_keys, n_all, n_q, first_row / p.group, (end_row + p.group - 1) / p.group);
     // Tiles before the first key that is seen are left out; they are counted from key 0, so that runs start on whole ones.
-    const uint32_t before = keys.first / tile_keys, tiles = (keys.end + tile_keys - 1) / tile_keys - before;
-    const uint32_t share = (tiles + p.n_splits - 1) / p.n_splits, end_share = blockIdx.x * share + share;
+    const uint32_t before = quotient(keys.first / KEYS_PER_WARP, p.key_warps);
+    const uint32_t tiles = quotient((keys.end + KEYS_PER_WARP - 1) / KEYS_PER_WARP + p.key_warps - 1, p.key_warps) - before;
+    const uint32_t share = quotient(tiles + p.n_splits - 1, p.n_splits), end_share = blockIdx.x * share + share;
     const uint32_t first_tile = before + blockIdx.x * share, end_tile = before + (end_share < tiles ? end_share : tiles);
 
     RowImage<K, V> image;
@@ -113,21 +114,16 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
     Run* runs = reinterpret_cast<Run*>(done + MOST_STAGES);
     float* sums = reinterpret_cast<float*>(runs + MOST_RUNS) + warp * DQ_MAX_SETS * 4 * NT;
     if (t == 0) {
-        RowImage<K, V> again;
-        again.lay_out(p.n_kv_heads, first_head, p.heads_per_block, first_head, runs);
+        if (!HAS_BULK_COPY || image.runs > 1) {
+            RowImage<K, V> again;
+            again.lay_out(p.n_kv_heads, first_head, p.heads_per_block, first_head, runs);
+        }
         for (int s = 0; s < STAGES; s++) barrier_init(barriers + s, 1), barrier_init(done + s, 32 * warps);
         barrier_init_done();
     }
-    __syncthreads();
 
-    // The warp's state: what it looks at is near as long as no copy is under way. Another head of the block may have work where
-    // this one has none.
-    using Source = FromCodes<K, V>;
-    AttendWarp<K, V, NT, Source> state(p, stream, head, row_tile, v_transform, n_keys, lane, sums);
-    const uint32_t transform = transform_of(state.k_sets, state.k_set);
-    const bool idle = v_transform > 0 && !names_transform(SetList(p.v.heads[head]), v_transform);
-
-    // Phase 2: copies of the first stages.
+    // Phase 2: the first tile starts on its way before all else. Those behind it follow once fold has ended: asked for at once, they
+    // would come together, late, and hold up what fold still has to read and write.
     auto record_of = [&](uint32_t key) { return p.store.data + slot_of(p, stream, key) * p.store.stride; };
     // By one warp, lanes share the copies. In place of keys that nobody sees a stage keeps what it had.
     auto bulk_tile = [&](uint32_t tile, uint32_t index) {
@@ -168,18 +164,31 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
     };
     if constexpr (HAS_BULK_COPY) {
         if (warp == 0) {
-            for (uint32_t s = 0; s < STAGES && first_tile + s < end_tile; s++) bulk_tile(first_tile + s, s);
+            __syncwarp();  // barriers and runs are lane 0's
+            if (first_tile < end_tile) bulk_tile(first_tile, 0);
         }
     } else {
+        __syncthreads();
         DQ_UNROLL
         for (int s = 0; s < STAGES - 1; s++) async_tile(first_tile + s);
     }
 
     start_next_kernel();
 
+    // The warp's state: what it looks at is near as long as no copy is under way. Another head of the block may have work where
+    // this one has none.
+    using Source = FromCodes<K, V>;
+    AttendWarp<K, V, NT, Source> state(p, stream, head, row_tile, v_transform, n_keys, lane, sums);
+    const uint32_t transform = transform_of(state.k_sets, state.k_set);
+    const bool idle = v_transform > 0 && !names_transform(SetList(p.v.heads[head]), v_transform);
+
     // Phase 3: the query, which fold has been at meanwhile.
     const Tables tables;
+    if constexpr (HAS_BULK_COPY) __syncthreads();
     wait_for_previous_kernel();
+    if (HAS_BULK_COPY && warp == 0) {
+        for (uint32_t s = 1; s < STAGES && first_tile + s < end_tile; s++) bulk_tile(first_tile + s, s);
+    }
     state.load_query(transform);
 
     uint32_t index = 0, phase = 0;

@@ -60,6 +60,7 @@ inline void mma_s8_u8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&
 inline uint32_t upper_half(uint32_t v) { return v >> 16; }
 inline uint32_t pick_bits(uint32_t a, uint32_t b, uint32_t mask) { return (a & mask) | (b & ~mask); }
 inline uint32_t in_register(uint32_t v) { return v; }
+template <class T> inline void work_out_here(T&) {}
 inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EMU_CALLER) {
     emu::MmaPayload<float> p{a, b, c};
     emu::meet([](emu::Lanes l, uint32_t m) { emu::need_full_warp(m); emu::run_mma<float, 2>(l, emu::read_half, emu::read_half); },
@@ -107,6 +108,7 @@ template <class T> inline T load_global(const T* at) { return *at; }
 template <class T> inline T load_fresh(const T* at) { return *at; }
 inline void start_next_kernel() { emu::start_next_launch(); }
 inline void wait_for_previous_kernel() { emu::wait_for_previous_launch(); }
+inline void leave_waiting_to_others() { emu::leave_waiting_to_others(); }
 
 #else
 
@@ -171,6 +173,11 @@ __device__ __forceinline__ uint32_t in_register(uint32_t v) {
     asm volatile("shfl.sync.bfly.b32 %0, %1, 0, 0x1f, 0xffffffff;" : "=r"(r) : "r"(v + __popc(below) - lane));
     return r;
 }
+
+// Before a wait: what is worked out there is not work behind it. The compiler would rather do it where it is used.
+__device__ __forceinline__ void work_out_here(uint32_t& v) { asm volatile("" : "+r"(v)); }
+__device__ __forceinline__ void work_out_here(float& v) { asm volatile("" : "+f"(v)); }
+__device__ __forceinline__ void work_out_here(uint64_t& v) { asm volatile("" : "+l"(v)); }
 
 #define DQ_MMA_FLOAT(name, types)                                                                                     \
     __device__ __forceinline__ void name(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {             \
@@ -241,9 +248,13 @@ __device__ __forceinline__ uint32_t barrier_arrive(uint64_t* b) {
                  "}" : "=r"(pending) : "r"(shared_address(b)) : "memory");
     return pending;
 }
+// What comes so is read once and is the first to leave the L2: code, factors and what kernels tell each other stay there.
 __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* b) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(b)) : "memory");
+    asm volatile("{\n"
+                 ".reg .b64 policy;\n"
+                 "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+                 "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy;\n"
+                 "}" ::"r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(b)) : "memory");
 }
 #else
 constexpr bool HAS_BULK_COPY = false;
@@ -267,7 +278,8 @@ template <class T> __device__ __forceinline__ T load_fresh(const T* at) { return
 // Kernels overlap where the host launched them so: the next one may start once every block of this one has said so or is
 // done, and sees what this one writes only after its wait, which lasts until all of this one is done. Rules:
 //   - Every thread waits before it ends (the emulator checks it), so that whoever waits for this kernel has waited for those
-//     before it.
+//     before it; or it leaves that to others, where some block of the grid surely waits: a kernel has not ended before all of
+//     its blocks have.
 //   - Fold and encode say so only after their wait. So attend, which starts behind fold, may look at everything from before
 //     the call (records, lengths, tables) without waiting, and merge likewise.
 //   - A block that changes tables of factors says so only after that, behind a __threadfence, or never. So whoever starts
@@ -282,8 +294,12 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+__device__ __forceinline__ void leave_waiting_to_others() {}
 
 #endif
+
+// a / b, without the division where b is one, as it mostly is where this stands: short kernels begin with several of them.
+__device__ __forceinline__ uint32_t quotient(uint32_t a, uint32_t b) { return b == 1 ? a : a / b; }
 
 // A compile-time number and a loop over such numbers: `for_each<4>([&](auto i) { ... decltype(i)::value ... })`.
 template <int N> struct Int { static constexpr int value = N; };

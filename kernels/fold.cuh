@@ -84,28 +84,40 @@ __device__ __forceinline__ float folded_worth(int channel, uint32_t transform) {
     return worth;
 }
 
-// Puts a folded channel, rounded, to its place in its row's fragments.
+// Where in its row's fragments the high byte of a folded channel lies; the low one is half a group's bytes further on.
 template <class K>
-__device__ __forceinline__ void place_folded(uint8_t* fragments, int channel, float v) {
+__device__ __forceinline__ uint32_t folded_place(int channel) {
     int first_channel = 0, channels = 0, groups = 0;
     for_each<K::tiers>([&](auto tier) {
         constexpr int T = decltype(tier)::value;
         if (channel >= K::first(T)) first_channel = K::first(T), channels = K::channels(T), groups = K::groups_before(T);
     });
     const KPosition k = k_position(channels, channel - first_channel);
-    uint8_t* at = fragments + (groups + k.group) * FOLDED_ROW + k.q * 8 + k.reg * 4 + k.byte;
-    const int whole = __float2int_rn(v), high = (whole + 128) >> 8, low = whole - 256 * high;
-    at[0] = uint8_t(high);
-    at[32] = uint8_t(low);
+    return (groups + k.group) * FOLDED_ROW + k.q * 8 + k.reg * 4 + k.byte;
+}
+
+// A row's elements, channel lane + 32 k to each; zeros where there is no row.
+constexpr uint64_t ABSENT_ROW = ~0ull;
+template <int D>
+__device__ __forceinline__ void load_pieces(uint32_t (&bits)[(D + 31) / 32], const DqRows& rows, uint64_t at, int lane) {
+    const bool wide = rows.type == DQ_TYPE_F32;
+    const uint8_t* first = static_cast<const uint8_t*>(rows.data) + at + (wide ? 4 : 2) * lane;
+    DQ_UNROLL
+    for (int k = 0; k < (D + 31) / 32; k++) bits[k] = 0;
+    if (at == ABSENT_ROW) return;
+    DQ_UNROLL
+    for (int k = 0; k < (D + 31) / 32; k++) {
+        if (lane + 32 * k >= D) break;
+        bits[k] = wide ? at_bytes<uint32_t>(first, 128 * k) : at_bytes<uint16_t>(first, 64 * k);
+    }
 }
 
 template <class K>
 __device__ __forceinline__ void fold_queries(const DqAttend& p) {
-    constexpr int D = K::D, ROWS = 4, CHUNK = FOLD_CHUNK<K>, STAGES = FOLD_STAGES<K>, STRIDE = D + 8, PIECES = (D + 31) / 32, AT_ONCE = 8;
+    constexpr int D = K::D, ROWS = 4, CHUNK = FOLD_CHUNK<K>, STAGES = FOLD_STAGES<K>, STRIDE = D + 8, PIECES = (D + 31) / 32, AT_ONCE = 2;
     constexpr bool BUTTERFLIES = (D & (D - 1)) == 0;
-    constexpr uint64_t NO_ROW = ~0ull;
     DQ_DYNAMIC_SHARED(shared);
-    __shared__ uint32_t most[FOLD_WARPS * ROWS][PIECES];  // bits of the largest magnitude in 32 channels of a row
+    __shared__ uint32_t exponents[FOLD_WARPS * ROWS];  // of the power of two that a row's halves count from
     const uint32_t head = blockIdx.x / DQ_MAX_TRANSFORMS, transform = blockIdx.x % DQ_MAX_TRANSFORMS;
     const uint32_t n_tiles = p.fold_tiles, units = p.fold_units, first_unit = (blockIdx.z * gridDim.y + blockIdx.y) * units;
     uint16_t (*means)[STRIDE] = reinterpret_cast<uint16_t (*)[STRIDE]>(shared);
@@ -114,10 +126,12 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     float (*rows)[D] = reinterpret_cast<float (*)[D]>(halves + 2 * ROWS * units);
     const int t = threadIdx.x, warp = t >> 5, lane = t & 31, g = lane >> 2, q = lane & 3;
     uint8_t* fragments = reinterpret_cast<uint8_t*>(rows + ROWS * units) + warp * (K::groups * FOLDED_ROW);
+    // Nothing to do for a linear part that no set names; the rotation has one always. A place for others.
     const SetList sets(p.k.heads[head]);
+    if (!names_transform(sets, transform)) return leave_waiting_to_others();
 
-    // Phase 1: matrix and means start on their way before anything else is known, since memory is far away; the kernel ahead
-    // may still be at work.
+    // Phase 1: matrix and means start on their way before more is known, since memory is far away; the kernel ahead may still be
+    // at work.
     const bool turns = BUTTERFLIES && transform == 0;
     auto copy_rows = [&](uint16_t (*to)[STRIDE], const uint16_t* from, int n) {
         DQ_UNROLL_BY_4
@@ -133,7 +147,6 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
             for (int i = t; i < CHUNK * D; i += FOLD_THREADS) to[i / D][i % D] = uint16_t(0x3C00u | rotation_sign<D>(p.k.rotation, i % D, first + i / D) << 15);
         }
     };
-    const bool named = names_transform(sets, transform);
     copy_chunk(0);
     copy_rows(means, p.k.means + uint64_t(head) * DQ_MAX_SETS * D, DQ_MAX_SETS);
     cp_async_commit();
@@ -141,89 +154,87 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
         copy_chunk(stage * CHUNK);
         cp_async_commit();
     }
+    // What the lane's channels come to in the end: their places, what a step of theirs is worth, the rotation's signs.
+    uint32_t place[PIECES], negative[PIECES];
+    float worth[PIECES];
+    DQ_UNROLL
+    for (int k = 0; k < PIECES; k++) {
+        const int c = lane + 32 * k < D ? lane + 32 * k : D - 1;
+        place[k] = folded_place<K>(c), worth[k] = folded_worth<K>(c, transform);
+        negative[k] = 0;
+        if constexpr (BUTTERFLIES) negative[k] = turns ? rotation_sign<D>(p.k.rotation, 0, c) : 0;
+        work_out_here(place[k]), work_out_here(worth[k]), work_out_here(negative[k]);
+    }
+    // A lane knows where one of the block's rows is.
+    const uint32_t lane_unit = first_unit + lane / ROWS, stream = quotient(lane_unit, n_tiles);
+    uint32_t row = (lane_unit - stream * n_tiles) * ROWS + q, query = row / p.group;
+    uint64_t of_head = (head * p.group + row - query * p.group) * p.q.head_stride;
+    work_out_here(row), work_out_here(query), work_out_here(of_head);
     wait_for_previous_kernel();
-    // Nothing to do for a linear part that no set names.
-    if (!named) {
-        cp_async_wait<0>();
-        return;
-    }
-
-    // Phase 2: the largest magnitude of each row, which its halves count from. A lane knows where a row is; the warp takes 32
-    // channels of one at a time, and the second look finds them in registers where they fit, else near. Rows that do not exist are zero.
-    uint64_t row_at = NO_ROW;
-    {
-        const uint32_t u = first_unit + lane / ROWS, stream = u / n_tiles, row = u % n_tiles * ROWS + q;
-        if (lane < int(units) * ROWS && stream < p.n_streams) {
-            const Queries queries = queries_of(p, stream);
-            if (row < queries.count * p.group) {
-                row_at = (queries.first + row / p.group) * p.q.token_stride + (head * p.group + row % p.group) * p.q.head_stride;
-            }
-        }
-    }
-    const float factor = fold_factor(p);
-    uint32_t bits[AT_ONCE];
-    auto each_piece = [&](bool first_look, auto&& use) {
-        const int tasks = units * ROWS * PIECES;
-        DQ_UNROLL_BY_1
-        for (int from = warp; from < tasks; from += AT_ONCE * FOLD_WARPS) {
-            DQ_UNROLL
-            for (int a = 0; a < AT_ONCE; a++) {
-                const int task = from + a * FOLD_WARPS, c = task % PIECES * 32 + lane;
-                if (task >= tasks || !(first_look || tasks > AT_ONCE * FOLD_WARPS)) break;
-                const uint64_t at = __shfl_sync(ALL_LANES, row_at, task / PIECES);
-                bits[a] = c < D && at != NO_ROW ? element_bits(p.q, at, c) : 0;
-            }
-            DQ_UNROLL
-            for (int a = 0; a < AT_ONCE; a++) {
-                const int task = from + a * FOLD_WARPS;
-                if (task >= tasks) break;
-                use(task / PIECES, task % PIECES, element_value(p.q, bits[a]) * factor);
-            }
-        }
-    };
-    each_piece(true, [&](int row, int piece, float x) { most[row][piece] = __reduce_max_sync(ALL_LANES, __float_as_uint(fabsf(x))); });
-    __syncthreads();
-    // Attend floods the memory as soon as it has started; what is left here needs little of it.
+    // Attend has a way to go before it floods the memory.
     start_next_kernel();
 
-    // Phase 3: the halves, and the rows themselves where butterflies take the matrix's place.
-    auto exponent = [&](int row) {
-        uint32_t of_row = 0;
+    // Phase 2: the rows' halves, and the rows themselves where butterflies take the matrix's place. A warp takes a whole row, the
+    // loads of several at a time. Rows that do not exist are zero.
+    uint64_t row_at = ABSENT_ROW;
+    if (lane < int(units) * ROWS && stream < p.n_streams) {
+        const Queries queries = queries_of(p, stream);
+        if (row < queries.count * p.group) row_at = (queries.first + query) * p.q.token_stride + of_head;
+    }
+    const float factor = fold_factor(p);
+    const int n_rows = units * ROWS;
+    DQ_UNROLL_BY_1
+    for (int from = warp; from < n_rows; from += AT_ONCE * FOLD_WARPS) {
+        uint32_t bits[AT_ONCE][PIECES];
         DQ_UNROLL
-        for (int i = 0; i < PIECES; i++) of_row = of_row > most[row][i] ? of_row : most[row][i];
-        return exponent_of(of_row);
-    };
-    each_piece(false, [&](int row, int piece, float x) {
-        const int c = piece * 32 + lane;
-        if (c >= D) return;
-        const float small = x * __uint_as_float((254 - exponent(row)) << 23);
-        const uint16_t upper = float_to_half(small);
-        halves[2 * row][c] = upper;
-        halves[2 * row + 1][c] = float_to_half((small - half_to_float(upper)) * LOWER_HALF);
-        rows[row][c] = turns ? x : 0.0f;
-    });
+        for (int a = 0; a < AT_ONCE; a++) {
+            const int row = from + a * FOLD_WARPS;
+            if (row >= n_rows) break;
+            load_pieces<D>(bits[a], p.q, __shfl_sync(ALL_LANES, row_at, row), lane);
+        }
+        DQ_UNROLL
+        for (int a = 0; a < AT_ONCE; a++) {
+            const int row = from + a * FOLD_WARPS;
+            if (row >= n_rows) break;
+            float x[PIECES], largest = 0.0f;
+            DQ_UNROLL
+            for (int k = 0; k < PIECES; k++) x[k] = element_value(p.q, bits[a][k]) * factor, largest = fmaxf(largest, fabsf(x[k]));
+            const uint32_t exponent = exponent_of(__reduce_max_sync(ALL_LANES, __float_as_uint(largest)));
+            if (lane == 0) exponents[row] = exponent;
+            DQ_UNROLL
+            for (int k = 0; k < PIECES; k++) {
+                const int c = lane + 32 * k;
+                if (D % 32 != 0 && c >= D) break;
+                const float small = x[k] * __uint_as_float((254 - exponent) << 23);
+                const uint16_t upper = float_to_half(small);
+                halves[2 * row][c] = upper;
+                halves[2 * row + 1][c] = float_to_half((small - half_to_float(upper)) * LOWER_HALF);
+                rows[row][c] = turns ? x[k] : 0.0f;
+            }
+        }
+    }
     if (turns) cp_async_wait<0>();
     else cp_async_wait<STAGES - 1>();
     __syncthreads();
 
-    // Phase 4: products of sixteen means or latents (rows g and g + 8 of the mma) with a unit's queries: q', and the constants
+    // Phase 3: products of sixteen latents or means (rows g and g + 8 of the mma) with a unit's queries: q', and the constants
     // q . mean. Columns 2 r and 2 r + 1 are the upper and the lower half of row r.
-    auto products = [&](float (&sum)[2], int unit, int channels, int first, auto&& load_rows) {
+    auto products = [&](float (&sum)[2], int unit, int first, auto&& a, auto steps) {
         const uint16_t* column = halves[2 * ROWS * unit + g] + 2 * q + first;
         float acc[4] = {};
-        DQ_UNROLL_BY_4
-        for (int c = 0; c < channels; c += 16) {
-            const uint32_t b[2] = {*reinterpret_cast<const uint32_t*>(column + c), *reinterpret_cast<const uint32_t*>(column + c + 8)};
-            uint32_t a[4];
-            load_rows(a, c);
-            mma_f16(acc, a, b);
-        }
-        const float worth = __uint_as_float(exponent(unit * ROWS + q) << 23);
         DQ_UNROLL
-        for (int i = 0; i < 2; i++) sum[i] = (acc[2 * i] + acc[2 * i + 1] * (1.0f / LOWER_HALF)) * worth;
+        for (int i = 0; i < decltype(steps)::value; i++) {
+            const uint32_t b[2] = {*reinterpret_cast<const uint32_t*>(column + 16 * i), *reinterpret_cast<const uint32_t*>(column + 16 * i + 8)};
+            mma_f16(acc, a[i], b);
+        }
+        const float worth_of_row = __uint_as_float(exponents[unit * ROWS + q] << 23);
+        DQ_UNROLL
+        for (int i = 0; i < 2; i++) sum[i] = (acc[2 * i] + acc[2 * i + 1] * (1.0f / LOWER_HALF)) * worth_of_row;
     };
-    auto stream_of = [&](int unit) { return (first_unit + unit) / n_tiles; };
-    auto tile_of = [&](int unit) { return (first_unit + unit) % n_tiles; };
+    auto stream_of = [&](int unit) { return quotient(first_unit + unit, n_tiles); };
+    auto tile_of = [&](int unit) { return first_unit + unit - stream_of(unit) * n_tiles; };
+    // A warp has the same latents of all units, its part of the matrix in registers; warps that are left over share the units.
+    constexpr int TILES = D / 16, SHARERS = TILES < FOLD_WARPS ? FOLD_WARPS / TILES : 1;
     for (int first = 0; first < D && !turns; first += CHUNK) {
         if (first > 0) {
             cp_async_wait<0>();
@@ -234,21 +245,28 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
                 cp_async_commit();
             }
         }
-        DQ_UNROLL_BY_1
-        for (int i = warp; i < int(units) * (D / 16); i += FOLD_WARPS) {
-            const int unit = i / (D / 16), latent = i % (D / 16) * 16;
+        for (int latent = warp % TILES * 16; latent < D && warp / TILES < SHARERS; latent += FOLD_WARPS * 16) {
             const uint16_t* source = &matrix[first / CHUNK % STAGES * CHUNK + (lane >> 4) * 8 + (lane & 7)][(lane >> 3 & 1) * 8 + latent];
-            float sum[2];
-            products(sum, unit, CHUNK, first, [&](uint32_t (&a)[4], int c) { ldmatrix_trans(a, source + c * STRIDE); });
-            rows[unit * ROWS + q][latent + g] += sum[0], rows[unit * ROWS + q][latent + g + 8] += sum[1];
+            uint32_t a[CHUNK / 16][4];
+            DQ_UNROLL
+            for (int i = 0; i < CHUNK / 16; i++) ldmatrix_trans(a[i], source + 16 * i * STRIDE);
+            DQ_UNROLL_BY_1
+            for (int unit = warp / TILES; unit < int(units); unit += SHARERS) {
+                float sum[2];
+                products(sum, unit, first, a, Int<CHUNK / 16>{});
+                rows[unit * ROWS + q][latent + g] += sum[0], rows[unit * ROWS + q][latent + g + 8] += sum[1];
+            }
         }
     }
     // Of all sets that share this linear part; absent ones count to the rotation.
     DQ_UNROLL_BY_1
     for (int unit = FOLD_WARPS - 1 - warp; unit < int(units) && stream_of(unit) < p.n_streams; unit += FOLD_WARPS) {
         const uint16_t* source = &means[(lane >> 3 & 1) * 8 + (lane & 7)][(lane >> 4) * 8];
+        uint32_t a[D / 16][4];
+        DQ_UNROLL
+        for (int i = 0; i < D / 16; i++) ldmatrix(a[i], source + 16 * i);
         float sum[2];
-        products(sum, unit, D, 0, [&](uint32_t (&a)[4], int c) { ldmatrix(a, source + c); });
+        products(sum, unit, 0, a, Int<D / 16>{});
         DQ_UNROLL
         for (int i = 0; i < 2; i++) {
             const uint32_t e = g + 8 * i;
@@ -259,7 +277,7 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     }
     __syncthreads();
 
-    // Phase 5: a warp to a row: its levels, the step from the largest, the bytes.
+    // Phase 4: a warp to a row: its levels, the step from the largest, the bytes.
     DQ_UNROLL_BY_1
     for (int row = warp; row < int(units) * ROWS && stream_of(row / ROWS) < p.n_streams; row += FOLD_WARPS) {
         float v[PIECES], largest = 0.0f;
@@ -268,19 +286,24 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
         if constexpr (BUTTERFLIES) {
             if (turns) {
                 DQ_UNROLL
-                for (int k = 0; k < PIECES; k++) v[k] = with_sign(v[k], rotation_sign<D>(p.k.rotation, 0, lane + 32 * k));
+                for (int k = 0; k < PIECES; k++) v[k] = with_sign(v[k], negative[k]);
                 butterflies<D>(v, lane);
             }
         }
         DQ_UNROLL
-        for (int k = 0; k < PIECES; k++) v[k] *= folded_worth<K>(lane + 32 * k, transform), largest = fmaxf(largest, fabsf(v[k]));
+        for (int k = 0; k < PIECES; k++) v[k] *= worth[k], largest = fmaxf(largest, fabsf(v[k]));
         largest = warp_max(largest);
         const float inverse = largest > 0.0f ? FOLD_RANGE / largest : 0.0f;
         // Groups of a tier that are not full have channels that do not exist.
         for (int i = lane; K::groups * 32 != D && i < K::groups * FOLDED_ROW / 4; i += 32) reinterpret_cast<uint32_t*>(fragments)[i] = 0;
         __syncwarp();
         DQ_UNROLL
-        for (int k = 0; k < PIECES; k++) if (lane + 32 * k < D) place_folded<K>(fragments, lane + 32 * k, v[k] * inverse);
+        for (int k = 0; k < PIECES; k++) {
+            if (lane + 32 * k >= D) break;
+            const int whole = __float2int_rn(v[k] * inverse), high = (whole + 128) >> 8, low = whole - 256 * high;
+            fragments[place[k]] = uint8_t(high);
+            fragments[place[k] + FOLDED_ROW / 2] = uint8_t(low);
+        }
         __syncwarp();
         const int unit = row / ROWS, r = row % ROWS;
         uint8_t* out = p.folded + folded_tile<K>(p, stream_of(unit), head, transform, tile_of(unit), n_tiles) + r * FOLDED_ROW;

@@ -2,7 +2,8 @@
 //   out = (sum_t decode_t acc_t + sum_e l_e mean_e + acc of the tail) / l
 // A row without visible keys yields zeros.
 //
-// Grid: one block per row (stream, KV head, query, query head of the group). Up to 16 warps; each takes every so many parts,
+// Grid: one block per row (stream, KV head, query, query head of the group), as many at a time as there is room for: of many
+// streams all should find some at once. Up to 16 warps; each takes every so many parts,
 // lanes over runs of channels. Memory is far away and there is little else to do: a warp loads several parts whole before it
 // knows the first maximum, and weighs them from the largest that it has seen. The first warp joins the warps and goes on
 // alone.
@@ -10,6 +11,9 @@
 #include "attend.cuh"
 
 namespace dq {
+
+// Bytes of dynamic shared memory of a block.
+template <class V> constexpr uint32_t merge_shared_bytes(uint32_t threads) { return threads / 32 * V::D * 4; }
 
 // Parts that a warp loads at a time; src/cuda/launch.rs has as many for each warp where it can.
 template <class V> constexpr int MERGE_AT_ONCE = V::D <= 128 ? 8 : 4;
@@ -19,7 +23,8 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
     constexpr int D = V::D, WARPS = 16, RUN = D == 64 ? 2 : 4, PER = (D + 32 * RUN - 1) / (32 * RUN), CHANNELS = PER * RUN;
     constexpr int AT_ONCE = MERGE_AT_ONCE<V>;
     constexpr bool BUTTERFLIES = (D & (D - 1)) == 0;
-    __shared__ __align__(16) float gathered[WARPS][D];
+    DQ_DYNAMIC_SHARED(shared);
+    float (*gathered)[D] = reinterpret_cast<float (*)[D]>(shared);  // of each warp
     __shared__ __align__(16) float latents[D];
     __shared__ __align__(16) uint16_t means[DQ_MAX_SETS][D];
     __shared__ float sums[WARPS][DQ_MAX_SETS];
@@ -76,19 +81,25 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
         const uint64_t begin = first + (tail ? coded_parts(p) : source * p.n_splits);
         const uint32_t n = tail ? p.tail.parts : p.n_splits;
         float acc[CHANNELS] = {}, sum = 0.0f, of_warp = NEVER;
+        const float *values = p.partial + begin * D, *part_sums = p.partial_sums + begin * SUMS;
+        // The tail's parts have one entry beside their maximum.
+        const uint32_t entries = tail ? 1 : DQ_MAX_SETS;
         for (uint32_t i = warp; i < n; i += AT_ONCE * warps) {
             float v[AT_ONCE][CHANNELS], entry[AT_ONCE], highest[AT_ONCE];
             DQ_UNROLL
             for (int a = 0; a < AT_ONCE; a++) {
-                const uint64_t part = begin + i + a * warps;
-                highest[a] = NEVER, entry[a] = 0.0f;
+                // In place of those beyond the end the first one once more: no branch to a load.
+                const uint32_t part = i + a * warps < n ? i + a * warps : i;
+                entry[a] = 0.0f;
+                if (lane < entries || lane == DQ_MAX_SETS) entry[a] = part_sums[part * SUMS + lane];
                 DQ_UNROLL
                 for (int c = 0; c < CHANNELS; c++) v[a][c] = 0.0f;
-                if (i + a * warps >= n) continue;
-                highest[a] = p.partial_sums[part * SUMS + DQ_MAX_SETS];
-                // The tail's have one entry.
-                if (lane < (tail ? 1 : DQ_MAX_SETS)) entry[a] = p.partial_sums[part * SUMS + lane];
-                load_runs(v[a], p.partial + part * D);
+                load_runs(v[a], values + part * D);
+            }
+            DQ_UNROLL
+            for (int a = 0; a < AT_ONCE; a++) {
+                const float maximum = __shfl_sync(ALL_LANES, entry[a], DQ_MAX_SETS);
+                highest[a] = i + a * warps < n ? maximum : NEVER;
             }
             const float before = of_warp;
             DQ_UNROLL

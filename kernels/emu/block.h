@@ -116,6 +116,7 @@ inline void thread_main() {
 // with others must wait, or none: `launch` looks at the end.
 inline void start_next_launch() { block()->overlaps = true; }
 inline void wait_for_previous_launch() { block()->overlaps = me().waited = true; }
+inline void leave_waiting_to_others() { me().waited = true; }
 
 inline void barrier(const char* file, int line) {
     Thread& t = me();

@@ -222,7 +222,7 @@ void run(const Case& c, std::mt19937_64& rng) {
                32 * p.heads_per_block * p.key_warps, dq::attend_shared_bytes<K, V, NT, dq::DECODE_STAGES>(p), p);
     // One warp where there are more splits than it loads at a time, so that it comes back for the others.
     const unsigned merge_threads = c.n_splits > uint32_t(dq::MERGE_AT_ONCE<V>) ? 32 : parts > 4 ? 512 : parts > 2 ? 64 : 32;
-    rt::launch(merge_kernel<V>, dim3(rows), merge_threads, 0, p);
+    rt::launch(merge_kernel<V>, dim3(rows), merge_threads, dq::merge_shared_bytes<V>(merge_threads), p);
     rt::sync();
     auto out = d_out.take();
 

@@ -47,7 +47,10 @@ plant "stage overwritten while in use" attend_prefill.cuh 's/(tile \& 1) \* stag
 plant "read past the last slot" attend.cuh 's/key < keys.end ? key : keys.end - 1/key/' attend_emu "-fsanitize=address"
 plant "blocks that the window has left are read" attend.cuh 's/key = key < keys.first ? keys.first : /key = /' attend_emu "-fsanitize=address"
 plant "blocks that the window has left are read, bulk copies" attend.cuh 's/const uint32_t from = keys.first > first_key.*/const uint32_t from = 0;/' attend_emu "-fsanitize=address $BULK"
-plant "queries of the sequence before" fold.cuh 's|(queries.first + row / p.group)|(uint64_t(stream) * p.n_q + row / p.group)|'
+plant "queries of the sequence before" fold.cuh 's|(queries.first + query)|(uint64_t(stream) * p.n_q + query)|'
+plant "a stage waited for before its barrier is there" attend.cuh '/if constexpr (HAS_BULK_COPY) __syncthreads();/d' attend_emu $BULK
+plant "the other stages never asked for" attend.cuh 's/if (HAS_BULK_COPY \&\& warp == 0)/if (false)/' attend_emu $BULK
+plant "fold: a row's halves counted from another row's power of two" fold.cuh 's/exponents\[unit \* ROWS + q\]/exponents[unit * ROWS]/'
 plant "early launch: no wait" attend.cuh '/^    wait_for_previous_kernel();/d'
 plant "early launch: no wait where there is nothing to do" attend.cuh 's/return wait_for_previous_kernel();/return;/'
 plant "tail: a key behind its end" tail.cuh 's/n_coded + tail.count) : NEVER/n_coded + tail.count + 1) : NEVER/'

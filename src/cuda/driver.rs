@@ -181,6 +181,10 @@ impl Device {
                 sys::cuFuncSetAttribute(function, A::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, dynamic as i32),
                 name,
             )?;
+            // All kernels alike: one that wants another division of the L1 could not start on a multiprocessor before the
+            // kernels ahead have left it.
+            const ALL_SHARED: i32 = 100;
+            check(sys::cuFuncSetAttribute(function, A::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, ALL_SHARED), name)?;
         }
         Ok(Some(Kernel(function)))
     }

@@ -16,7 +16,7 @@ const BARRIER_BYTES: usize = 64;
 /// Units (a tile of four rows of a stream) that share a block of the fold kernel, at most, as many as its warps; and how many
 /// units of all KV heads there are to each that does. Powers of two.
 const FOLD_WARPS: usize = 8;
-const FOLD_HEADS: usize = 32;
+const FOLD_HEADS: usize = 16;
 pub const FOLD_THREADS: usize = 32 * FOLD_WARPS;
 const MOST_WARPS: usize = 8;
 /// Warps of a block of the merge kernel, at most.
@@ -254,6 +254,7 @@ pub struct AttendPlan {
     pub attend_shared: usize,
     pub merge: (Kernel, (usize, usize, usize)),
     pub merge_threads: usize,
+    pub merge_shared: usize,
 }
 
 impl Variant {
@@ -341,6 +342,11 @@ fn merge_threads(d: usize, parts: usize, v_transforms: usize) -> usize {
     32 * parts.div_ceil(at_once).clamp(least, MERGE_WARPS)
 }
 
+/// Bytes of its shared memory, as merge.cuh's `merge_shared_bytes`.
+fn merge_shared(d: usize, threads: usize) -> usize {
+    threads / 32 * d * 4
+}
+
 /// Bytes of workspace for any attention within the limits.
 pub fn workspace_size(shape: &LayerShape, kernels: &LayerKernels, limits: Limits) -> Result<usize> {
     let rows = limits.queries.saturating_mul(shape.group());
@@ -426,6 +432,7 @@ pub fn plan_attend(
     } else {
         shape.n_kv_heads / v.heads_per_block * row_tiles
     };
+    let merge_threads = merge_threads(shape.v.head_dim, splits.max(tail_parts), kernels.v_transforms);
     Ok(AttendPlan {
         fold: (kernels.fold, (shape.n_kv_heads * MAX_TRANSFORMS, runs.div_ceil(run_rows), run_rows)),
         fold_shared: fold_shared(shape.k.head_dim, kernels.k_groups, units),
@@ -434,6 +441,7 @@ pub fn plan_attend(
         attend_threads: 32 * v.warps(rows),
         attend_shared: v.shared,
         merge: (kernels.merge, (heads * rows, 1, 1)),
-        merge_threads: merge_threads(shape.v.head_dim, splits.max(tail_parts), kernels.v_transforms),
+        merge_threads,
+        merge_shared: merge_shared(shape.v.head_dim, merge_threads),
     })
 }

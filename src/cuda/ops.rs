@@ -224,7 +224,7 @@ impl DeviceCodec {
                 device.launch_early(tail, grid, launch::TAIL_THREADS, 0, stream, &p)?;
             }
             device.launch_early(plan.attend.0, plan.attend.1, plan.attend_threads, plan.attend_shared, stream, &p)?;
-            device.launch_early(plan.merge.0, plan.merge.1, plan.merge_threads, 0, stream, &p)
+            device.launch_early(plan.merge.0, plan.merge.1, plan.merge_threads, plan.merge_shared, stream, &p)
         }
     }
 
