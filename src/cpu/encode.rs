@@ -15,11 +15,13 @@ use crate::code::codebook::{Codebook, codebook};
 use crate::code::{header, planes};
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::simd::avx2::Avx2;
-use crate::cpu::simd::pairs::{PAIR, Pairs};
 use crate::cpu::simd::portable::Portable;
+use crate::cpu::simd::vectors::{PAIR, Vectors};
 use crate::cpu::simd::{Isa, Simd};
 use crate::error::Result;
-use crate::factor::{Encode, HeadSets, LayerFactors, MAX_SINKS, ROTATION_KAPPA, ROTATION_SET, TierWeights, hadamard};
+use crate::factor::{
+    Encode, HeadSets, LayerFactors, MAX_SINKS, ROTATION_KAPPA, ROTATION_SET, TierWeights, Transform, hadamard,
+};
 use crate::shape::{LayerShape, MAX_TIERS, Side, SideShape, Tier};
 use crate::view::{Rows, Store, Tokens};
 
@@ -28,8 +30,10 @@ const LANES: usize = PAIR;
 /// Rows that share one pass over the encode matrix.
 const BLOCK: usize = 4;
 const MAX_DIM: usize = 256;
-/// Vectors of latents that one row sums at a time.
-const CHAINS: usize = 4;
+/// Lanes of a vector.
+const VECTOR: usize = crate::cpu::simd::LANES;
+/// Input channels that a row alone takes at a time.
+const CHANNELS: usize = 8;
 /// A row leaves the newest set only for one that costs less than this share of it: below a factor of two a switch
 /// buys nothing and mixes sets within the tiles of attention.
 const SWITCH: f32 = 0.5;
@@ -37,10 +41,24 @@ const SWITCH: f32 = 0.5;
 const AHEAD: usize = 4;
 /// Row scales tried, as multiples of the row's rms.
 const MULTIPLES: [f32; 8] = [0.76, 0.83, 0.9, 0.97, 1.04, 1.11, 1.18, 1.26];
-/// Scales tried with feedback, as multiples of the best one without: what is carried on widens the targets.
-const FEEDBACK_MULTIPLES: [f32; LANES / BLOCK] = [0.94, 1.0, 1.06, 1.12];
+/// Scales tried with feedback: with the rows of a block as many as two vectors have lanes.
+const SCALES: usize = LANES / BLOCK;
+/// These, as multiples of the best one without: what is carried on widens the targets.
+const FEEDBACK_MULTIPLES: [f32; SCALES] = [0.94, 1.0, 1.06, 1.12];
+/// Added to a small integer it leaves it standing in the low bits.
+const ROUND: f32 = 12_582_912.0;
 /// Beyond this a row's squares could overflow f32; its scale is far beyond f16 anyway.
 const HUGE: f32 = 1e15;
+
+/// A body for each of some constants.
+macro_rules! unrolled {
+    ($i:ident in [$($value:literal),*] $body:block) => {
+        $({
+            let $i: usize = $value;
+            $body
+        })*
+    };
+}
 
 /// What encode has to tell.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -95,10 +113,35 @@ fn encode_shard_on(
     if n < n_shards {
         // Keys first: their work is the larger part.
         (shard..units * n).step_by(n_shards).for_each(|i| code(i % n..i % n + 1, i / n));
+        let keys = shape.n_kv_heads * n;
+        if (keys..2 * keys).contains(&shard) {
+            bring_in(&factors.k[(shard - keys) / n].sets);
+        }
     } else {
         (0..units).for_each(|unit| code(n * shard / n_shards..n * (shard + 1) / n_shards, unit));
     }
     Ok(report)
+}
+
+/// Reads what the shard that codes keys and the one that attends come to later. In generation the weights of other layers
+/// have gone through all caches since the last token, and a shard that codes only values has nothing else to do.
+fn bring_in(sets: &HeadSets) {
+    let newest = sets.encode();
+    if let Some(matrix) = &newest.matrix {
+        // The other shard begins with the first half.
+        touch(&matrix[matrix.len() / 2..]);
+    }
+    if let Some(Transform::Dense { decode }) = sets.get(newest.set).map(|set| &*set.transform) {
+        touch(decode);
+    }
+}
+
+/// Reads one element of each cache line.
+fn touch<T: Copy>(data: &[T]) {
+    const LINE: usize = 64;
+    for x in data.iter().step_by(LINE / size_of::<T>()) {
+        std::hint::black_box(*x);
+    }
 }
 
 /// Zeros behind the headers.
@@ -126,7 +169,7 @@ fn dispatch(isa: Isa, job: &Job, run: Range<usize>, scratch: &mut Scratch) -> u6
     {
         #[target_feature(enable = "avx2,fma,f16c")]
         fn on_avx2(s: Avx2, job: &Job, run: Range<usize>, scratch: &mut Scratch) -> u64 {
-            encode_run(Pairs(s), job, run, scratch)
+            encode_run(s, job, run, scratch)
         }
         // Wider vectors gain nothing: every latent waits for the one before.
         if let Some(s) = Avx2::new().filter(|_| isa != Isa::Portable) {
@@ -135,14 +178,14 @@ fn dispatch(isa: Isa, job: &Job, run: Range<usize>, scratch: &mut Scratch) -> u6
         }
     }
     let _ = isa;
-    encode_run(Pairs(Portable), job, run, scratch)
+    encode_run(Portable, job, run, scratch)
 }
 
 #[inline(always)]
-fn encode_run<S: Simd>(s: Pairs<S>, job: &Job, run: Range<usize>, scratch: &mut Scratch) -> u64 {
+fn encode_run<S: Simd>(s: S, job: &Job, run: Range<usize>, scratch: &mut Scratch) -> u64 {
     let d = job.coder.shape.head_dim;
     let mut replaced = 0;
-    let Scratch { x, y, coded, feedback } = scratch;
+    let Scratch { x, y, centred, coded, feedback } = scratch;
     let mut finite = [true; BLOCK];
     for base in run.clone().step_by(BLOCK) {
         let n = BLOCK.min(run.end - base);
@@ -150,11 +193,7 @@ fn encode_run<S: Simd>(s: Pairs<S>, job: &Job, run: Range<usize>, scratch: &mut 
             job.rows.load(base + r, job.head, &mut x[r][..d]);
             finite[r] = tame(&mut x[r][..d]);
         }
-        // A token alone, as in generation, is not worth a block.
-        match n {
-            1 => job.coder.newest_latents::<S, 1>(s, x, y),
-            _ => job.coder.newest_latents::<S, BLOCK>(s, x, y),
-        }
+        job.coder.newest_latents(s, &x[..n], centred, y);
         job.coder.code_block(s, x, y, &finite, n, coded, feedback);
         for r in 0..n {
             let slot = job.slots[base + r];
@@ -188,6 +227,8 @@ struct Scratch {
     /// Rows of a block, and their latents.
     x: [[f32; MAX_DIM]; BLOCK],
     y: [[f32; MAX_DIM]; BLOCK],
+    /// The rows about the newest set's mean.
+    centred: [[f32; MAX_DIM]; BLOCK],
     coded: [Coded; BLOCK],
     feedback: Feedback,
 }
@@ -197,6 +238,7 @@ impl Scratch {
         Self {
             x: [[0.0; MAX_DIM]; BLOCK],
             y: [[0.0; MAX_DIM]; BLOCK],
+            centred: [[0.0; MAX_DIM]; BLOCK],
             coded: [Coded::default(); BLOCK],
             feedback: Feedback { errors: [[0.0; LANES]; MAX_DIM], targets: [[0.0; LANES]; MAX_DIM] },
         }
@@ -287,66 +329,34 @@ impl<'a> RowCoder<'a> {
         Self { shape, newest, newest_mean, newest_kappa, sinks, n_sinks, books, rotation_distortion }
     }
 
-    /// Latents of the first rows of a block under the newest set: `y = encode * (x - mean)`.
+    /// Latents of the rows of a block under the newest set: `y = encode * (x - mean)`.
     #[inline(always)]
-    fn newest_latents<S: Simd, const ROWS: usize>(
+    fn newest_latents<S: Simd>(
         &self,
-        s: Pairs<S>,
-        x: &[[f32; MAX_DIM]; BLOCK],
+        s: S,
+        x: &[[f32; MAX_DIM]],
+        centred: &mut [[f32; MAX_DIM]; BLOCK],
         y: &mut [[f32; MAX_DIM]; BLOCK],
     ) {
         let d = self.shape.head_dim;
-        let mean = &self.newest_mean[..d];
+        let out = if self.newest.matrix.is_some() { &mut *centred } else { &mut *y };
+        for (x, out) in x.iter().zip(out) {
+            for i in 0..d {
+                out[i] = x[i] - self.newest_mean[i];
+            }
+        }
         match &self.newest.matrix {
-            None => {
-                for r in 0..ROWS {
-                    for (o, (a, m)) in y[r][..d].iter_mut().zip(x[r][..d].iter().zip(mean)) {
-                        *o = a - m;
-                    }
-                    hadamard::rotate(&mut y[r][..d]);
-                }
-            }
-            Some(matrix) => {
-                // Chains of additions side by side: many latents of few rows, or few of many.
-                let mut j = 0;
-                while ROWS < BLOCK && j + CHAINS * LANES <= d {
-                    self.dense_latents::<S, ROWS, CHAINS>(s, matrix, j, x, y);
-                    j += CHAINS * LANES;
-                }
-                while j < d {
-                    self.dense_latents::<S, ROWS, 1>(s, matrix, j, x, y);
-                    j += LANES;
-                }
-            }
+            None => y[..x.len()].iter_mut().for_each(|y| hadamard::rotate(&mut y[..d])),
+            // A token alone, as in generation, is not worth a block.
+            Some(matrix) if x.len() == 1 => latents_of_row(s, &matrix[..d * d], &centred[0][..d], &mut y[0][..d]),
+            Some(matrix) => latents_of_block(s, &matrix[..d * d], d, centred, y),
         }
     }
 
-    /// Latents `j ..` of a dense `matrix`, `[channel][latent]`.
-    #[inline(always)]
-    fn dense_latents<S: Simd, const ROWS: usize, const VECTORS: usize>(
-        &self,
-        s: Pairs<S>,
-        matrix: &[f32],
-        j: usize,
-        x: &[[f32; MAX_DIM]; BLOCK],
-        y: &mut [[f32; MAX_DIM]; BLOCK],
-    ) {
-        let d = self.shape.head_dim;
-        let mut sums = [[s.splat(0.0); VECTORS]; ROWS];
-        for (i, row) in matrix[..d * d].chunks_exact(d).enumerate() {
-            let row = row[j..j + VECTORS * LANES].as_chunks::<LANES>().0;
-            for r in 0..ROWS {
-                let centred = s.splat(x[r][i] - self.newest_mean[i]);
-                for v in 0..VECTORS {
-                    sums[r][v] = s.add(sums[r][v], s.mul(centred, s.load(&row[v])));
-                }
-            }
-        }
-        for r in 0..ROWS {
-            for (v, out) in y[r][j..j + VECTORS * LANES].as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-                s.store(sums[r][v], out);
-            }
-        }
+    /// Whether rows of the newest set are coded with feedback; its triangles.
+    fn triangles(&self) -> Option<&[f32]> {
+        let square = self.shape.head_dim * self.shape.head_dim;
+        self.newest.matrix.as_ref().filter(|matrix| matrix.len() > square).map(|matrix| &matrix[square..])
     }
 
     /// Picks each row's set and codes the first `n` rows of a block; `y` are the latents of the newest set.
@@ -356,7 +366,7 @@ impl<'a> RowCoder<'a> {
     #[inline(always)]
     fn code_block<S: Simd>(
         &self,
-        s: Pairs<S>,
+        s: S,
         x: &[[f32; MAX_DIM]; BLOCK],
         y: &mut [[f32; MAX_DIM]; BLOCK],
         finite: &[bool; BLOCK],
@@ -365,6 +375,7 @@ impl<'a> RowCoder<'a> {
         feedback: &mut Feedback,
     ) {
         let d = self.shape.head_dim;
+        let triangles = self.triangles();
         let mut others = [None; BLOCK];
         let mut newest = [false; BLOCK];
         for r in 0..n {
@@ -373,12 +384,19 @@ impl<'a> RowCoder<'a> {
             let cost = self.expected_error(s, &y[r][..d], &self.newest_kappa);
             // Also catches a cost that overflowed.
             newest[r] = finite[r] && !(distance * self.rotation_distortion < SWITCH * cost);
-            if newest[r] {
+            if newest[r] && triangles.is_some() {
+                // Its codes will come of feedback.
+                let levels = self.best_levels(s, &y[r][..d], self.newest.set, &self.newest_kappa);
+                (coded[r].header, coded[r].saturated) = (levels.header, levels.saturated);
+            } else if newest[r] {
                 self.code(s, &y[r][..d], self.newest.set, &self.newest_kappa, &mut coded[r]);
             }
         }
-        if newest[..n].contains(&true) {
-            self.feed_back(s, y, coded, feedback, newest);
+        if let Some(triangles) = triangles.filter(|_| newest[..n].contains(&true)) {
+            match n {
+                1 => self.feed_back::<S, 1>(s, triangles, y, coded, feedback, newest),
+                _ => self.feed_back::<S, 2>(s, triangles, y, coded, feedback, newest),
+            }
         }
         for r in 0..n {
             if newest[r] && !coded[r].saturated {
@@ -396,7 +414,7 @@ impl<'a> RowCoder<'a> {
     }
 
     #[inline(always)]
-    fn expected_error<S: Simd>(&self, s: Pairs<S>, y: &[f32], kappa: &TierWeights) -> f32 {
+    fn expected_error<S: Simd>(&self, s: S, y: &[f32], kappa: &TierWeights) -> f32 {
         let mut sum = 0.0;
         for (t, channels) in self.tiers() {
             sum += kappa[t] * self.books[t].distortion * sum_of_squares(s, &y[channels]);
@@ -414,7 +432,7 @@ impl<'a> RowCoder<'a> {
 
     /// The best of the sets that share the rotation: their cost is the distance to the mean.
     #[inline(always)]
-    fn cheapest_other<S: Simd>(&self, s: Pairs<S>, x: &[f32]) -> (Option<&Sink>, f32) {
+    fn cheapest_other<S: Simd>(&self, s: S, x: &[f32]) -> (Option<&Sink>, f32) {
         let mut best = (None, sum_of_squares(s, x));
         for sink in &self.sinks[..self.n_sinks] {
             let cost = distance(s, x, &sink.mean[..x.len()]);
@@ -436,34 +454,37 @@ impl<'a> RowCoder<'a> {
 
     /// Codes latents, each by itself.
     #[inline(always)]
-    fn code<S: Simd>(&self, s: Pairs<S>, y: &[f32], set: u8, kappa: &TierWeights, coded: &mut Coded) {
+    fn code<S: Simd>(&self, s: S, y: &[f32], set: u8, kappa: &TierWeights, coded: &mut Coded) {
         (coded.header, coded.saturated) = if self.shape.plan.tiers[0].bits == 8 {
             code_uniform(y, self.books[0], set, &mut coded.codes)
         } else {
-            self.code_levels(s, y, set, kappa, &mut coded.codes)
+            let levels = self.best_levels(s, y, set, kappa);
+            for (t, channels) in self.tiers() {
+                nearest_codes(s, &y[channels.clone()], levels.reach, self.books[t], &mut coded.codes[channels]);
+            }
+            (levels.header, levels.saturated)
         };
     }
 
     /// Codes the rows of `wanted` anew, latent after latent, each against what the errors before it leave to be said (see
     /// `factor::fit`). A few scales around the one found without; the least loss wins, at the scale that makes the targets'
-    /// codes as long as the targets.
+    /// codes as long as the targets. Lanes are (row, scale) pairs of a whole block in two vectors, or of the first row alone,
+    /// twice, in one.
     #[inline(always)]
-    fn feed_back<S: Simd>(
+    fn feed_back<S: Simd, const N: usize>(
         &self,
-        s: Pairs<S>,
+        s: S,
+        mut triangles: &[f32],
         y: &[[f32; MAX_DIM]; BLOCK],
         coded: &mut [Coded; BLOCK],
         feedback: &mut Feedback,
         wanted: [bool; BLOCK],
     ) {
-        const SCALES: usize = FEEDBACK_MULTIPLES.len();
+        let s = Vectors::<S, N>(s);
         let d = self.shape.head_dim;
-        let mut triangles = match &self.newest.matrix {
-            Some(matrix) if matrix.len() > d * d => &matrix[d * d..],
-            _ => return,
-        };
+        let row_of = |lane: usize| if N == 1 { 0 } else { lane / SCALES };
         let headers: [(u16, bool); LANES] = std::array::from_fn(|l| {
-            header::pack(header::scale(coded[l / SCALES].header) * FEEDBACK_MULTIPLES[l % SCALES], self.newest.set)
+            header::pack(header::scale(coded[row_of(l)].header) * FEEDBACK_MULTIPLES[l % SCALES], self.newest.set)
         });
         let scale = headers.map(|(packed, _)| header::scale(packed));
         let inverse = scale.map(|s| if s > 0.0 { 1.0 / s } else { 0.0 });
@@ -484,35 +505,41 @@ impl<'a> RowCoder<'a> {
                 for a in 0..AHEAD {
                     let j = first + a;
                     rows[a] = &triangle[j * (j + 1) / 2..][..j + 1];
-                    let mut latent = [0f32; LANES];
-                    for l in 0..LANES {
-                        latent[l] = y[l / SCALES][tier.first + j];
+                    if N == 1 {
+                        latents[a] = s.splat(y[0][tier.first + j]);
+                    } else {
+                        latents[a] = s.load(&std::array::from_fn::<f32, LANES, _>(|l| y[row_of(l)][tier.first + j]));
                     }
-                    latents[a] = s.load(&latent);
                 }
                 let mut targets = latents;
                 for (j, error) in feedback.errors[..first].iter().enumerate() {
                     let error = s.load(error);
                     for a in 0..AHEAD {
-                        targets[a] = s.sub(targets[a], s.mul(s.splat(rows[a][j]), error));
+                        // SAFETY: `j < first`, and each of these rows is longer than that.
+                        let weight = unsafe { *rows[a].get_unchecked(j) };
+                        targets[a] = s.sub(targets[a], s.mul(s.splat(weight), error));
                     }
                 }
-                for a in 0..AHEAD {
+                let mut errors = [s.splat(0.0); AHEAD];
+                const { assert!(AHEAD == 4) };
+                // Written out: the next latent waits for this one's error, which must not go through memory.
+                unrolled!(a in [0, 1, 2, 3] {
                     let j = first + a;
                     let mut target = targets[a];
-                    for before in first..j {
-                        target = s.sub(target, s.mul(s.splat(rows[a][before]), s.load(&feedback.errors[before])));
+                    for before in 0..a {
+                        target = s.sub(target, s.mul(s.splat(rows[a][first + before]), errors[before]));
                     }
                     let level = nearest(s, target, reach, book);
                     let value = s.mul(scales, s.mul(level, s.splat(book.unit)));
                     let left = s.sub(value, target);
                     let weight = s.splat(rows[a][j]);
-                    s.store(s.sub(value, latents[a]), &mut feedback.errors[j]);
+                    errors[a] = s.sub(value, latents[a]);
+                    s.store(errors[a], &mut feedback.errors[j]);
                     s.store(target, &mut feedback.targets[tier.first + j]);
                     lost = s.add(lost, s.mul(weight, s.mul(left, left)));
                     tier_size = s.add(tier_size, s.mul(weight, s.mul(target, target)));
                     tier_along = s.add(tier_along, s.mul(weight, s.mul(target, value)));
-                }
+                });
             }
             let kappa = s.splat(self.newest_kappa[t]);
             cost = s.add(cost, s.mul(kappa, lost));
@@ -525,27 +552,25 @@ impl<'a> RowCoder<'a> {
         }
         let [cost, size, along] = sums;
         for (r, coded) in coded.iter_mut().enumerate().filter(|(r, _)| wanted[*r]) {
-            let mut best = None;
-            for l in r * SCALES..(r + 1) * SCALES {
-                if !headers[l].1 && best.is_none_or(|b: usize| cost[l] < cost[b]) {
-                    best = Some(l);
+            // The first is less than a scale that the header could hold.
+            let mut l = r * SCALES;
+            for other in l + 1..(r + 1) * SCALES {
+                if !headers[other].1 && cost[other] < cost[l] {
+                    l = other;
                 }
             }
-            // With all of them beyond the largest scale the row is cut already.
-            if let Some(l) = best {
-                let ratio = size[l] / along[l];
-                // A factor file may hold weights of any sign.
-                let unbiased = if ratio > 0.0 && ratio.is_finite() { scale[l] * ratio } else { scale[l] };
-                coded.header = match header::pack(unbiased.min(f32::MAX), self.newest.set) {
-                    (packed, false) => packed,
-                    _ => headers[l].0,
-                };
-                let mut targets = [0f32; MAX_DIM];
-                targets[..d].iter_mut().zip(&feedback.targets).for_each(|(target, lanes)| *target = lanes[l]);
-                for (t, channels) in self.tiers() {
-                    let reach = widened(&inverse, self.books[t])[l];
-                    nearest_codes(s, &targets[channels.clone()], reach, self.books[t], &mut coded.codes[channels]);
-                }
+            let ratio = size[l] / along[l];
+            // A factor file may hold weights of any sign.
+            let unbiased = if ratio > 0.0 && ratio.is_finite() { scale[l] * ratio } else { scale[l] };
+            coded.header = match header::pack(unbiased.min(f32::MAX), self.newest.set) {
+                (packed, false) => packed,
+                _ => headers[l].0,
+            };
+            let mut targets = [0f32; MAX_DIM];
+            targets[..d].iter_mut().zip(&feedback.targets).for_each(|(target, lanes)| *target = lanes[l]);
+            for (t, channels) in self.tiers() {
+                let reach = widened(&inverse, self.books[t])[l];
+                nearest_codes(s.0, &targets[channels.clone()], reach, self.books[t], &mut coded.codes[channels]);
             }
         }
     }
@@ -555,62 +580,143 @@ impl<'a> RowCoder<'a> {
     /// least squares would shorten every row by its share of error, which attention cannot average away as it does the
     /// rest of the error. Tiers count with their kappa.
     #[inline(always)]
-    fn code_levels<S: Simd>(&self, s: Pairs<S>, y: &[f32], set: u8, kappa: &TierWeights, codes: &mut [u8; MAX_DIM]) -> (u16, bool) {
+    fn best_levels<S: Simd>(&self, s: S, y: &[f32], set: u8, kappa: &TierWeights) -> Levels {
         let rms = (sum_of_squares(s, y) / y.len() as f32).sqrt();
-        let mut best: Option<(f32, f32, u16, bool)> = None;
+        let mut best = (f32::INFINITY, Levels { reach: 0.0, header: u16::from(set), saturated: false });
         let mut levels = [0f32; MAX_DIM];
         if rms > 0.0 {
             let mut energy = 0.0;
             for (t, channels) in self.tiers() {
                 energy += kappa[t] * sum_of_squares(s, &y[channels]);
             }
-            for multiple in MULTIPLES {
+            for (i, multiple) in MULTIPLES.iter().enumerate() {
                 let reach = 1.0 / (rms * multiple);
                 let mut projection = 0.0;
                 for (t, channels) in self.tiers() {
-                    nearest_levels(s, &y[channels.clone()], reach, self.books[t], &mut levels[channels.clone()]);
-                    projection += kappa[t] * dot(s, &y[channels.clone()], &levels[channels]);
+                    let along = nearest_levels(s, &y[channels.clone()], reach, self.books[t], &mut levels[channels]);
+                    projection += kappa[t] * along;
                 }
-                let (packed, saturated) = header::pack((energy / projection).clamp(0.0, f32::MAX), set);
-                let scale = header::scale(packed);
+                let (header, saturated) = header::pack((energy / projection).clamp(0.0, f32::MAX), set);
+                let scale = header::scale(header);
                 let mut error = 0.0;
                 for (t, channels) in self.tiers() {
                     error += kappa[t] * residual(s, &y[channels.clone()], &levels[channels], scale);
                 }
-                if best.is_none_or(|b| error < b.0) {
-                    best = Some((error, reach, packed, saturated));
+                if i == 0 || error < best.0 {
+                    best = (error, Levels { reach, header, saturated });
                 }
             }
         }
-        let (_, reach, packed, saturated) = best.unwrap_or((0.0, 0.0, u16::from(set), false));
-        for (t, channels) in self.tiers() {
-            nearest_codes(s, &y[channels.clone()], reach, self.books[t], &mut codes[channels]);
-        }
-        (packed, saturated)
+        best.1
     }
 }
 
-/// The level nearest to each latent, in units of a row of unit variance.
+/// How a row is coded latent by latent.
+struct Levels {
+    /// Latents times this are compared with a book's edges.
+    reach: f32,
+    header: u16,
+    /// The scale was cut to the largest one.
+    saturated: bool,
+}
+
+/// Latents of one row, `matrix` being `[channel][latent]`. It does not come out of a near cache in generation, where other
+/// layers' weights go through between two rows, so it is read once, front to back, and the next channels are asked for early.
 #[inline(always)]
-fn nearest_levels<S: Simd>(s: Pairs<S>, y: &[f32], reach: f32, book: &Codebook, levels: &mut [f32]) {
-    let (reach, unit) = (s.splat(reach), s.splat(book.unit));
-    for (out, y) in levels.as_chunks_mut::<LANES>().0.iter_mut().zip(y.as_chunks::<LANES>().0) {
-        s.store(s.mul(nearest(s, s.load(y), reach, book), unit), out);
+fn latents_of_row<S: Simd>(s: S, matrix: &[f32], centred: &[f32], y: &mut [f32]) {
+    let d = y.len();
+    assert!(matrix.len() == d * d && centred.len() == d && d % CHANNELS == 0 && d % LANES == 0);
+    y.fill(0.0);
+    for (rows, centred) in matrix.chunks_exact(CHANNELS * d).zip(centred.as_chunks::<CHANNELS>().0) {
+        let centred = centred.map(|x| s.splat(x));
+        let mut next = rows.as_ptr_range().end;
+        for j in (0..d).step_by(VECTOR) {
+            // In all as many lines as these rows have.
+            for line in 0..CHANNELS * VECTOR / LANES {
+                s.prefetch(next.wrapping_add(line * LANES).cast());
+            }
+            next = next.wrapping_add(CHANNELS * VECTOR);
+            // SAFETY: `j + VECTOR <= d`, and there are `CHANNELS` rows of `d`.
+            unsafe {
+                let out = y.as_mut_ptr().add(j);
+                let mut sum = s.load(out);
+                for (i, x) in centred.iter().enumerate() {
+                    sum = s.add(sum, s.mul(*x, s.load(rows.as_ptr().add(i * d + j))));
+                }
+                s.store(out, sum);
+            }
+        }
     }
+}
+
+/// Latents of the rows of a block, `matrix` being `[channel][latent]`.
+#[inline(always)]
+fn latents_of_block<S: Simd>(
+    s: S,
+    matrix: &[f32],
+    d: usize,
+    centred: &[[f32; MAX_DIM]; BLOCK],
+    y: &mut [[f32; MAX_DIM]; BLOCK],
+) {
+    let s = Vectors::<S, 2>(s);
+    for j in (0..d).step_by(LANES) {
+        let mut sums = [s.splat(0.0); BLOCK];
+        for (i, row) in matrix.chunks_exact(d).enumerate().take(MAX_DIM) {
+            let row = s.load(&row[j..j + LANES]);
+            for r in 0..BLOCK {
+                sums[r] = s.add(sums[r], s.mul(s.splat(centred[r][i]), row));
+            }
+        }
+        for r in 0..BLOCK {
+            s.store(sums[r], &mut y[r][j..j + LANES]);
+        }
+    }
+}
+
+/// The level nearest to each latent, in units of a row of unit variance; returns their product with the latents.
+#[inline(always)]
+fn nearest_levels<S: Simd>(s: S, y: &[f32], reach: f32, book: &Codebook, levels: &mut [f32]) -> f32 {
+    let (pairs, fours) = (Vectors::<S, 2>(s), Vectors::<S, 4>(s));
+    let mut along = pairs.splat(0.0);
+    // The more vectors, the fewer times each edge is looked up.
+    let (y, rest) = y.as_chunks::<{ 2 * LANES }>();
+    let (levels, levels_of_rest) = levels.as_chunks_mut::<{ 2 * LANES }>();
+    for (out, y) in levels.iter_mut().zip(y) {
+        let y = fours.load(y);
+        let level = fours.mul(nearest(fours, y, fours.splat(reach), book), fours.splat(book.unit));
+        fours.store(level, out);
+        let [a, b, c, d] = fours.mul(y, level);
+        along = pairs.add(pairs.add(along, [a, b]), [c, d]);
+    }
+    for (out, y) in levels_of_rest.as_chunks_mut::<LANES>().0.iter_mut().zip(rest.as_chunks::<LANES>().0) {
+        let y = pairs.load(y);
+        let level = pairs.mul(nearest(pairs, y, pairs.splat(reach), book), pairs.splat(book.unit));
+        pairs.store(level, out);
+        along = pairs.add(along, pairs.mul(y, level));
+    }
+    pairs.sum(along)
 }
 
 /// The table's entry nearest to each `x * reach`. The positive half of a codebook decides: magnitudes are compared with its
 /// edges, the sign is put back. Entries are small integers, so that these sums are exact in any order.
 #[inline(always)]
-fn nearest<S: Simd>(s: Pairs<S>, x: [S::F; 2], reach: [S::F; 2], book: &Codebook) -> [S::F; 2] {
+fn nearest<S: Simd, const N: usize>(s: Vectors<S, N>, x: [S::F; N], reach: [S::F; N], book: &Codebook) -> [S::F; N] {
     let magnitude = s.magnitude(s.mul(x, reach));
-    // Two sums, so that one addition need not wait for the other.
-    let (mut even, mut odd) = (s.splat(book.lowest), s.splat(0.0));
-    for [(edge_0, step_0), (edge_1, step_1)] in book.steps.as_chunks::<2>().0 {
-        even = s.add_above(even, magnitude, *edge_0, *step_0);
-        odd = s.add_above(odd, magnitude, *edge_1, *step_1);
+    // Few vectors take several sums, so that one addition need not wait for the other.
+    let chains = if N < 4 { 4 } else { 1 };
+    let mut sums = [s.splat(0.0); 4];
+    sums[0] = s.splat(book.lowest);
+    let (steps, rest) = book.steps.as_chunks::<4>();
+    for steps in steps {
+        for (i, (edge, step)) in steps.iter().enumerate() {
+            sums[i % chains] = s.add_above(sums[i % chains], magnitude, *edge, *step);
+        }
     }
-    s.signed(s.add(even, odd), x)
+    for (edge, step) in rest {
+        sums[0] = s.add_above(sums[0], magnitude, *edge, *step);
+    }
+    let sum = if chains == 1 { sums[0] } else { s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3])) };
+    s.signed(sum, x)
 }
 
 /// Factors of latents to units of a book, by which targets are longer than latents.
@@ -625,9 +731,10 @@ fn widened(inverse: &[f32; LANES], book: &Codebook) -> [f32; LANES] {
 
 /// The codes of [`nearest_levels`]. Zero, of either sign, takes the sign bit's side, as its level does.
 #[inline(always)]
-fn nearest_codes<S: Simd>(s: Pairs<S>, y: &[f32], reach: f32, book: &Codebook, codes: &mut [u8]) {
+fn nearest_codes<S: Simd>(s: S, y: &[f32], reach: f32, book: &Codebook, codes: &mut [u8]) {
+    let s = Vectors::<S, 2>(s);
     let half = (1u32 << (book.bits - 1)) as f32;
-    let (reach, middle) = (s.splat(reach), s.splat(half - 0.5));
+    let (reach, middle, round) = (s.splat(reach), s.splat(half - 0.5), s.splat(ROUND));
     for (out, y) in codes.as_chunks_mut::<LANES>().0.iter_mut().zip(y.as_chunks::<LANES>().0) {
         let y = s.load(y);
         let magnitude = s.magnitude(s.mul(y, reach));
@@ -637,9 +744,9 @@ fn nearest_codes<S: Simd>(s: Pairs<S>, y: &[f32], reach: f32, book: &Codebook, c
             steps = s.add_above(steps, magnitude, *edge, 1.0);
         }
         let mut place = [0f32; LANES];
-        s.store(s.add(middle, s.signed(steps, y)), &mut place);
+        s.store(s.add(s.add(middle, s.signed(steps, y)), round), &mut place);
         for l in 0..LANES {
-            out[l] = book.codes[usize::from(place[l] as u8)];
+            out[l] = book.codes[usize::from(place[l].to_bits() as u8)];
         }
     }
 }
@@ -662,12 +769,13 @@ fn code_uniform(y: &[f32], book: &Codebook, set: u8, codes: &mut [u8; MAX_DIM]) 
 }
 
 #[inline(always)]
-fn sum_of_squares<S: Simd>(s: Pairs<S>, x: &[f32]) -> f32 {
+fn sum_of_squares<S: Simd>(s: S, x: &[f32]) -> f32 {
     dot(s, x, x)
 }
 
 #[inline(always)]
-fn dot<S: Simd>(s: Pairs<S>, x: &[f32], y: &[f32]) -> f32 {
+fn dot<S: Simd>(s: S, x: &[f32], y: &[f32]) -> f32 {
+    let s = Vectors::<S, 2>(s);
     assert_eq!(x.len(), y.len());
     let mut sum = s.splat(0.0);
     for (x, y) in x.as_chunks::<LANES>().0.iter().zip(y.as_chunks::<LANES>().0) {
@@ -677,13 +785,14 @@ fn dot<S: Simd>(s: Pairs<S>, x: &[f32], y: &[f32]) -> f32 {
 }
 
 #[inline(always)]
-fn distance<S: Simd>(s: Pairs<S>, x: &[f32], mean: &[f32]) -> f32 {
+fn distance<S: Simd>(s: S, x: &[f32], mean: &[f32]) -> f32 {
     residual(s, x, mean, 1.0)
 }
 
 /// `|y - scale * levels|^2`.
 #[inline(always)]
-fn residual<S: Simd>(s: Pairs<S>, y: &[f32], levels: &[f32], scale: f32) -> f32 {
+fn residual<S: Simd>(s: S, y: &[f32], levels: &[f32], scale: f32) -> f32 {
+    let s = Vectors::<S, 2>(s);
     assert_eq!(y.len(), levels.len());
     let (mut sum, scale) = (s.splat(0.0), s.splat(scale));
     for (y, level) in y.as_chunks::<LANES>().0.iter().zip(levels.as_chunks::<LANES>().0) {

@@ -4,7 +4,7 @@
 //! Everything works on eight lanes of 32 bits, in the same order on all paths and without fused multiply-adds: all
 //! paths give the same bits.
 
-pub mod pairs;
+pub mod vectors;
 pub mod portable;
 #[cfg(target_arch = "x86_64")]
 pub mod avx2;
