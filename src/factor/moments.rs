@@ -74,8 +74,8 @@ impl Moments {
 
     /// Takes one row, `[dim]`; one with NaN, infinity or a value beyond f16 is left out.
     pub fn push(&mut self, row: &[f32]) {
-        // Written so that NaN fails it.
-        if !row.iter().all(|x| x.abs() <= LARGEST) {
+        // Written so that NaN fails it, and without a way out in the middle, which vectors could not take.
+        if !row.iter().fold(true, |fine, x| fine & (x.abs() <= LARGEST)) {
             return;
         }
         self.staged[self.n_staged * self.dim..][..self.dim].copy_from_slice(row);
@@ -238,9 +238,12 @@ fn energies(staged: &[f32], d: usize) -> [f64; BLOCK] {
 /// and stored once per eight products; lanes run along a row of the triangle. All ways of doing it give the same bits.
 fn add_products(rows: &[f32], d: usize, triangle: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
-    if matches!(Isa::detect(), Isa::Avx512 | Isa::Amx) {
-        // SAFETY: what `detect` names the CPU has.
-        return unsafe { add_products_avx512(rows, d, triangle) };
+    match Isa::detect() {
+        // SAFETY: what `detect` names the CPU has, here and below.
+        Isa::Avx512 | Isa::Amx => return unsafe { add_products_avx512(rows, d, triangle) },
+        // SAFETY: as above.
+        Isa::Avx2 => return unsafe { add_products_avx2(rows, d, triangle) },
+        Isa::Portable => {}
     }
     add_products_portable(rows, d, triangle);
 }
@@ -264,6 +267,44 @@ fn add_products_avx512(rows: &[f32], d: usize, triangle: &mut [f32]) {
                 let out = triangle.as_mut_ptr().add(at + j);
                 let sum = _mm512_add_ps(_mm512_maskz_loadu_ps(some, out), _mm512_add_ps(low, high));
                 _mm512_mask_storeu_ps(out, some, sum);
+            }
+        }
+        at += i + 1;
+    }
+}
+
+/// Stores through a mask take long here: only the last lanes of a row go through one.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn add_products_avx2(rows: &[f32], d: usize, triangle: &mut [f32]) {
+    use std::arch::x86_64::*;
+    assert!(rows.len() == 8 * d && triangle.len() == d * (d + 1) / 2 && d.is_multiple_of(8));
+    let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    let mut at = 0;
+    for i in 0..d {
+        let a: [__m256; 8] = std::array::from_fn(|r| _mm256_set1_ps(rows[r * d + i]));
+        // Lanes beyond the diagonal are within the rows, but not within this row of the triangle.
+        let products = |j: usize| {
+            // SAFETY: `j + 8 <= d`, a multiple of 8, by the assertion.
+            let x = |r: usize| _mm256_mul_ps(a[r], unsafe { _mm256_loadu_ps(rows.as_ptr().add(r * d + j)) });
+            let low = _mm256_add_ps(_mm256_add_ps(x(0), x(1)), _mm256_add_ps(x(2), x(3)));
+            let high = _mm256_add_ps(_mm256_add_ps(x(4), x(5)), _mm256_add_ps(x(6), x(7)));
+            _mm256_add_ps(low, high)
+        };
+        let whole = (i + 1) / 8 * 8;
+        for j in (0..whole).step_by(8) {
+            // SAFETY: row `i` of the triangle has `i + 1` elements.
+            unsafe {
+                let out = triangle.as_mut_ptr().add(at + j);
+                _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), products(j)));
+            }
+        }
+        if whole <= i {
+            let some = _mm256_cmpgt_epi32(_mm256_set1_epi32((i + 1 - whole) as i32), lanes);
+            // SAFETY: as above, with lanes of the row alone.
+            unsafe {
+                let out = triangle.as_mut_ptr().add(at + whole);
+                _mm256_maskstore_ps(out, some, _mm256_add_ps(_mm256_maskload_ps(out, some), products(whole)));
             }
         }
         at += i + 1;
