@@ -72,6 +72,8 @@ const LOW_STRIDE: usize = 128;
 const ITEMS: usize = 32;
 const PROMPT_ITEMS: usize = 16;
 const LEAST_CHUNK: usize = 256;
+/// A call with fewer items than this has shorter chunks: a thread that only waits for another costs more.
+const FEWEST_ITEMS: usize = 2;
 /// Bytes of a chunk's records where few queries pass over them, as far as that leaves a call this many items.
 const CHUNK_BYTES: usize = 512 << 10;
 const MOST_ITEMS: usize = 512;

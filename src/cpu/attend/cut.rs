@@ -3,7 +3,7 @@
 //! A sequence's coded keys are cut into chunks of about one length for the whole call, so that a long sequence among
 //! short ones is shared out, too. Its tail is one more part.
 
-use super::{CHUNK_BYTES, ITEMS, LEAST_CHUNK, MAX_ROWS, MAX_TILE, MOST_ITEMS, PROMPT_ITEMS, ROW_FLOATS};
+use super::{CHUNK_BYTES, FEWEST_ITEMS, ITEMS, LEAST_CHUNK, MAX_ROWS, MAX_TILE, MOST_ITEMS, PROMPT_ITEMS, ROW_FLOATS};
 use crate::batch::Sequence;
 use crate::cpu::attend::lanes::row_lanes;
 use crate::error::{Error, Result};
@@ -107,12 +107,14 @@ impl Cut {
         let work: usize = cut.pieces(args).map(|piece| piece.blocks * piece.sequence.n_kv).sum();
         let is_prompt = cut.pieces(args).any(|piece| piece.blocks > 1);
         let mut chunk = (work * heads).div_ceil(if is_prompt { PROMPT_ITEMS } else { ITEMS });
+        let mut least = LEAST_CHUNK;
         // Heads of a chunk follow each other: its records are then still in L2. Prompts compute too long for that to
         // matter.
         if !is_prompt {
             chunk = chunk.min(CHUNK_BYTES / layer.slot_bytes).max((work * heads).div_ceil(MOST_ITEMS));
+            least = least.min((work * heads).div_ceil(FEWEST_ITEMS)).max(cut.tile);
         }
-        cut.chunk = chunk.max(LEAST_CHUNK);
+        cut.chunk = chunk.max(least);
         cut
     }
 
@@ -154,9 +156,9 @@ pub fn workspace_size(layer: &LayerShape, limits: &Limits) -> Result<usize> {
     };
     // Sequence s has B_s blocks of n_s keys in ceil(n_s / chunk) chunks, and a chunk of the call is at least the sum of
     // B_s n_s over the heads' MOST_ITEMS. So rows in chunks are at most rows + MOST_ITEMS * a block's rows. Nor are
-    // chunks shorter than the least. The tail adds a part to every row.
+    // chunks shorter than the least where that leaves them few. The tail adds a part to every row.
     let by_items = rows + MOST_ITEMS * block_shape(layer).0;
-    let by_keys = rows.saturating_mul(limits.kv.div_ceil(LEAST_CHUNK).max(1));
+    let by_keys = rows.saturating_mul(limits.kv.div_ceil(LEAST_CHUNK).max(FEWEST_ITEMS));
     let tail = if limits.tail > 0 { rows } else { 0 };
     Ok(size_of_pieces(|arena| lay(arena, by_items.min(by_keys) + tail, layer.v.head_dim)))
 }
