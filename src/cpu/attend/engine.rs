@@ -6,8 +6,8 @@
 use half::f16;
 
 use super::fold::{self, MAX_DIM};
-use super::lanes::SideLanes;
-use super::product::{self, Finish, Left, Outputs, Right};
+use super::lanes::{SideLanes, TierLanes};
+use super::product::{self, Finish, Left, Outputs, Right, Scores};
 use super::row::{self, Softmax, Weights};
 use super::{MAX_TILE, expand};
 #[cfg(target_arch = "x86_64")]
@@ -96,11 +96,11 @@ pub trait Engine: Simd {
         n: usize,
         tile: usize,
         out: *mut i32,
-        low: *mut u8,
+        _low: *mut u8,
         ahead: usize,
     ) {
         // SAFETY: the caller's promise.
-        unsafe { expand::keys(self, lanes, rows, n, tile, out, low, ahead) }
+        unsafe { expand::keys(self, lanes, rows, n, tile, out, ahead) }
     }
 
     /// See [`expand::values`].
@@ -114,11 +114,48 @@ pub trait Engine: Simd {
         rows: &[*const u8; MAX_TILE],
         n: usize,
         out: *mut i32,
-        low: *mut u8,
+        _low: *mut u8,
         ahead: usize,
     ) {
         // SAFETY: the caller's promise.
-        unsafe { expand::values(self, lanes, rows, n, out, low, ahead) }
+        unsafe { expand::values(self, lanes, rows, n, out, ahead) }
+    }
+
+    /// Rows up to which products are taken straight from the codes.
+    const FEW_ROWS: usize = 0;
+
+    /// The products of a few queries with `n` keys, a multiple of 16.
+    ///
+    /// # Safety
+    /// As for [`expand::keys`]; the pieces hold what they say.
+    #[inline(always)]
+    unsafe fn products_of_keys(
+        self,
+        _lanes: &SideLanes,
+        _rows: &[*const u8; MAX_TILE],
+        _n: usize,
+        _queries: Left,
+        _ahead: usize,
+        _finish: Scores,
+    ) {
+        unreachable!("an engine with FEW_ROWS has this, too")
+    }
+
+    /// The products of a few rows of weights with the values of a tier.
+    ///
+    /// # Safety
+    /// As for [`expand::values`]; the pieces hold what they say.
+    #[inline(always)]
+    unsafe fn products_of_values(
+        self,
+        _tier: &TierLanes,
+        _rows: &[*const u8; MAX_TILE],
+        _n: usize,
+        _weights: Left,
+        _ahead: usize,
+        _finish: Outputs,
+    ) {
+        unreachable!("an engine with FEW_ROWS has this, too")
     }
 
     /// Online softmax of the first `rows` rows of a block.
@@ -127,9 +164,14 @@ pub trait Engine: Simd {
     /// Scores and masks hold `n` floats a row, a multiple of 16.
     #[inline(always)]
     unsafe fn softmax(self, block: &mut Softmax, rows: usize) {
-        for r in 0..rows {
-            // SAFETY: the caller's promise.
-            unsafe { row::softmax(self, block, r) };
+        // SAFETY: the caller's promise.
+        unsafe {
+            match rows {
+                1 => row::softmax::<_, 1>(self, block),
+                2 => row::softmax::<_, 2>(self, block),
+                3 => row::softmax::<_, 3>(self, block),
+                _ => row::softmax::<_, 4>(self, block),
+            }
         }
     }
 
@@ -139,9 +181,17 @@ pub trait Engine: Simd {
     /// The pieces hold what their fields say; `n` is a multiple of 16.
     #[inline(always)]
     unsafe fn weights(self, w: Weights) {
-        for r in 0..w.rows {
+        let mut row = 0;
+        while row < w.rows {
             // SAFETY: the caller's promise.
-            unsafe { row::weights(self, w, r) };
+            row += unsafe {
+                match w.rows - row {
+                    1 => row::weights::<_, 1>(self, w, row),
+                    2 => row::weights::<_, 2>(self, w, row),
+                    3 => row::weights::<_, 3>(self, w, row),
+                    _ => row::weights::<_, 4>(self, w, row),
+                }
+            };
         }
     }
 
@@ -176,5 +226,81 @@ pub trait Engine: Simd {
 }
 
 impl Engine for Portable {}
+
 #[cfg(target_arch = "x86_64")]
-impl Engine for Avx2 {}
+impl Engine for Avx2 {
+    const FEW_ROWS: usize = expand::FEW_ROWS;
+
+    #[inline(always)]
+    unsafe fn products_of_keys(
+        self,
+        lanes: &SideLanes,
+        rows: &[*const u8; MAX_TILE],
+        n: usize,
+        queries: Left,
+        ahead: usize,
+        finish: Scores,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match queries.rows {
+                1 => few_keys::<1>(self, lanes, rows, n, queries, ahead, finish),
+                2 => few_keys::<2>(self, lanes, rows, n, queries, ahead, finish),
+                3 => few_keys::<3>(self, lanes, rows, n, queries, ahead, finish),
+                _ => few_keys::<4>(self, lanes, rows, n, queries, ahead, finish),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn products_of_values(
+        self,
+        tier: &TierLanes,
+        rows: &[*const u8; MAX_TILE],
+        n: usize,
+        weights: Left,
+        ahead: usize,
+        finish: Outputs,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match weights.rows {
+                1 => few_values::<1>(self, tier, rows, n, weights, ahead, finish),
+                2 => few_values::<2>(self, tier, rows, n, weights, ahead, finish),
+                3 => few_values::<3>(self, tier, rows, n, weights, ahead, finish),
+                _ => few_values::<4>(self, tier, rows, n, weights, ahead, finish),
+            }
+        }
+    }
+}
+
+/// A function for each number of rows: one for all of them would be too much for the compiler.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn few_keys<const R: usize>(
+    s: Avx2,
+    lanes: &SideLanes,
+    rows: &[*const u8; MAX_TILE],
+    n: usize,
+    queries: Left,
+    ahead: usize,
+    finish: Scores,
+) {
+    // SAFETY: the caller's promise.
+    unsafe { expand::products_of_keys::<_, R>(s, lanes, rows, n, queries, ahead, finish) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn few_values<const R: usize>(
+    s: Avx2,
+    tier: &TierLanes,
+    rows: &[*const u8; MAX_TILE],
+    n: usize,
+    weights: Left,
+    ahead: usize,
+    finish: Outputs,
+) {
+    // SAFETY: the caller's promise.
+    unsafe { expand::products_of_values::<_, R>(s, tier, rows, n, weights, ahead, finish) }
+}

@@ -4,7 +4,7 @@ use half::f16;
 
 use super::engine::Engine;
 use super::lanes::{NO_CHANNEL, SideLanes};
-use crate::cpu::simd::{LANES, Simd, sum_lanes};
+use crate::cpu::simd::{LANES, Simd};
 use crate::factor::{FactorSet, HeadSets, Transform, hadamard};
 
 /// The linear part of a set, `None` for the rotation; also of a set that does not exist, which only a record that was
@@ -134,7 +134,7 @@ unsafe fn quantise<S: Engine>(
         let x = unsafe { s.load(y.as_ptr().add(j)) };
         largest = s.max(s.from_bits(s.and(s.bits(x), sign)), largest);
     }
-    let largest = super::row::max_lanes(s, largest);
+    let largest = s.max_lanes(largest);
     let inverse = if largest > 1e-30 { LARGEST / largest } else { 0.0 };
     let mut levels = [0i32; MAX_DIM];
     for j in (0..d).step_by(LANES) {
@@ -231,7 +231,7 @@ unsafe fn unfold_dense<S: Simd>(
         }
         for (r, sum) in sums.into_iter().enumerate().take(block) {
             // SAFETY: a row below `block`.
-            unsafe { *out.add(r * out_stride + i) += sum_lanes(s, sum) };
+            unsafe { *out.add(r * out_stride + i) += s.sum_lanes(sum) };
         }
     }
 }

@@ -12,11 +12,11 @@ use std::mem::MaybeUninit;
 use super::engine::{Engine, Tile};
 use super::fold::{self, Folded, fold, unfold};
 use super::keys::{Keys, Sight};
-use super::lanes::{MAX_LANES, SideLanes};
+use super::lanes::{MAX_LANES, SideLanes, TierLanes};
 use super::product::{Left, Outputs, Right, Scores};
 use super::row::{self, SOFTMAX_ROWS, Softmax, Weights};
 use super::{LOW_STRIDE, MAX_ROWS, MAX_TILE, ROW_FLOATS};
-use crate::cpu::simd::{LANES, Simd, sum_lanes};
+use crate::cpu::simd::{LANES, Simd};
 use crate::factor::HeadSets;
 use crate::shape::MAX_SETS;
 use crate::view::{Mask, MaskType};
@@ -271,22 +271,32 @@ impl<S: Engine> State<'_, '_, S> {
             self.ask();
             let levels = (&raw mut (*x).levels).cast::<i32>();
             let low = (&raw mut (*x).low).cast::<u8>();
-            s.keys(item.k, &rows, padded, item.tile, levels, low, ahead);
+            let few = item.rows <= S::FEW_ROWS;
+            let mut weighed = None;
+            if few && k_sets.is_power_of_two() {
+                self.few_scores(k_sets, &rows, padded, ahead);
+            } else {
+                s.keys(item.k, &rows, padded, item.tile, levels, low, ahead);
+                weighed = self.weigh(k_sets, v_sets, mask, padded);
+                if weighed.is_none() {
+                    self.scores(k_sets, padded);
+                }
+            }
             self.ask();
-            let weighed = self.weigh(k_sets, v_sets, mask, padded);
             // No closure: it would be compiled by itself, without the instructions that all of this is inlined for.
             let grown = match weighed {
                 Some(grown) => grown,
-                None => {
-                    self.scores(k_sets, padded);
-                    self.softmax(mask, v_sets, padded)
-                }
+                None => self.softmax(mask, v_sets, padded),
             };
 
             // Outputs.
             self.ask();
-            s.values(item.v, &rows, padded, levels, low, ahead);
-            self.outputs(v_sets, padded, grown, weighed.is_some());
+            if few && v_sets.is_power_of_two() {
+                self.few_outputs(v_sets, &rows, padded, grown, ahead);
+            } else {
+                s.values(item.v, &rows, padded, levels, low, ahead);
+                self.outputs(v_sets, padded, grown, weighed.is_some());
+            }
         }
     }
 
@@ -394,6 +404,63 @@ impl<S: Engine> State<'_, '_, S> {
                 *sums.add(v_sets.trailing_zeros() as usize) += sum;
             }
             Some(grown)
+        }
+    }
+
+    /// Scores of few rows and a tile of one set.
+    #[inline(always)]
+    unsafe fn few_scores(&mut self, set: u16, rows: &[*const u8; MAX_TILE], n: usize, ahead: usize) {
+        let (s, item, x) = (self.s, self.item, self.x);
+        // SAFETY: as in `scores`.
+        unsafe {
+            self.learn_constants(set);
+            let constant = self.constants(set);
+            let slot = self.folded(fold::key(item.k_sets, set.trailing_zeros() as u8), set);
+            let finish = Scores {
+                out: (&raw mut (*x).scores).cast(),
+                stride: item.tile,
+                scale: (&raw const (*x).k_scale).cast(),
+                start: (&raw const (*x).folded_start[slot]).cast(),
+                step: (&raw const (*x).folded_step[slot]).cast(),
+                constant: constant.as_ptr(),
+            };
+            s.products_of_keys(item.k, rows, n, self.queries(slot), ahead, finish);
+        }
+    }
+
+    /// Adds the values of a tile of one set to the coded outputs of few rows.
+    #[inline(always)]
+    unsafe fn few_outputs(&mut self, set: u16, rows: &[*const u8; MAX_TILE], n: usize, grown: bool, ahead: usize) {
+        let (s, item, x) = (self.s, self.item, self.x);
+        // SAFETY: as in `outputs`.
+        unsafe {
+            let key = fold::key(item.v_sets, set.trailing_zeros() as u8);
+            if grown {
+                self.rescale(Some(key));
+            }
+            let slot = self.slot(key, set);
+            self.weights(set, n, true);
+            let weights = Left { data: (&raw const (*x).weights).cast(), stride: item.tile / 2, rows: item.rows, depth: n / 2 };
+            for tier in item.v.tiers() {
+                s.products_of_values(tier, rows, n, weights, ahead, self.outputs_of(slot, tier));
+            }
+        }
+    }
+
+    /// Where the coded outputs of a tier go.
+    #[inline(always)]
+    unsafe fn outputs_of(&self, slot: usize, tier: &TierLanes) -> Outputs {
+        let x = self.x;
+        // SAFETY: a slot of the scratch has all lanes.
+        unsafe {
+            Outputs {
+                out: (&raw mut (*x).outputs[slot]).cast::<f32>().add(tier.first_lane),
+                stride: self.item.v.lanes,
+                weights: (&raw const (*x).weights_sum).cast(),
+                offset: tier.offset,
+                step: (&raw const (*x).weights_step).cast(),
+                keep: (&raw const (*x).keep).cast(),
+            }
         }
     }
 
@@ -554,14 +621,7 @@ impl<S: Engine> State<'_, '_, S> {
                         stride: item.v.lanes,
                         lanes: tier.lanes,
                     };
-                    let out = Outputs {
-                        out: (&raw mut (*x).outputs[slot]).cast::<f32>().add(tier.first_lane),
-                        stride: item.v.lanes,
-                        weights: (&raw const (*x).weights_sum).cast(),
-                        offset: tier.offset,
-                        step: (&raw const (*x).weights_step).cast(),
-                        keep: (&raw const (*x).keep).cast(),
-                    };
+                    let out = self.outputs_of(slot, tier);
                     if weighed {
                         s.weighed_outputs(left, right, out);
                     } else {
@@ -649,7 +709,7 @@ impl<S: Engine> State<'_, '_, S> {
                     }
                 }
                 // SAFETY: within the scratch.
-                unsafe { (*x).constants[row * MAX_SETS + id] = sum_lanes(s, sum) * self.factor };
+                unsafe { (*x).constants[row * MAX_SETS + id] = s.sum_lanes(sum) * self.factor };
             }
         }
     }

@@ -1,7 +1,7 @@
 //! One row of scores: mask, softmax, weights. All of it in units of log2.
 
 use super::fold::{LARGEST, ROUND};
-use crate::cpu::simd::{LANES, Simd, sum_lanes};
+use crate::cpu::simd::{LANES, Simd};
 
 /// Of the polynomial in [`exp2`], highest power first.
 pub const EXP2: [f32; 5] = [0.009_666_368_5, 0.055_921_976, 0.240_223_49, 0.693_121_05, 1.0];
@@ -21,15 +21,6 @@ pub fn exp2<S: Simd>(s: S, x: S::F) -> S::F {
     }
     let p = s.from_bits(s.add_i(s.bits(p), s.shl32::<23>(s.bits(shifted))));
     s.keep_above(x, s.splat(-126.0), p)
-}
-
-#[inline(always)]
-pub fn max_lanes<S: Simd>(s: S, x: S::F) -> f32 {
-    let mut l = [0.0; LANES];
-    // SAFETY: eight floats.
-    unsafe { s.store(l.as_mut_ptr(), x) };
-    let max = |a: f32, b: f32| if a > b { a } else { b };
-    max(max(max(l[0], l[4]), max(l[2], l[6])), max(max(l[1], l[5]), max(l[3], l[7])))
 }
 
 /// `x = softcap * tanh(x)`, back to units of log2 by `factor = softcap * log2(e)`; `x` comes divided by the cap.
@@ -73,7 +64,7 @@ pub unsafe fn mask_and_max<S: Simd>(s: S, x: *mut f32, mask: Option<*const f32>,
             largest = s.max(v, largest);
         }
     }
-    max_lanes(s, largest)
+    s.max_lanes(largest)
 }
 
 /// `x = 2^(x - largest)`; returns the sum, in sixteen lanes and then in eight.
@@ -92,7 +83,7 @@ pub unsafe fn exponentials<S: Simd>(s: S, x: *mut f32, n: usize, largest: f32) -
             *sum = s.add(*sum, p);
         }
     }
-    sum_lanes(s, s.add(sums[0], sums[1]))
+    s.sum_lanes(s.add(sums[0], sums[1]))
 }
 
 /// Rows of scores that go through the softmax together: their sums depend on nothing but themselves and overlap.
@@ -115,24 +106,55 @@ pub struct Softmax {
     pub sum: [f32; SOFTMAX_ROWS],
 }
 
-/// One row of it.
+/// Of `R` rows.
 ///
 /// # Safety
 /// As for [`super::engine::Engine::softmax`].
 #[inline(always)]
-pub unsafe fn softmax<S: Simd>(s: S, block: &mut Softmax, r: usize) {
-    // SAFETY: the caller's promise.
+pub unsafe fn softmax<S: Simd, const R: usize>(s: S, block: &mut Softmax) {
+    // SAFETY: within `n` of the rows.
     unsafe {
-        let scores = block.scores.add(r * block.stride);
-        let (n, before) = (block.n, block.before[r]);
-        let largest = mask_and_max(s, scores, block.mask[r], n, before);
-        block.largest[r] = largest;
-        if largest > before {
-            let mut keep = [0.0; LANES];
-            s.store(keep.as_mut_ptr(), exp2(s, s.splat(before - largest)));
-            block.keep[r] = keep[0];
+        let (scores, stride) = (block.scores, block.stride);
+        let mut most = [s.splat(0.0); R];
+        for r in 0..R {
+            most[r] = s.splat(block.before[r]);
         }
-        block.sum[r] = exponentials(s, scores, n, largest);
+        for at in (0..block.n).step_by(LANES) {
+            for r in 0..R {
+                let mut x = s.load(scores.add(r * stride + at));
+                if let Some(mask) = block.mask[r] {
+                    x = s.add(x, s.load(mask.add(at)));
+                    s.store(scores.add(r * stride + at), x);
+                }
+                most[r] = s.max(x, most[r]);
+            }
+        }
+        for r in 0..R {
+            let before = block.before[r];
+            let largest = s.max_lanes(most[r]);
+            block.largest[r] = largest;
+            if largest > before {
+                let mut keep = [0.0; LANES];
+                s.store(keep.as_mut_ptr(), exp2(s, s.splat(before - largest)));
+                block.keep[r] = keep[0];
+            }
+            most[r] = s.splat(largest);
+        }
+        // Sums in sixteen lanes and then in eight.
+        let mut sums = [[s.splat(0.0); 2]; R];
+        for at in (0..block.n).step_by(2 * LANES) {
+            for r in 0..R {
+                for half in 0..2 {
+                    let x = scores.add(r * stride + at + half * LANES);
+                    let p = exp2(s, s.sub(s.load(x), most[r]));
+                    s.store(x, p);
+                    sums[r][half] = s.add(sums[r][half], p);
+                }
+            }
+        }
+        for r in 0..R {
+            block.sum[r] = s.sum_lanes(s.add(sums[r][0], sums[r][1]));
+        }
     }
 }
 
@@ -146,7 +168,7 @@ pub struct Weights {
     pub stride: usize,
     pub n: usize,
     pub rows: usize,
-    /// `[row][stride]`.
+    /// `[row][stride]`, in pairs as [`super::expand::pair`] has them.
     pub out: *mut i16,
     /// Sum of a row's integers, and what a step is worth.
     pub sum: *mut i32,
@@ -162,31 +184,49 @@ pub fn steps(largest: f32) -> (f32, f32) {
     if largest > LEAST_WEIGHT { (largest / LARGEST, LARGEST / largest) } else { (0.0, 0.0) }
 }
 
-/// One row of weights.
+/// Of `R` rows from row `row` on; returns how many.
 ///
 /// # Safety
 /// As for [`super::engine::Engine::weights`].
 #[inline(always)]
-pub unsafe fn weights<S: Simd>(s: S, w: Weights, r: usize) {
-    // SAFETY: within `n` of row `r`.
+pub unsafe fn weights<S: Simd, const R: usize>(s: S, w: Weights, row: usize) -> usize {
+    // SAFETY: within `n` of the rows.
     unsafe {
-        let (p, out) = (w.p.add(r * w.stride), w.out.add(r * w.stride));
-        let weight = |at: usize| s.mul(s.load(p.add(at)), s.load(w.scale.add(at)));
-        let mut largest = s.splat(0.0);
+        let (p, out) = (w.p.add(row * w.stride), w.out.add(row * w.stride));
+        let mut most = [s.splat(0.0); R];
         for at in (0..w.n).step_by(LANES) {
-            largest = s.max(weight(at), largest);
+            let scale = s.load(w.scale.add(at));
+            for r in 0..R {
+                most[r] = s.max(s.mul(s.load(p.add(r * w.stride + at)), scale), most[r]);
+            }
         }
-        let (step, inverse) = steps(max_lanes(s, largest));
-        let (inverse, round, back) = (s.splat(inverse), s.splat(ROUND), s.splat_i(-(ROUND.to_bits() as i32)));
-        let mut sum = s.splat_i(0);
-        for at in (0..w.n).step_by(LANES) {
-            let x = s.add_i(s.bits(s.add(s.mul(weight(at), inverse), round)), back);
-            sum = s.add_i(sum, x);
-            s.store_i16(out.add(at), x);
+        let mut inverses = most;
+        for r in 0..R {
+            let (step, inverse) = steps(s.max_lanes(most[r]));
+            w.step.add(row + r).write(step);
+            inverses[r] = s.splat(inverse);
         }
-        let mut l = [0; LANES];
-        s.store_i(l.as_mut_ptr(), sum);
-        w.step.add(r).write(step);
-        w.sum.add(r).write(l.iter().fold(0, |a, x| a.wrapping_add(*x)));
+        let (round, ones, lower) = (s.splat(ROUND), s.splat_i(0x0001_0001), s.splat_i(0xffff));
+        let mut sums = [s.splat_i(0); R];
+        for at in (0..w.n).step_by(2 * LANES) {
+            let scale = [s.load(w.scale.add(at)), s.load(w.scale.add(at + LANES))];
+            for r in 0..R {
+                let mut integers = [lower; 2];
+                for half in 0..2 {
+                    // The integers stand in the low bits, and are not negative.
+                    let x = s.mul(s.load(p.add(r * w.stride + at + half * LANES)), scale[half]);
+                    integers[half] = s.bits(s.add(s.mul(x, inverses[r]), round));
+                }
+                let pairs = s.or(s.and(integers[0], lower), s.shl32::<16>(integers[1]));
+                sums[r] = s.madd(sums[r], pairs, ones);
+                s.store_i(out.add(r * w.stride + at).cast(), pairs);
+            }
+        }
+        for r in 0..R {
+            let mut l = [0; LANES];
+            s.store_i(l.as_mut_ptr(), sums[r]);
+            w.sum.add(row + r).write(l.iter().fold(0, |a, x| a.wrapping_add(*x)));
+        }
     }
+    R
 }

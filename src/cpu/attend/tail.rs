@@ -9,7 +9,7 @@ use super::item::Item;
 use super::row;
 use super::{MAX_ROWS, MAX_TILE};
 use crate::batch::Sequence;
-use crate::cpu::simd::{LANES, Simd, sum_lanes};
+use crate::cpu::simd::{LANES, Simd};
 use crate::view::Tail;
 
 /// What an item works on. Of `item`, queries, result and what says who sees what; not its keys.
@@ -172,7 +172,7 @@ unsafe fn dot<S: Simd>(s: S, a: *const f32, b: *const f32, n: usize) -> f32 {
             *sum = unsafe { s.add(*sum, s.mul(s.load(a.add(at + half * LANES)), s.load(b.add(at + half * LANES)))) };
         }
     }
-    sum_lanes(s, s.add(sums[0], sums[1]))
+    s.sum_lanes(s.add(sums[0], sums[1]))
 }
 
 /// # Safety

@@ -89,13 +89,6 @@ impl Simd for Avx2 {
         unsafe { _mm256_storeu_si256(p.cast(), x) }
     }
     #[inline(always)]
-    unsafe fn store_i16(self, p: *mut i16, x: __m256i) {
-        unsafe {
-            let packed = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
-            _mm_storeu_si128(p.cast(), packed);
-        }
-    }
-    #[inline(always)]
     fn add_i(self, a: __m256i, b: __m256i) -> __m256i {
         unsafe { _mm256_add_epi32(a, b) }
     }
@@ -124,6 +117,14 @@ impl Simd for Avx2 {
         unsafe { _mm256_srli_epi16::<N>(x) }
     }
     #[inline(always)]
+    fn shr16_by(self, x: __m256i, n: usize) -> __m256i {
+        unsafe { _mm256_srl_epi16(x, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    fn shr32_each(self, x: __m256i, n: __m256i) -> __m256i {
+        unsafe { _mm256_srlv_epi32(x, n) }
+    }
+    #[inline(always)]
     fn madd(self, sum: __m256i, a: __m256i, b: __m256i) -> __m256i {
         unsafe { _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)) }
     }
@@ -134,6 +135,10 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn lookup(self, table: __m256i, index: __m256i) -> __m256i {
         unsafe { _mm256_shuffle_epi8(table, index) }
+    }
+    #[inline(always)]
+    fn permute32(self, x: __m256i, index: __m256i) -> __m256i {
+        unsafe { _mm256_permutevar8x32_epi32(x, index) }
     }
     #[inline(always)]
     fn unpack_lo16(self, a: __m256i, b: __m256i) -> __m256i {
@@ -178,6 +183,23 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn interleave16(self, a: __m128i, b: __m128i) -> __m256i {
         self.join(unsafe { _mm_unpacklo_epi16(a, b) }, unsafe { _mm_unpackhi_epi16(a, b) })
+    }
+
+    #[inline(always)]
+    fn sum_lanes(self, x: __m256) -> f32 {
+        unsafe {
+            let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+            let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+        }
+    }
+    #[inline(always)]
+    fn max_lanes(self, x: __m256) -> f32 {
+        unsafe {
+            let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+            let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))
+        }
     }
 
     #[inline(always)]

@@ -97,11 +97,6 @@ impl Simd for Avx512<'_> {
         unsafe { self.0.store_i(p, x) }
     }
     #[inline(always)]
-    unsafe fn store_i16(self, p: *mut i16, x: __m256i) {
-        // SAFETY: the caller's promise.
-        unsafe { self.0.store_i16(p, x) }
-    }
-    #[inline(always)]
     fn add_i(self, a: __m256i, b: __m256i) -> __m256i {
         self.0.add_i(a, b)
     }
@@ -130,6 +125,14 @@ impl Simd for Avx512<'_> {
         self.0.shr16::<N>(x)
     }
     #[inline(always)]
+    fn shr16_by(self, x: __m256i, n: usize) -> __m256i {
+        self.0.shr16_by(x, n)
+    }
+    #[inline(always)]
+    fn shr32_each(self, x: __m256i, n: __m256i) -> __m256i {
+        self.0.shr32_each(x, n)
+    }
+    #[inline(always)]
     fn madd(self, sum: __m256i, a: __m256i, b: __m256i) -> __m256i {
         self.0.madd(sum, a, b)
     }
@@ -140,6 +143,10 @@ impl Simd for Avx512<'_> {
     #[inline(always)]
     fn lookup(self, table: __m256i, index: __m256i) -> __m256i {
         self.0.lookup(table, index)
+    }
+    #[inline(always)]
+    fn permute32(self, x: __m256i, index: __m256i) -> __m256i {
+        self.0.permute32(x, index)
     }
     #[inline(always)]
     fn unpack_lo16(self, a: __m256i, b: __m256i) -> __m256i {

@@ -106,10 +106,6 @@ pub trait Simd: Copy {
     /// # Safety
     /// 32 bytes are writable at `p`.
     unsafe fn store_i(self, p: *mut i32, x: Self::I);
-    /// Lanes that fit an i16.
-    /// # Safety
-    /// Eight i16 are writable at `p`.
-    unsafe fn store_i16(self, p: *mut i16, x: Self::I);
     /// Wraps.
     fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
     fn and(self, a: Self::I, b: Self::I) -> Self::I;
@@ -121,12 +117,18 @@ pub trait Simd: Copy {
     /// Each 16-bit half lane, zeros coming in.
     fn shl16<const N: i32>(self, x: Self::I) -> Self::I;
     fn shr16<const N: i32>(self, x: Self::I) -> Self::I;
+    /// `n` is below 16.
+    fn shr16_by(self, x: Self::I, n: usize) -> Self::I;
+    /// Each 32-bit lane by its own number, zeros coming in.
+    fn shr32_each(self, x: Self::I, n: Self::I) -> Self::I;
     /// `sum + a.lo * b.lo + a.hi * b.hi` over the i16 halves of each lane; wraps.
     fn madd(self, sum: Self::I, a: Self::I, b: Self::I) -> Self::I;
     /// A table of 16 bytes for [`Simd::lookup`].
     fn table(self, bytes: &[u8; 16]) -> Self::I;
     /// Each byte, at most 15, replaced by the table's.
     fn lookup(self, table: Self::I, index: Self::I) -> Self::I;
+    /// Lanes `index`, each below 8, of the whole vector.
+    fn permute32(self, x: Self::I, index: Self::I) -> Self::I;
     fn unpack_lo16(self, a: Self::I, b: Self::I) -> Self::I;
     fn unpack_hi16(self, a: Self::I, b: Self::I) -> Self::I;
     fn unpack_lo32(self, a: Self::I, b: Self::I) -> Self::I;
@@ -142,17 +144,25 @@ pub trait Simd: Copy {
     /// Lane `i` holds the 16-bit word `i` of `a` below that of `b`.
     fn interleave16(self, a: Self::H, b: Self::H) -> Self::I;
 
+    /// Sum of all lanes: the upper half onto the lower one until one is left.
+    #[inline(always)]
+    fn sum_lanes(self, x: Self::F) -> f32 {
+        let mut l = [0.0; LANES];
+        // SAFETY: eight floats.
+        unsafe { self.store(l.as_mut_ptr(), x) };
+        ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]))
+    }
+    /// The largest lane of a vector without NaN.
+    #[inline(always)]
+    fn max_lanes(self, x: Self::F) -> f32 {
+        let mut l = [0.0; LANES];
+        // SAFETY: eight floats.
+        unsafe { self.store(l.as_mut_ptr(), x) };
+        l.into_iter().fold(l[0], |a, b| if a > b { a } else { b })
+    }
+
     /// Asks for a cache line; any address will do.
     fn prefetch(self, p: *const u8);
     /// Asks for a cache line that is needed later: into a cache behind the nearest; any address will do.
     fn prefetch_far(self, p: *const u8);
-}
-
-/// Sum of all lanes: the upper half onto the lower one until one is left.
-#[inline(always)]
-pub fn sum_lanes<S: Simd>(s: S, x: S::F) -> f32 {
-    let mut l = [0.0; LANES];
-    // SAFETY: eight floats.
-    unsafe { s.store(l.as_mut_ptr(), x) };
-    ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]))
 }

@@ -94,11 +94,6 @@ impl Simd for Portable {
         unsafe { p.cast::<[i32; 8]>().write_unaligned(x) }
     }
     #[inline(always)]
-    unsafe fn store_i16(self, p: *mut i16, x: Self::I) {
-        // SAFETY: the caller's promise.
-        unsafe { p.cast::<[i16; 8]>().write_unaligned(x.map(|x| x as i16)) }
-    }
-    #[inline(always)]
     fn add_i(self, a: Self::I, b: Self::I) -> Self::I {
         from_fn(|i| a[i].wrapping_add(b[i]))
     }
@@ -127,6 +122,14 @@ impl Simd for Portable {
         each16(x, |x| x >> N)
     }
     #[inline(always)]
+    fn shr16_by(self, x: Self::I, n: usize) -> Self::I {
+        each16(x, |x| x >> n)
+    }
+    #[inline(always)]
+    fn shr32_each(self, x: Self::I, n: Self::I) -> Self::I {
+        from_fn(|i| (x[i] as u32).checked_shr(n[i] as u32).unwrap_or(0) as i32)
+    }
+    #[inline(always)]
     fn madd(self, sum: Self::I, a: Self::I, b: Self::I) -> Self::I {
         from_fn(|i| {
             let ((a0, a1), (b0, b1)) = (halves(a[i]), halves(b[i]));
@@ -143,6 +146,10 @@ impl Simd for Portable {
             let byte = |b: u8| table[usize::from(b & 15) / 4].to_le_bytes()[usize::from(b) % 4];
             i32::from_le_bytes(x.to_le_bytes().map(byte))
         })
+    }
+    #[inline(always)]
+    fn permute32(self, x: Self::I, index: Self::I) -> Self::I {
+        index.map(|i| x[i as usize % 8])
     }
     #[inline(always)]
     fn unpack_lo16(self, a: Self::I, b: Self::I) -> Self::I {

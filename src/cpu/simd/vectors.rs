@@ -1,7 +1,7 @@
 //! Several vectors of f32 as one: for sums whose order is that of sixteen lanes, written out so that no compiler has to find
 //! the vectors, and for loops that look up one constant for all of them.
 
-use super::{LANES, Simd, sum_lanes};
+use super::{LANES, Simd};
 
 /// Lanes of two.
 pub const PAIR: usize = 2 * LANES;
@@ -101,6 +101,6 @@ impl<S: Simd> Vectors<S, 2> {
     /// Sum of all lanes: the upper half onto the lower one until one is left.
     #[inline(always)]
     pub fn sum(self, x: V<S, 2>) -> f32 {
-        sum_lanes(self.0, self.0.add(x[0], x[1]))
+        self.0.sum_lanes(self.0.add(x[0], x[1]))
     }
 }
