@@ -36,6 +36,7 @@
  * Threads. A handle may be used from any thread. Calls that take a const handle may run at the same time as any other
  * call on it, dq_codec_destroy and dq_context_destroy excepted. Calls that take a non-const dq_codec and name the same
  * layer must not overlap each other, the shards of one phase excepted, and dq_refit beside dq_compress or dq_append.
+ * On CUDA nor must their work: one stream orders it, or events between streams do.
  */
 
 
