@@ -486,27 +486,31 @@ static std::string test_holes(world & w) {
     const logits hole = feed(ctx.get(), w.slice(130, 20), 130)[0];
     REQUIRE(!same(hole, before), "the hole has no effect");
 
-    // the same hole, in cells that another sequence has taken in the meantime
-    context_ptr ctx2 = make(w.small, s);
-    auto * mem2 = llama_get_memory(ctx2.get());
-    feed(ctx2.get(), w.slice(0, 100), 0);
-    feed(ctx2.get(), w.slice(100, 30), 100);
-    REQUIRE(llama_memory_seq_rm(mem2, 0, 40, 60), "seq_rm");
-    feed(ctx2.get(), w.slice(800, 50), 0, 1);
-    const logits hole2 = feed(ctx2.get(), w.slice(130, 20), 130)[0];
-    REQUIRE(argmax(hole) == argmax(hole2) && kld(hole, hole2) < k_order(), "KLD %.6f between a hole and one that is filled by another sequence", kld(hole, hole2));
+    // the same hole, in cells that another sequence has taken in the meantime or that are left empty
+    auto with_hole = [&](bool filled) {
+        context_ptr c = make(w.small, s);
+        feed(c.get(), w.slice(0, 100), 0);
+        feed(c.get(), w.slice(100, 30), 100);
+        const bool removed = llama_memory_seq_rm(llama_get_memory(c.get()), 0, 40, 60);
+        if (filled) {
+            feed(c.get(), w.slice(800, 50), 0, 1);
+        }
+        return removed ? feed(c.get(), w.slice(130, 20), 130)[0] : logits();
+    };
+    const logits hole2 = with_hole(true);
 
-    // and against f16, which has the hole as well
+    // and against f16, which has the hole as well, and whose sums change their order, too
     s.factors = "";
     s.type    = GGML_TYPE_F16;
-    context_ptr ctx3 = make(w.small, s);
-    feed(ctx3.get(), w.slice(0, 100), 0);
-    feed(ctx3.get(), w.slice(100, 30), 100);
-    REQUIRE(llama_memory_seq_rm(llama_get_memory(ctx3.get()), 0, 40, 60), "seq_rm");
-    const logits f16 = feed(ctx3.get(), w.slice(130, 20), 130)[0];
-    REQUIRE(kld(f16, hole) < 0.1, "KLD %.5f to f16 with the same hole", kld(f16, hole));
+    const logits f16 = with_hole(false), f16_2 = with_hole(true);
+    REQUIRE(!hole2.empty() && !f16.empty() && !f16_2.empty(), "seq_rm");
+    const double k = kld(f16, hole), k2 = kld(f16_2, hole2);
+    REQUIRE(k < 0.1 && k2 < 0.1, "KLD to f16 with the same hole %.5f, filled by another sequence %.5f", k, k2);
+    // rows that differ in their last bits are rounded to other codes: then both differ from each other as they do from f16
+    REQUIRE(argmax(hole) == argmax(hole2) && kld(hole, hole2) < k_order() + k + k2,
+            "KLD %.6f between a hole and one that is filled by another sequence; to f16 %.5f and %.5f", kld(hole, hole2), k, k2);
 
-    return print("tail again: same bits; hole filled by another sequence: KLD %.1e; to f16: %.4f", kld(hole, hole2), kld(f16, hole));
+    return print("tail again: same bits; hole filled by another sequence: KLD %.1e, f16 %.1e; to f16: %.4f and %.4f", kld(hole, hole2), kld(f16, f16_2), k, k2);
 }
 
 // the rows of a sequence in a state of n_stream streams: what follows the cells' metadata, without the stream markers
