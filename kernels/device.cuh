@@ -281,7 +281,8 @@ template <class T> __device__ __forceinline__ T load_fresh(const T* at) { return
 //     before it; or it leaves that to others, where some block of the grid surely waits: a kernel has not ended before all of
 //     its blocks have.
 //   - Fold and encode say so only after their wait. So attend, which starts behind fold, may look at everything from before
-//     the call (records, lengths, tables) without waiting, and merge likewise.
+//     the call (records, lengths, tables) without waiting, and merge likewise; and tail may write its parts, which the merge
+//     before has read.
 //   - A block that changes tables of factors says so only after that, behind a __threadfence, or never. So whoever starts
 //     later, however early, may look at the tables without waiting.
 __device__ __forceinline__ void start_next_kernel() {
