@@ -1096,8 +1096,7 @@ __device__ __forceinline__ void encode_alone(const DqEncode& p, const DqFactors&
         if constexpr (SLICES > 1) {
             if (t == 0) {
                 uint32_t* arrived = p.arrived + (token * 2 + values) * p.n_kv_heads + head;
-                is_last = atomicAdd(arrived, 1u) == SLICES - 1;
-                if (is_last) *arrived = 0;
+                is_last = atomicInc(arrived, SLICES - 1) == SLICES - 1;  // 0 again behind the last one
                 __threadfence();
             }
             __syncthreads();

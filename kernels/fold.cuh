@@ -11,7 +11,7 @@
 //   folded_scales  [stream][kv head][transform][4 * n tiles]
 //   constants      [stream][kv head][set][4 * n tiles]
 //
-// A unit is one n tile of one stream. Grid: (kv head * DQ_MAX_TRANSFORMS, run of units), FOLD_THREADS threads. A block has
+// A unit is one n tile of one stream. Grid: (kv head * DQ_MAX_TRANSFORMS, run of units in two dimensions), FOLD_THREADS threads. A block has
 // `fold_units` units, a power of two. The matrix goes to shared memory once and from there into tensor cores, f16 as it is: a
 // query is the sum of two f16 (22 bits), which are columns of the mma next to each other, as the two bytes are later. The
 // means of the head's sets are one more tile of rows. Warps share the latents, then the rows.

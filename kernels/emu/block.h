@@ -64,9 +64,9 @@ struct Block {
     std::map<void*, MBarrier> barriers;
     dim3 block_dim, grid_dim, index;
     unsigned live = 0, current = 0;
-    // Of the whole launch: whether a thread spoke of the launches before and behind it, and whether one ended without a wait
-    // for the one before; which, as (block, thread).
-    bool overlaps = false, unwaited = false;
+    // Of the whole launch: whether a thread spoke of the launches before and behind it, whether one waited for the one before or
+    // left that to others, and whether one ended without either; which, as (block, thread).
+    bool overlaps = false, waits = false, leaves = false, unwaited = false;
     std::pair<dim3, unsigned> first_unwaited;
     std::function<void()> kernel;
     Context scheduler;
@@ -115,8 +115,8 @@ inline void thread_main() {
 // Launches run one after the other here, so that neither call has anything to do. But all threads of a kernel that overlaps
 // with others must wait, or none: `launch` looks at the end.
 inline void start_next_launch() { block()->overlaps = true; }
-inline void wait_for_previous_launch() { block()->overlaps = me().waited = true; }
-inline void leave_waiting_to_others() { me().waited = true; }
+inline void wait_for_previous_launch() { block()->overlaps = block()->waits = me().waited = true; }
+inline void leave_waiting_to_others() { block()->leaves = me().waited = true; }
 
 inline void barrier(const char* file, int line) {
     Thread& t = me();
@@ -220,6 +220,7 @@ void launch(const Launch& how, Kernel&& kernel) {
         b.index = b.first_unwaited.first, b.current = b.first_unwaited.second;
         die("a thread ends without a wait for the launch before");
     }
+    if (b.leaves && !b.waits) die("all blocks leave the wait for the launch before to others");
     for (auto& t : b.threads) std::free(t.stack);
     std::free(b.shared);
     block() = nullptr;

@@ -10,6 +10,7 @@
 
 // Blocks run one after the other: an atomic is an ordinary operation, and every order of blocks is a legal one.
 template <class T> T atomicAdd(T* at, T v) { T old = *at; *at = old + v; return old; }
+inline uint32_t atomicInc(uint32_t* at, uint32_t most) { uint32_t old = *at; *at = old >= most ? 0 : old + 1; return old; }
 template <class T> T atomicMax(T* at, T v) { T old = *at; *at = old < v ? v : old; return old; }
 template <class T> T atomicOr(T* at, T v) { T old = *at; *at = old | v; return old; }
 template <class T> T atomicExch(T* at, T v) { T old = *at; *at = v; return old; }
