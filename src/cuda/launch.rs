@@ -1,6 +1,6 @@
 //! How work is cut: kernels of a layer, grids, shared memory, workspace. The kernels' comments say what each number means.
 
-use super::driver::{Device, Kernel, MOST_BLOCKS_Y};
+use super::driver::{Device, Kernel, Launch, MOST_BLOCKS_Y};
 use super::params::{self, JOINED_ROWS, MAX_SETS, MAX_TRANSFORMS};
 use super::tables::feedback_floats;
 use super::view::{Address, Workspace};
@@ -17,13 +17,15 @@ const BARRIER_BYTES: usize = 64;
 /// units of all KV heads there are to each that does. Powers of two.
 const FOLD_WARPS: usize = 8;
 const FOLD_HEADS: usize = 16;
-pub const FOLD_THREADS: usize = 32 * FOLD_WARPS;
+/// Bytes that a row has in each group of its unit's fragments.
+const FOLDED_ROW: usize = 64;
+const FOLD_THREADS: usize = 32 * FOLD_WARPS;
 const MOST_WARPS: usize = 8;
 /// Warps of a block of the merge kernel, at most.
 const MERGE_WARPS: usize = 16;
 /// Blocks of the tail's kernel: as many share four rows as keep the whole at this number.
 const TAIL_BLOCKS: usize = 512;
-pub const TAIL_THREADS: usize = 128;
+const TAIL_THREADS: usize = 128;
 const TILE_KEYS: usize = 64;
 const MOST_RUNS: usize = 16;
 const RUN_BYTES: usize = 8;
@@ -38,7 +40,7 @@ pub struct LayerKernels {
     encode: Kernel,
     /// The same for few tokens: a row to a block.
     encode_few: Kernel,
-    pub dequantize: Kernel,
+    dequantize: Kernel,
     fold: Kernel,
     merge: Kernel,
     tail: Kernel,
@@ -70,9 +72,12 @@ struct Variant {
     blocks: usize,
 }
 
+/// Rows that share a block of the dequantize kernel, and its threads.
+const DEQUANTIZE_ROWS: usize = 8;
+const DEQUANTIZE_THREADS: usize = 128;
 /// Rows of a block of the encode kernel, and its threads.
 const ENCODE_ROWS: usize = 16;
-pub const ENCODE_THREADS: usize = 256;
+const ENCODE_THREADS: usize = 256;
 /// Blocks of single rows to a multiprocessor, at most.
 const FEW_BLOCKS: usize = 4;
 /// Latents to a block of those that share a large matrix.
@@ -100,7 +105,7 @@ fn encode_few_cut(shape: &LayerShape) -> (usize, usize) {
 /// Bytes of shared memory of a block of the fold kernel, as fold.cuh's `fold_shared_bytes`.
 fn fold_shared(d: usize, k_groups: usize, units: usize) -> usize {
     let chunks = if d <= 128 { d } else { 2 * 64 };
-    (MAX_SETS + chunks + 8 * units) * (d + 8) * 2 + 4 * units * d * 4 + FOLD_WARPS * k_groups * 64
+    (MAX_SETS + chunks + 8 * units) * (d + 8) * 2 + 4 * units * d * 4 + FOLD_WARPS * k_groups * FOLDED_ROW
 }
 
 /// Codes of 32 channels of a tier are a group.
@@ -229,12 +234,19 @@ impl LayerKernels {
         tokens <= self.few
     }
 
-    /// The encode kernel for so many tokens, its grid and its shared memory.
-    pub fn encode(&self, shape: &LayerShape, tokens: usize) -> (Kernel, (usize, usize, usize), usize) {
-        if self.encodes_alone(tokens) {
-            return (self.encode_few, (tokens * self.few_blocks, shape.n_kv_heads, 2), self.encode_few_shared);
-        }
-        (self.encode, (tokens.div_ceil(ENCODE_ROWS), shape.n_kv_heads, 2), self.encode_shared)
+    /// Encode of so many tokens.
+    pub fn encode(&self, shape: &LayerShape, tokens: usize) -> Launch {
+        let (kernel, blocks, shared) = if self.encodes_alone(tokens) {
+            (self.encode_few, tokens * self.few_blocks, self.encode_few_shared)
+        } else {
+            (self.encode, tokens.div_ceil(ENCODE_ROWS), self.encode_shared)
+        };
+        Launch { kernel, grid: (blocks, shape.n_kv_heads, 2), threads: ENCODE_THREADS, shared }
+    }
+
+    pub fn dequantize(&self, shape: &LayerShape, slots: usize) -> Launch {
+        let grid = (slots.div_ceil(DEQUANTIZE_ROWS), shape.n_kv_heads, 2);
+        Launch { kernel: self.dequantize, grid, threads: DEQUANTIZE_THREADS, shared: 0 }
     }
 
     /// Which kernel takes so many rows (queries times query heads of a KV head).
@@ -246,15 +258,10 @@ impl LayerKernels {
 /// Launches of one attention.
 #[derive(Debug, Clone, Copy)]
 pub struct AttendPlan {
-    pub fold: (Kernel, (usize, usize, usize)),
-    pub fold_shared: usize,
-    pub tail: Option<(Kernel, (usize, usize, usize))>,
-    pub attend: (Kernel, (usize, usize, usize)),
-    pub attend_threads: usize,
-    pub attend_shared: usize,
-    pub merge: (Kernel, (usize, usize, usize)),
-    pub merge_threads: usize,
-    pub merge_shared: usize,
+    pub fold: Launch,
+    pub tail: Option<Launch>,
+    pub attend: Launch,
+    pub merge: Launch,
 }
 
 impl Variant {
@@ -321,7 +328,7 @@ struct Counts {
 
 fn lay(arena: &mut Arena, kernels: &LayerKernels, d_v: usize, c: Counts) -> Pieces {
     Pieces {
-        folded: arena.take(c.tiles.saturating_mul(MAX_TRANSFORMS * kernels.k_groups * 256)),
+        folded: arena.take(c.tiles.saturating_mul(MAX_TRANSFORMS * kernels.k_groups * 4 * FOLDED_ROW)),
         folded_scales: arena.take(c.tiles.saturating_mul(MAX_TRANSFORMS * 4)),
         constants: arena.take(c.tiles.saturating_mul(MAX_SETS * 4)),
         partial: arena.take(c.partials.saturating_mul(d_v)),
@@ -434,14 +441,29 @@ pub fn plan_attend(
     };
     let merge_threads = merge_threads(shape.v.head_dim, splits.max(tail_parts), kernels.v_transforms);
     Ok(AttendPlan {
-        fold: (kernels.fold, (shape.n_kv_heads * MAX_TRANSFORMS, runs.div_ceil(run_rows), run_rows)),
-        fold_shared: fold_shared(shape.k.head_dim, kernels.k_groups, units),
-        tail: (tail_parts > 0).then(|| (kernels.tail, (of_four * tail_parts, shape.n_kv_heads, streams))),
-        attend: (v.kernel, (splits, y, streams * kernels.v_transforms)),
-        attend_threads: 32 * v.warps(rows),
-        attend_shared: v.shared,
-        merge: (kernels.merge, (heads * rows, 1, 1)),
-        merge_threads,
-        merge_shared: merge_shared(shape.v.head_dim, merge_threads),
+        fold: Launch {
+            kernel: kernels.fold,
+            grid: (shape.n_kv_heads * MAX_TRANSFORMS, runs.div_ceil(run_rows), run_rows),
+            threads: FOLD_THREADS,
+            shared: fold_shared(shape.k.head_dim, kernels.k_groups, units),
+        },
+        tail: (tail_parts > 0).then_some(Launch {
+            kernel: kernels.tail,
+            grid: (of_four * tail_parts, shape.n_kv_heads, streams),
+            threads: TAIL_THREADS,
+            shared: 0,
+        }),
+        attend: Launch {
+            kernel: v.kernel,
+            grid: (splits, y, streams * kernels.v_transforms),
+            threads: 32 * v.warps(rows),
+            shared: v.shared,
+        },
+        merge: Launch {
+            kernel: kernels.merge,
+            grid: (heads * rows, 1, 1),
+            threads: merge_threads,
+            shared: merge_shared(shape.v.head_dim, merge_threads),
+        },
     })
 }

@@ -8,7 +8,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::driver::{Device, Kernel, Memory, SharedWords};
+use super::driver::{Device, Kernel, Launch, Memory, SharedWords};
 use super::launch::{self, LayerKernels};
 use super::params::{self, DeviceRows, OBSERVE_ROWS};
 use super::tables::{Made, TableLayout};
@@ -20,8 +20,6 @@ use crate::factor::DueFit;
 use crate::shape::{LayerShape, Side};
 use crate::view::MaskType;
 
-/// Rows that share a block of the dequantize kernel.
-const DEQUANTIZE_ROWS: usize = 8;
 const OBSERVE_THREADS: usize = 256;
 
 /// A codec's memory on a device.
@@ -219,12 +217,12 @@ impl DeviceCodec {
         // SAFETY: `capi` checked what can be checked of the caller's pointers; tables and workspace are as large as the
         // kernels were told.
         unsafe {
-            device.launch_early(plan.fold.0, plan.fold.1, launch::FOLD_THREADS, plan.fold_shared, stream, &p)?;
-            if let Some((tail, grid)) = plan.tail {
-                device.launch_early(tail, grid, launch::TAIL_THREADS, 0, stream, &p)?;
+            device.launch_early(&plan.fold, stream, &p)?;
+            if let Some(tail) = &plan.tail {
+                device.launch_early(tail, stream, &p)?;
             }
-            device.launch_early(plan.attend.0, plan.attend.1, plan.attend_threads, plan.attend_shared, stream, &p)?;
-            device.launch_early(plan.merge.0, plan.merge.1, plan.merge_threads, plan.merge_shared, stream, &p)
+            device.launch_early(&plan.attend, stream, &p)?;
+            device.launch_early(&plan.merge, stream, &p)
         }
     }
 
@@ -242,9 +240,9 @@ impl DeviceCodec {
             n_kv_heads: shape.n_kv_heads as u32,
         };
         let _current = self.device.enter(stream)?;
-        let grid = ((d.n_slots as usize).div_ceil(DEQUANTIZE_ROWS), shape.n_kv_heads, 2);
+        let what = self.layers[layer].kernels.dequantize(shape, d.n_slots as usize);
         // SAFETY: as in attend.
-        unsafe { self.device.launch(self.layers[layer].kernels.dequantize, grid, 128, 0, stream, &p) }
+        unsafe { self.device.launch(&what, stream, &p) }
     }
 
     /// Rows in a layer's statistics: the most over its heads, as far as the device has told.
@@ -361,18 +359,20 @@ impl DeviceCodec {
         let device = &self.device;
         let tiles = shape.k.head_dim.max(shape.v.head_dim).div_ceil(32);
         let (heads, tiles) = (shape.n_kv_heads, tiles * (tiles + 1) / 2);
+        let observe = |kinds| Launch { kernel: self.observe, grid: (heads, kinds, 1), threads: OBSERVE_THREADS, shared: 0 };
+        let products = Launch { kernel: self.products, grid: (tiles, heads, 3), threads: OBSERVE_THREADS, shared: 0 };
         // SAFETY: as in attend.
         unsafe {
             if !learns {
-                return device.launch_early(self.observe, (heads, 2, 1), OBSERVE_THREADS, 0, stream, p);
+                return device.launch_early(&observe(2), stream, p);
             }
             if p.flush == 0 {
-                device.launch_early(self.observe, (heads, 3, 1), OBSERVE_THREADS, 0, stream, p)?;
+                device.launch_early(&observe(3), stream, p)?;
             } else {
-                device.launch_early(self.observe, (heads, 2, 1), OBSERVE_THREADS, 0, stream, p)?;
-                device.launch_early(self.observe, (heads, 1, 1), OBSERVE_THREADS, 0, stream, &params::Observe { flush: 2, ..*p })?;
+                device.launch_early(&observe(2), stream, p)?;
+                device.launch_early(&observe(1), stream, &params::Observe { flush: 2, ..*p })?;
             }
-            device.launch_early(self.products, (tiles, heads, 3), OBSERVE_THREADS, 0, stream, p)
+            device.launch_early(&products, stream, p)
         }
     }
 
@@ -398,9 +398,9 @@ impl DeviceCodec {
             n: tokens.n_tokens,
             n_kv_heads: shape.n_kv_heads as u32,
         };
-        let (kernel, grid, shared) = l.kernels.encode(shape, tokens.n_tokens as usize);
+        let what = l.kernels.encode(shape, tokens.n_tokens as usize);
         // SAFETY: as in attend.
-        unsafe { self.device.launch_early(kernel, grid, launch::ENCODE_THREADS, shared, stream, &p) }
+        unsafe { self.device.launch_early(&what, stream, &p) }
     }
 
     /// Sums down, fits where they are due, factors up.

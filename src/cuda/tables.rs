@@ -13,8 +13,7 @@
 
 use half::f16;
 
-use super::driver::{Device, Memory};
-use super::driver::Kernel;
+use super::driver::{Device, Kernel, Launch, Memory};
 use super::params::{self, ENTERED_BYTES, HeadSets, JOINED_DIM, JOINED_ROWS, MAX_SETS, MAX_TRANSFORMS};
 use super::view::{Address, Stream};
 use crate::error::Result;
@@ -420,7 +419,7 @@ impl TableLayout {
         let mut ids = vec![0u8; 4 * made.len()];
         // SAFETY: as above; the kernel stays within the layer's tables.
         unsafe {
-            device.launch(kernel, (self.n_kv, 2, 1), 256, 0, stream, &p)?;
+            device.launch(&Launch { kernel, grid: (self.n_kv, 2, 1), threads: 256, shared: 0 }, stream, &p)?;
             device.download(p.ids, &mut ids, stream)?;
         }
         Ok(ids.as_chunks::<4>().0.iter().map(|id| id[0]).collect())
