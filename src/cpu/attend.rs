@@ -13,8 +13,9 @@
 //! | [`lanes`] | the order in which codes unfold |
 //! | [`engine`] | how levels and integers lie: in pairs of 16 bits, or in fours of bytes |
 //! | [`expand`], [`product`] | codes to levels, and integer products, in pairs |
-//! | [`vnni`] | the same in fours, for AVX-512 |
+//! | [`vnni`], [`fours`] | the same in fours, for AVX-512 |
 //! | [`tiles`] | products in fours on AMX tiles |
+//! | [`weigh`] | from products to weights in one go, for AVX-512 |
 //! | [`row`] | softmax of one row |
 //! | [`fold`] | queries into the coded space, outputs out of it |
 
@@ -29,9 +30,13 @@ mod product;
 mod row;
 mod tail;
 #[cfg(target_arch = "x86_64")]
+mod fours;
+#[cfg(target_arch = "x86_64")]
 mod tiles;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
+#[cfg(target_arch = "x86_64")]
+mod weigh;
 #[cfg(test)]
 mod batch_tests;
 #[cfg(test)]

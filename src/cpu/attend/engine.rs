@@ -47,6 +47,31 @@ impl Tile {
     }
 }
 
+/// `$call` with `$R` as a constant: as many rows as there are, four at most.
+macro_rules! by_rows {
+    ($rows:expr, $R:ident => $call:expr) => {
+        match $rows {
+            1 => {
+                const $R: usize = 1;
+                $call
+            }
+            2 => {
+                const $R: usize = 2;
+                $call
+            }
+            3 => {
+                const $R: usize = 3;
+                $call
+            }
+            _ => {
+                const $R: usize = 4;
+                $call
+            }
+        }
+    };
+}
+pub(super) use by_rows;
+
 pub trait Engine: Simd {
     /// Channels of keys as folded queries have them, `[head_dim]`.
     #[inline(always)]
@@ -165,14 +190,7 @@ pub trait Engine: Simd {
     #[inline(always)]
     unsafe fn softmax(self, block: &mut Softmax, rows: usize) {
         // SAFETY: the caller's promise.
-        unsafe {
-            match rows {
-                1 => row::softmax::<_, 1>(self, block),
-                2 => row::softmax::<_, 2>(self, block),
-                3 => row::softmax::<_, 3>(self, block),
-                _ => row::softmax::<_, 4>(self, block),
-            }
-        }
+        by_rows!(rows, R => unsafe { row::softmax::<_, R>(self, block) })
     }
 
     /// Weights of all rows.
@@ -184,14 +202,7 @@ pub trait Engine: Simd {
         let mut row = 0;
         while row < w.rows {
             // SAFETY: the caller's promise.
-            row += unsafe {
-                match w.rows - row {
-                    1 => row::weights::<_, 1>(self, w, row),
-                    2 => row::weights::<_, 2>(self, w, row),
-                    3 => row::weights::<_, 3>(self, w, row),
-                    _ => row::weights::<_, 4>(self, w, row),
-                }
-            };
+            row += by_rows!(w.rows - row, R => unsafe { row::weights::<_, R>(self, w, row) });
         }
     }
 
@@ -205,14 +216,16 @@ pub trait Engine: Simd {
         unsafe { product::product(self, a, b, finish) }
     }
 
-    /// Products, softmax and weights of a tile in one go, if that is faster than one after the other: else `false`, and
-    /// nothing done.
+    /// Whether products, softmax and weights of a tile are computed in one go.
+    const WEIGHS: bool = false;
+
+    /// Products, softmax and weights of a tile.
     ///
     /// # Safety
     /// The pieces hold what their fields say; keys are a multiple of 16.
     #[inline(always)]
-    unsafe fn weigh(self, _tile: &Tile) -> bool {
-        false
+    unsafe fn weigh(self, _tile: &Tile) {
+        unreachable!("an engine that WEIGHS has this, too")
     }
 
     /// The product with values of weights that [`Engine::weigh`] wrote. Levels beyond the tile's keys may be anything.
@@ -221,7 +234,7 @@ pub trait Engine: Simd {
     /// The factors and the result hold what their fields say.
     #[inline(always)]
     unsafe fn weighed_outputs(self, _weights: Left, _values: Right, _to: Outputs) {
-        unreachable!("an engine that overrides `weigh` has this, too")
+        unreachable!("an engine that WEIGHS has this, too")
     }
 }
 
@@ -242,14 +255,7 @@ impl Engine for Avx2 {
         finish: Scores,
     ) {
         // SAFETY: the caller's promise.
-        unsafe {
-            match queries.rows {
-                1 => few_keys::<1>(self, lanes, rows, n, queries, ahead, finish),
-                2 => few_keys::<2>(self, lanes, rows, n, queries, ahead, finish),
-                3 => few_keys::<3>(self, lanes, rows, n, queries, ahead, finish),
-                _ => few_keys::<4>(self, lanes, rows, n, queries, ahead, finish),
-            }
-        }
+        by_rows!(queries.rows, R => unsafe { few_keys::<R>(self, lanes, rows, n, queries, ahead, finish) })
     }
 
     #[inline(always)]
@@ -263,44 +269,30 @@ impl Engine for Avx2 {
         finish: Outputs,
     ) {
         // SAFETY: the caller's promise.
-        unsafe {
-            match weights.rows {
-                1 => few_values::<1>(self, tier, rows, n, weights, ahead, finish),
-                2 => few_values::<2>(self, tier, rows, n, weights, ahead, finish),
-                3 => few_values::<3>(self, tier, rows, n, weights, ahead, finish),
-                _ => few_values::<4>(self, tier, rows, n, weights, ahead, finish),
-            }
-        }
+        by_rows!(weights.rows, R => unsafe { few_values::<R>(self, tier, rows, n, weights, ahead, finish) })
     }
 }
 
 /// A function for each number of rows: one for all of them would be too much for the compiler.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn few_keys<const R: usize>(
-    s: Avx2,
-    lanes: &SideLanes,
-    rows: &[*const u8; MAX_TILE],
-    n: usize,
-    queries: Left,
-    ahead: usize,
-    finish: Scores,
-) {
-    // SAFETY: the caller's promise.
-    unsafe { expand::products_of_keys::<_, R>(s, lanes, rows, n, queries, ahead, finish) }
+macro_rules! few {
+    ($name:ident, $products:ident, $lanes:ty, $finish:ty) => {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn $name<const R: usize>(
+            s: Avx2,
+            lanes: &$lanes,
+            rows: &[*const u8; MAX_TILE],
+            n: usize,
+            left: Left,
+            ahead: usize,
+            finish: $finish,
+        ) {
+            // SAFETY: the caller's promise.
+            unsafe { expand::$products::<_, R>(s, lanes, rows, n, left, ahead, finish) }
+        }
+    };
 }
-
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn few_values<const R: usize>(
-    s: Avx2,
-    tier: &TierLanes,
-    rows: &[*const u8; MAX_TILE],
-    n: usize,
-    weights: Left,
-    ahead: usize,
-    finish: Outputs,
-) {
-    // SAFETY: the caller's promise.
-    unsafe { expand::products_of_values::<_, R>(s, tier, rows, n, weights, ahead, finish) }
-}
+few!(few_keys, products_of_keys, SideLanes, Scores);
+#[cfg(target_arch = "x86_64")]
+few!(few_values, products_of_values, TierLanes, Outputs);

@@ -362,7 +362,7 @@ impl<S: Engine> State<'_, '_, S> {
     #[inline(always)]
     unsafe fn weigh(&mut self, k_sets: u16, v_sets: u16, mask: Option<*const f32>, n: usize) -> Option<bool> {
         let (s, item, x) = (self.s, self.item, self.x);
-        if !k_sets.is_power_of_two() || !v_sets.is_power_of_two() || item.softcap > 0.0 {
+        if !S::WEIGHS || !k_sets.is_power_of_two() || !v_sets.is_power_of_two() || item.softcap > 0.0 {
             return None;
         }
         // SAFETY: as in `scores`.
@@ -390,9 +390,7 @@ impl<S: Engine> State<'_, '_, S> {
                 weights_sum: (&raw mut (*x).weights_sum).cast(),
                 worth: (&raw mut (*x).weights_step).cast(),
             };
-            if !s.weigh(&tile) {
-                return None;
-            }
+            s.weigh(&tile);
             let mut grown = false;
             for (row, sum) in sum[..item.rows].iter().enumerate() {
                 let sums = (&raw mut (*x).sums[row * MAX_SETS]).cast::<f32>();
@@ -614,8 +612,8 @@ impl<S: Engine> State<'_, '_, S> {
                     self.weights(present.sets[t], n, alone);
                 }
                 for tier in item.v.tiers() {
-                    let (stride, depth) = if weighed { (MAX_TILE / 2, MAX_TILE / 2) } else { (item.tile / 2, n / 2) };
-                    let left = Left { data: (&raw const (*x).weights).cast(), stride, rows: item.rows, depth };
+                    let stride = if weighed { MAX_TILE / 2 } else { item.tile / 2 };
+                    let left = Left { data: (&raw const (*x).weights).cast(), stride, rows: item.rows, depth: n / 2 };
                     let right = Right {
                         data: (&raw const (*x).levels).cast::<i32>().add(tier.first_lane),
                         stride: item.v.lanes,

@@ -8,13 +8,13 @@
 use half::f16;
 use std::arch::x86_64::*;
 
-use super::engine::{Engine, Tile};
+use super::engine::{Engine, Tile, by_rows};
 use super::fold::{BLOCK, MAX_DIM, ROUND};
 use super::lanes::{SideLanes, TierLanes};
 use super::product::{Finish, Left, Outputs, Right};
 use super::row::{EXP2, Softmax, Weights, steps};
-use super::{LOW_STRIDE, MAX_TILE, tiles};
-use crate::cpu::simd::{LANES, avx512::Avx512};
+use super::{LOW_STRIDE, MAX_TILE, fours, tiles};
+use crate::cpu::simd::avx512::Avx512;
 
 type Rows = [*const u8; MAX_TILE];
 
@@ -103,14 +103,7 @@ impl Engine for Avx512<'_> {
 
     #[inline(always)]
     unsafe fn softmax(self, block: &mut Softmax, rows: usize) {
-        unsafe {
-            match rows {
-                1 => softmax::<1>(block),
-                2 => softmax::<2>(block),
-                3 => softmax::<3>(block),
-                _ => softmax::<4>(block),
-            }
-        }
+        by_rows!(rows, R => unsafe { softmax::<R>(block) })
     }
 
     /// All upper bytes of a row, then all lower ones.
@@ -118,33 +111,34 @@ impl Engine for Avx512<'_> {
     unsafe fn weights(self, w: Weights) {
         let mut row = 0;
         while row < w.rows {
-            unsafe {
-                row += match w.rows - row {
-                    1 => weights::<1>(w, row),
-                    2 => weights::<2>(w, row),
-                    3 => weights::<3>(w, row),
-                    _ => weights::<4>(w, row),
-                };
-            }
+            row += by_rows!(w.rows - row, R => unsafe { weights::<R>(w, row) });
         }
     }
 
     #[inline(always)]
     unsafe fn product(self, a: Left, b: Right, finish: impl Finish<Self>) {
-        unsafe { product(self, a, b, finish) }
+        unsafe { fours::product(self, a, b, finish) }
     }
 
+    const WEIGHS: bool = true;
+
     #[inline(always)]
-    unsafe fn weigh(self, tile: &Tile) -> bool {
-        let Some(tiles) = self.1.filter(|_| tile.queries.rows >= tiles::LEAST_ROWS) else { return false };
-        unsafe { tiles::weigh(tiles, tile) };
-        true
+    unsafe fn weigh(self, tile: &Tile) {
+        unsafe {
+            match self.1.filter(|_| tile.queries.rows >= tiles::LEAST_ROWS) {
+                Some(tiles) => tiles::weigh(tiles, tile),
+                None => fours::weigh(tile),
+            }
+        }
     }
 
     #[inline(always)]
     unsafe fn weighed_outputs(self, weights: Left, values: Right, to: Outputs) {
-        if let Some(tiles) = self.1 {
-            unsafe { tiles::outputs(tiles, weights, values, to) };
+        unsafe {
+            match self.1.filter(|_| weights.rows >= tiles::LEAST_ROWS) {
+                Some(tiles) => tiles::outputs(tiles, weights, values, to),
+                None => fours::outputs(weights, values, to),
+            }
         }
     }
 }
@@ -551,7 +545,8 @@ unsafe fn softmax<const R: usize>(block: &mut Softmax) {
     }
 }
 
-/// [`super::row::weights`] of `R` rows: the same integers, upper bytes first, lower ones behind.
+/// [`super::row::weights`] of `R` rows: the same integers, upper bytes in the first half of a row's stride, lower ones in the
+/// second.
 #[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl")]
 unsafe fn weights<const R: usize>(w: Weights, row: usize) -> usize {
     // SAFETY: `p` and `scale` hold `n` floats a row, a multiple of 16, and `out` `2 n` bytes.
@@ -582,7 +577,7 @@ unsafe fn weights<const R: usize>(w: Weights, row: usize) -> usize {
                 sum[r] = _mm512_add_epi32(sum[r], x);
                 let upper = _mm512_srai_epi32::<8>(_mm512_add_epi32(x, _mm512_set1_epi32(128)));
                 _mm_storeu_si128(out.add(at).cast(), _mm512_cvtepi32_epi8(upper));
-                _mm_storeu_si128(out.add(w.n + at).cast(), _mm512_cvtepi32_epi8(x));
+                _mm_storeu_si128(out.add(w.stride + at).cast(), _mm512_cvtepi32_epi8(x));
             }
         }
         for r in 0..R {
@@ -592,88 +587,3 @@ unsafe fn weights<const R: usize>(w: Weights, row: usize) -> usize {
     R
 }
 
-/// See [`super::product::product`]. The words of a row of `a`: upper bytes in the first half, lower ones in the second.
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn product<'a, F: Finish<Avx512<'a>>>(s: Avx512<'a>, a: Left, b: Right, finish: F) {
-    let mut row = 0;
-    while row < a.rows {
-        // SAFETY: `row + MR <= rows` in each arm.
-        unsafe {
-            row += match a.rows - row {
-                1 => panel::<1, 4, F>(s, a, b, row, finish),
-                2 => panel::<2, 4, F>(s, a, b, row, finish),
-                3 => panel::<3, 4, F>(s, a, b, row, finish),
-                4 | 7 | 8 => panel::<4, 2, F>(s, a, b, row, finish),
-                5 => panel::<5, 2, F>(s, a, b, row, finish),
-                _ => panel::<6, 2, F>(s, a, b, row, finish),
-            };
-        }
-    }
-}
-
-/// `MR` rows by all lanes.
-#[inline(always)]
-unsafe fn panel<'a, const MR: usize, const NR: usize, F: Finish<Avx512<'a>>>(
-    s: Avx512<'a>,
-    a: Left,
-    b: Right,
-    row: usize,
-    finish: F,
-) -> usize {
-    let mut lane = 0;
-    // SAFETY: blocks stay below `lanes`, a multiple of 16.
-    unsafe {
-        while lane + 16 * NR <= b.lanes {
-            block::<MR, NR, F>(s, a, b, row, lane, finish);
-            lane += 16 * NR;
-        }
-        while lane < b.lanes {
-            block::<MR, 1, F>(s, a, b, row, lane, finish);
-            lane += 16;
-        }
-    }
-    MR
-}
-
-#[inline(always)]
-unsafe fn block<'a, const MR: usize, const NR: usize, F: Finish<Avx512<'a>>>(
-    s: Avx512<'a>,
-    a: Left,
-    b: Right,
-    row: usize,
-    lane: usize,
-    finish: F,
-) {
-    // SAFETY: rows and lanes are within the factors, by the caller; depth is theirs.
-    unsafe {
-        let zero = _mm512_setzero_si512();
-        let (mut upper, mut lower) = ([[zero; NR]; MR], [[zero; NR]; MR]);
-        let left = a.data.add(row * a.stride);
-        let mut right = b.data.add(lane);
-        let fours = a.depth / 2;
-        for depth in 0..fours {
-            let mut levels = [zero; NR];
-            for (n, x) in levels.iter_mut().enumerate() {
-                *x = _mm512_loadu_si512(right.add(16 * n).cast());
-            }
-            for r in 0..MR {
-                let at = left.add(r * a.stride + depth);
-                let (x, y) = (_mm512_set1_epi32(at.read()), _mm512_set1_epi32(at.add(fours).read()));
-                for n in 0..NR {
-                    upper[r][n] = _mm512_dpbusd_epi32(upper[r][n], levels[n], x);
-                    lower[r][n] = _mm512_dpbusd_epi32(lower[r][n], levels[n], y);
-                }
-            }
-            right = right.add(b.stride);
-        }
-        for r in 0..MR {
-            let start = _mm512_set1_epi32(finish.start(row + r));
-            for n in 0..NR {
-                let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(upper[r][n]), lower[r][n]);
-                let sum = _mm512_add_epi32(sum, start);
-                finish.put(s, row + r, lane + 16 * n, _mm512_castsi512_si256(sum));
-                finish.put(s, row + r, lane + 16 * n + LANES, _mm512_extracti64x4_epi64::<1>(sum));
-            }
-        }
-    }
-}
