@@ -87,8 +87,8 @@ pub struct Scratch {
     mask: [f32; MAX_ROWS * MAX_TILE],
     /// Coded outputs, `[row][lane]`.
     outputs: [[f32; ROW_FLOATS]; OUTPUTS],
-    /// `q . mean`, and sums of probabilities, `[row][set]`.
-    constants: [f32; MAX_ROWS * MAX_SETS],
+    /// `q . mean`, `[set][row]`, and sums of probabilities, `[row][set]`.
+    constants: [[f32; MAX_ROWS]; MAX_SETS],
     sums: [f32; MAX_ROWS * MAX_SETS],
     /// Largest score so far, and what the last tile's growth leaves of earlier sums.
     largest: [f32; MAX_ROWS],
@@ -274,7 +274,8 @@ impl<S: Engine> State<'_, '_, S> {
             let few = item.rows <= S::FEW_ROWS;
             let mut weighed = None;
             if few && k_sets.is_power_of_two() {
-                self.few_scores(k_sets, &rows, padded, ahead);
+                let (queries, finish) = self.of_set(k_sets);
+                s.products_of_keys(item.k, &rows, padded, queries, ahead, finish);
             } else {
                 s.keys(item.k, &rows, padded, item.tile, levels, low, ahead);
                 weighed = self.weigh(k_sets, v_sets, mask, padded);
@@ -367,17 +368,15 @@ impl<S: Engine> State<'_, '_, S> {
         }
         // SAFETY: as in `scores`.
         unsafe {
-            self.learn_constants(k_sets);
-            let constant = self.constants(k_sets);
-            let slot = self.folded(fold::key(item.k_sets, k_sets.trailing_zeros() as u8), k_sets);
+            let (queries, Scores { scale, start, step, constant, .. }) = self.of_set(k_sets);
             let mut sum = [0.0f32; MAX_ROWS];
             let tile = Tile {
-                queries: self.queries(slot),
+                queries,
                 keys: Right { data: (&raw const (*x).levels).cast(), stride: item.tile, lanes: n },
-                start: (&raw const (*x).folded_start[slot]).cast(),
-                step: (&raw const (*x).folded_step[slot]).cast(),
-                constant: constant.as_ptr(),
-                k_scale: (&raw const (*x).k_scale).cast(),
+                start,
+                step,
+                constant,
+                k_scale: scale,
                 v_scale: (&raw const (*x).v_scale).cast(),
                 mask,
                 stride: item.tile,
@@ -405,24 +404,23 @@ impl<S: Engine> State<'_, '_, S> {
         }
     }
 
-    /// Scores of few rows and a tile of one set.
+    /// Queries folded for a set, and what makes scores of their products with its keys.
     #[inline(always)]
-    unsafe fn few_scores(&mut self, set: u16, rows: &[*const u8; MAX_TILE], n: usize, ahead: usize) {
-        let (s, item, x) = (self.s, self.item, self.x);
+    unsafe fn of_set(&mut self, set: u16) -> (Left, Scores) {
+        let (item, x, id) = (self.item, self.x, set.trailing_zeros());
         // SAFETY: as in `scores`.
         unsafe {
             self.learn_constants(set);
-            let constant = self.constants(set);
-            let slot = self.folded(fold::key(item.k_sets, set.trailing_zeros() as u8), set);
+            let slot = self.folded(fold::key(item.k_sets, id as u8), set);
             let finish = Scores {
                 out: (&raw mut (*x).scores).cast(),
                 stride: item.tile,
                 scale: (&raw const (*x).k_scale).cast(),
                 start: (&raw const (*x).folded_start[slot]).cast(),
                 step: (&raw const (*x).folded_step[slot]).cast(),
-                constant: constant.as_ptr(),
+                constant: (&raw const (*x).constants[id as usize]).cast(),
             };
-            s.products_of_keys(item.k, rows, n, self.queries(slot), ahead, finish);
+            (self.queries(slot), finish)
         }
     }
 
@@ -471,17 +469,6 @@ impl<S: Engine> State<'_, '_, S> {
         Left { data, stride: half, rows: item.rows, depth: half }
     }
 
-    /// `q . mean` of all rows, of one set.
-    #[inline(always)]
-    unsafe fn constants(&self, set: u16) -> [f32; MAX_ROWS] {
-        let mut out = [0.0f32; MAX_ROWS];
-        for (row, c) in out[..self.item.rows].iter_mut().enumerate() {
-            // SAFETY: the set's constants are known.
-            *c = unsafe { (*self.x).constants[row * MAX_SETS + set.trailing_zeros() as usize] };
-        }
-        out
-    }
-
     /// Scales a row's sums of probabilities by what a growth leaves of them.
     #[inline(always)]
     unsafe fn keep_sums(&self, row: usize, keep: f32) {
@@ -501,11 +488,14 @@ impl<S: Engine> State<'_, '_, S> {
         let (s, item, x) = (self.s, self.item, self.x);
         // SAFETY: scratch pieces have MAX_ROWS rows of MAX_TILE.
         unsafe {
+            let right = Right { data: (&raw const (*x).levels).cast(), stride: item.tile, lanes: n };
+            if k_sets.is_power_of_two() {
+                let (queries, finish) = self.of_set(k_sets);
+                return s.product(queries, right, finish);
+            }
             self.learn_constants(k_sets);
-            let scores = (&raw mut (*x).scores).cast::<f32>();
-            let constants = (&raw const (*x).constants).cast::<f32>();
-            let one_set = k_sets.is_power_of_two();
-            let constant = if one_set { self.constants(k_sets) } else { [0.0; MAX_ROWS] };
+            let out = (&raw mut (*x).scores).cast::<f32>();
+            out.write_bytes(0, item.rows * item.tile);
             let present = Present::new(item.k_sets, k_sets);
             for t in 0..present.n {
                 let slot = self.folded(present.keys[t], present.sets[t]);
@@ -514,24 +504,13 @@ impl<S: Engine> State<'_, '_, S> {
                 } else {
                     self.scales_of(present.sets[t], n, false)
                 };
-                let left = self.queries(slot);
-                let right = Right { data: (&raw const (*x).levels).cast(), stride: item.tile, lanes: n };
                 let start = (&raw const (*x).folded_start[slot]).cast::<i32>();
                 let step = (&raw const (*x).folded_step[slot]).cast::<f32>();
-                if t == 0 {
-                    let constant = constant.as_ptr();
-                    s.product(left, right, Scores { out: scores, stride: item.tile, scale, start, step, constant });
-                } else {
-                    let more = MoreScores { out: scores, stride: item.tile, scale, start, step };
-                    s.product(left, right, more);
-                }
+                s.product(self.queries(slot), right, MoreScores { out, stride: item.tile, scale, start, step });
             }
-            if !one_set {
-                for row in 0..item.rows {
-                    for key in 0..n {
-                        let c = constants.add(row * MAX_SETS + usize::from((*x).k_set[key])).read();
-                        *scores.add(row * item.tile + key) += c;
-                    }
+            for row in 0..item.rows {
+                for key in 0..n {
+                    *out.add(row * item.tile + key) += (*x).constants[usize::from((*x).k_set[key]) % MAX_SETS][row];
                 }
             }
         }
@@ -570,18 +549,23 @@ impl<S: Engine> State<'_, '_, S> {
                 s.softmax(&mut block, rows);
                 for r in 0..rows {
                     let row = first + r;
-                    let sums = (&raw mut (*x).sums[row * MAX_SETS]).cast::<f32>();
                     (*x).keep[row] = block.keep[r];
                     if block.largest[r] > block.before[r] {
                         grown = true;
                         self.keep_sums(row, block.keep[r]);
                         (*x).largest[row] = block.largest[r];
                     }
-                    if v_sets.is_power_of_two() {
-                        *sums.add(v_sets.trailing_zeros() as usize) += block.sum[r];
-                    } else {
-                        for key in 0..n {
-                            *sums.add(usize::from((*x).v_set[key])) += scores.add(row * item.tile + key).read();
+                }
+                let sum = |row: usize, set: usize| (&raw mut (*x).sums).cast::<f32>().add(row * MAX_SETS + set);
+                if v_sets.is_power_of_two() {
+                    for r in 0..rows {
+                        *sum(first + r, v_sets.trailing_zeros() as usize) += block.sum[r];
+                    }
+                } else {
+                    // Every addition waits for the row's last one: beside it go those of the other rows.
+                    for key in 0..n {
+                        for r in 0..rows {
+                            *sum(first + r, usize::from((*x).v_set[key])) += block.scores.add(r * item.tile + key).read();
                         }
                     }
                 }
@@ -707,7 +691,7 @@ impl<S: Engine> State<'_, '_, S> {
                     }
                 }
                 // SAFETY: within the scratch.
-                unsafe { (*x).constants[row * MAX_SETS + id] = s.sum_lanes(sum) * self.factor };
+                unsafe { (*x).constants[id][row] = s.sum_lanes(sum) * self.factor };
             }
         }
     }
@@ -798,7 +782,7 @@ impl<S: Engine> State<'_, '_, S> {
     }
 }
 
-/// Scores of a further transform: those of other transforms' keys stay, their scale being 0.
+/// Scores of one transform of several: those of other transforms' keys stay, their scale being 0.
 #[derive(Clone, Copy)]
 struct MoreScores {
     out: *mut f32,

@@ -4,14 +4,14 @@
 //! Everything works on eight lanes of 32 bits, in the same order on all paths and without fused multiply-adds: all
 //! paths give the same bits.
 
-pub mod vectors;
-pub mod portable;
+#[cfg(target_arch = "x86_64")]
+pub mod amx;
 #[cfg(target_arch = "x86_64")]
 pub mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub mod avx512;
-#[cfg(target_arch = "x86_64")]
-pub mod amx;
+pub mod portable;
+pub mod vectors;
 
 /// Lanes of a vector.
 pub const LANES: usize = 8;
