@@ -127,8 +127,8 @@ pub fn attend_shard_on(
         };
         for index in (first..end).step_by(step) {
             // Of a run of neighbours, the heads of a chunk bring in the next one together.
-            let later = if step == 1 { later(args, &cut, &piece, index, first..end) } else { (std::ptr::null(), 0) };
-            run_item(isa, layer, &sides, factors, args, &cut, &piece, &partials, index, later, &mut scratch)?;
+            let run = if step == 1 { first..end } else { index..index + 1 };
+            run_item(isa, layer, &sides, factors, args, &cut, &piece, &partials, index, run, &mut scratch)?;
         }
     }
     Ok(())
@@ -230,8 +230,7 @@ fn check_keys(args: &AttendArgs<'_>) -> Result<()> {
         .checked_mul(args.stream_slots)
         .and_then(|x| x.checked_add(args.first_slot))
         .and_then(|x| x.checked_add(args.n_kv));
-    let by_table = args.sequences.is_some_and(|s| s.batch().table.is_some());
-    if args.n_streams > 0 && args.n_kv > 0 && !by_table && end.is_none_or(|end| end > n_slots) {
+    if args.n_streams > 0 && args.n_kv > 0 && !by_table(args) && end.is_none_or(|end| end > n_slots) {
         return fail(format!(
             "keys reach slot {} + {last_stream} * {} + {}; the store has {n_slots}",
             args.first_slot, args.stream_slots, args.n_kv
@@ -286,13 +285,17 @@ struct Scratches {
 // docs/linking.md tells engines how much stack attend takes: nearly all of it is this.
 const _: () = assert!(size_of::<Scratches>() < 420 << 10);
 
+/// Whether records lie in blocks, anywhere.
+fn by_table(args: &AttendArgs<'_>) -> bool {
+    args.sequences.is_some_and(|s| s.batch().table.is_some())
+}
+
 /// First byte, and bytes, of this item's share of the next chunk's records, if that chunk is in the same `run` of items of a
 /// call with one block.
-fn later(args: &AttendArgs<'_>, cut: &Cut, piece: &Piece, index: usize, run: Range<usize>) -> (*const u8, usize) {
+fn later(args: &AttendArgs<'_>, cut: &Cut, piece: &Piece, index: usize, run: &Range<usize>) -> (*const u8, usize) {
     let part = index / cut.heads;
     let (first, end) = ((part + 1) * piece.chunk, ((part + 2) * piece.chunk).min(piece.sequence.n_kv));
-    let by_table = args.sequences.is_some_and(|s| s.batch().table.is_some());
-    if (part + 1) * cut.heads >= run.end || first >= end || by_table {
+    if (part + 1) * cut.heads >= run.end || first >= end || by_table(args) {
         return (std::ptr::null(), 0);
     }
     // Heads of this chunk that are in the run.
@@ -304,7 +307,7 @@ fn later(args: &AttendArgs<'_>, cut: &Cut, piece: &Piece, index: usize, run: Ran
     (records.wrapping_add(slot * stride + bytes * share / shares), bytes.div_ceil(shares))
 }
 
-/// Item `index` of a sequence's `[block][part][KV head]`.
+/// Item `index` of a sequence's `[block][part][KV head]`, one of a `run` of neighbours that the thread works on.
 #[allow(clippy::too_many_arguments)]
 fn run_item(
     isa: Isa,
@@ -316,7 +319,7 @@ fn run_item(
     piece: &Piece,
     partials: &Partials,
     index: usize,
-    later: (*const u8, usize),
+    run: Range<usize>,
     scratch: &mut Scratches,
 ) -> Result<()> {
     let sequence = &piece.sequence;
@@ -363,7 +366,8 @@ fn run_item(
         },
         tile: cut.tile,
         keys: first_key..end_key.min(sequence.n_kv),
-        later,
+        later: later(args, cut, piece, index, &run),
+        asked: !by_table(args) && (run.start / cut.heads + 1..piece.parts).contains(&(index / cut.heads)),
         head,
         mask: args.mask,
         sight,

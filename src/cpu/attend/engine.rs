@@ -122,10 +122,9 @@ pub trait Engine: Simd {
         tile: usize,
         out: *mut i32,
         _low: *mut u8,
-        ahead: usize,
     ) {
         // SAFETY: the caller's promise.
-        unsafe { expand::keys(self, lanes, rows, n, tile, out, ahead) }
+        unsafe { expand::keys(self, lanes, rows, n, tile, out) }
     }
 
     /// See [`expand::values`].
@@ -140,10 +139,9 @@ pub trait Engine: Simd {
         n: usize,
         out: *mut i32,
         _low: *mut u8,
-        ahead: usize,
     ) {
         // SAFETY: the caller's promise.
-        unsafe { expand::values(self, lanes, rows, n, out, ahead) }
+        unsafe { expand::values(self, lanes, rows, n, out) }
     }
 
     /// Rows up to which products are taken straight from the codes.
@@ -160,7 +158,6 @@ pub trait Engine: Simd {
         _rows: &[*const u8; MAX_TILE],
         _n: usize,
         _queries: Left,
-        _ahead: usize,
         _finish: Scores,
     ) {
         unreachable!("an engine with FEW_ROWS has this, too")
@@ -177,7 +174,6 @@ pub trait Engine: Simd {
         _rows: &[*const u8; MAX_TILE],
         _n: usize,
         _weights: Left,
-        _ahead: usize,
         _finish: Outputs,
     ) {
         unreachable!("an engine with FEW_ROWS has this, too")
@@ -251,11 +247,10 @@ impl Engine for Avx2 {
         rows: &[*const u8; MAX_TILE],
         n: usize,
         queries: Left,
-        ahead: usize,
         finish: Scores,
     ) {
         // SAFETY: the caller's promise.
-        by_rows!(queries.rows, R => unsafe { few_keys::<R>(self, lanes, rows, n, queries, ahead, finish) })
+        by_rows!(queries.rows, R => unsafe { few_keys::<R>(self, lanes, rows, n, queries, finish) })
     }
 
     #[inline(always)]
@@ -265,11 +260,10 @@ impl Engine for Avx2 {
         rows: &[*const u8; MAX_TILE],
         n: usize,
         weights: Left,
-        ahead: usize,
         finish: Outputs,
     ) {
         // SAFETY: the caller's promise.
-        by_rows!(weights.rows, R => unsafe { few_values::<R>(self, tier, rows, n, weights, ahead, finish) })
+        by_rows!(weights.rows, R => unsafe { few_values::<R>(self, tier, rows, n, weights, finish) })
     }
 }
 
@@ -284,11 +278,10 @@ macro_rules! few {
             rows: &[*const u8; MAX_TILE],
             n: usize,
             left: Left,
-            ahead: usize,
             finish: $finish,
         ) {
             // SAFETY: the caller's promise.
-            unsafe { expand::$products::<_, R>(s, lanes, rows, n, left, ahead, finish) }
+            unsafe { expand::$products::<_, R>(s, lanes, rows, n, left, finish) }
         }
     };
 }

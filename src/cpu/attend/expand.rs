@@ -15,8 +15,7 @@ pub const FEW_ROWS: usize = 4;
 
 /// Levels of keys as `[pair of channels][tile]`, both channels of a pair in one 32-bit lane.
 ///
-/// `rows[..n]` point at records; `n` is a multiple of 8, at most `tile`. The codes `ahead` bytes further on will be needed
-/// next: asking for them here, a few rows at a time, spreads the waiting.
+/// `rows[..n]` point at records; `n` is a multiple of 8, at most `tile`.
 ///
 /// # Safety
 /// Every row is readable over its record. `out` has room for `head_dim / 2 * tile` lanes.
@@ -28,11 +27,10 @@ pub unsafe fn keys<S: Simd>(
     n: usize,
     tile: usize,
     out: *mut i32,
-    ahead: usize,
 ) {
     for tier in lanes.tiers() {
         // SAFETY: `out` has room for every tier's pairs; the rest is the caller's promise.
-        unsafe { all_keys(s, tier, rows, n, ahead, Stored { out: out.add(tier.first_pair * tile), tile }) }
+        unsafe { all_keys(s, tier, rows, n, Stored { out: out.add(tier.first_pair * tile), tile }) }
     }
 }
 
@@ -47,7 +45,6 @@ pub unsafe fn products_of_keys<S: Simd, const R: usize>(
     rows: &Rows,
     n: usize,
     queries: Left,
-    ahead: usize,
     finish: impl Finish<S>,
 ) {
     let mut sums = [[s.splat_i(0); MAX_TILE / LANES]; R];
@@ -58,7 +55,7 @@ pub unsafe fn products_of_keys<S: Simd, const R: usize>(
     unsafe {
         for tier in lanes.tiers() {
             let queries = queries.data.add(tier.first_pair);
-            all_keys(s, tier, rows, n, ahead, Summed { queries, stride: lanes.head_dim / 2, sums: &raw mut sums });
+            all_keys(s, tier, rows, n, Summed { queries, stride: lanes.head_dim / 2, sums: &raw mut sums });
         }
         for (r, sums) in sums.into_iter().enumerate() {
             for (i, sums) in sums.into_iter().enumerate().take(n / LANES) {
@@ -132,16 +129,16 @@ impl<S: Simd, const R: usize> ToKeys<S> for Summed<S, R> {
 }
 
 #[inline(always)]
-unsafe fn all_keys<S: Simd>(s: S, tier: &TierLanes, rows: &Rows, n: usize, ahead: usize, to: impl ToKeys<S>) {
+unsafe fn all_keys<S: Simd>(s: S, tier: &TierLanes, rows: &Rows, n: usize, to: impl ToKeys<S>) {
     // SAFETY: the caller's promise.
     unsafe {
         match tier.bits {
-            8 => tier_of_keys::<S, 8, _>(s, tier, rows, n, ahead, to),
-            6 => tier_of_keys::<S, 6, _>(s, tier, rows, n, ahead, to),
-            5 => tier_of_keys::<S, 5, _>(s, tier, rows, n, ahead, to),
-            4 => tier_of_keys::<S, 4, _>(s, tier, rows, n, ahead, to),
-            3 => tier_of_keys::<S, 3, _>(s, tier, rows, n, ahead, to),
-            _ => tier_of_keys::<S, 2, _>(s, tier, rows, n, ahead, to),
+            8 => tier_of_keys::<S, 8, _>(s, tier, rows, n, to),
+            6 => tier_of_keys::<S, 6, _>(s, tier, rows, n, to),
+            5 => tier_of_keys::<S, 5, _>(s, tier, rows, n, to),
+            4 => tier_of_keys::<S, 4, _>(s, tier, rows, n, to),
+            3 => tier_of_keys::<S, 3, _>(s, tier, rows, n, to),
+            _ => tier_of_keys::<S, 2, _>(s, tier, rows, n, to),
         }
     }
 }
@@ -152,14 +149,12 @@ unsafe fn tier_of_keys<S: Simd, const BITS: u8, T: ToKeys<S>>(
     tier: &TierLanes,
     rows: &Rows,
     n: usize,
-    ahead: usize,
     to: T,
 ) {
     let fields = Fields::<S, BITS>::new(s, tier);
     for first in (0..n).step_by(LANES) {
         let planes: [*const u8; LANES] = std::array::from_fn(|k| rows[first + k].wrapping_add(tier.main));
         let lows: [*const u8; LANES] = std::array::from_fn(|k| rows[first + k].wrapping_add(tier.low));
-        planes.iter().for_each(|p| s.prefetch(p.wrapping_add(ahead)));
         let mut at = 0;
         // SAFETY: a plane of keys may be read beyond its end: those of values follow, 16 bytes at least.
         unsafe {
@@ -274,10 +269,10 @@ unsafe fn low_of_keys<S: Simd, const BITS: u8, const GROUPS: usize>(
 /// # Safety
 /// As for [`keys`], with room for `n / 2 * lanes.lanes` lanes in `out`.
 #[inline(always)]
-pub unsafe fn values<S: Simd>(s: S, lanes: &SideLanes, rows: &Rows, n: usize, out: *mut i32, ahead: usize) {
+pub unsafe fn values<S: Simd>(s: S, lanes: &SideLanes, rows: &Rows, n: usize, out: *mut i32) {
     for tier in lanes.tiers() {
         // SAFETY: a tier's lanes lie within those of the side; the rest is the caller's promise.
-        unsafe { all_values(s, tier, rows, n, ahead, Unfolded { out: out.add(tier.first_lane), lanes: lanes.lanes }) }
+        unsafe { all_values(s, tier, rows, n, Unfolded { out: out.add(tier.first_lane), lanes: lanes.lanes }) }
     }
 }
 
@@ -299,12 +294,11 @@ pub unsafe fn products_of_values<S: Simd, const R: usize>(
     rows: &Rows,
     n: usize,
     weights: Left,
-    ahead: usize,
     finish: impl Finish<S>,
 ) {
     let to = Weighed::<_, R> { data: weights.data, stride: weights.stride, finish };
     // SAFETY: the caller's promise.
-    unsafe { all_values(s, tier, rows, n, ahead, to) }
+    unsafe { all_values(s, tier, rows, n, to) }
 }
 
 /// What becomes of the levels of values.
@@ -419,16 +413,16 @@ impl<F, const R: usize> Weighed<F, R> {
 }
 
 #[inline(always)]
-unsafe fn all_values<S: Simd>(s: S, tier: &TierLanes, rows: &Rows, n: usize, ahead: usize, to: impl ToValues<S>) {
+unsafe fn all_values<S: Simd>(s: S, tier: &TierLanes, rows: &Rows, n: usize, to: impl ToValues<S>) {
     // SAFETY: the caller's promise.
     unsafe {
         match tier.bits {
-            8 => tier_of_values::<S, 8>(s, tier, rows, n, ahead, to),
-            6 => tier_of_values::<S, 6>(s, tier, rows, n, ahead, to),
-            5 => tier_of_values::<S, 5>(s, tier, rows, n, ahead, to),
-            4 => tier_of_values::<S, 4>(s, tier, rows, n, ahead, to),
-            3 => tier_of_values::<S, 3>(s, tier, rows, n, ahead, to),
-            _ => tier_of_values::<S, 2>(s, tier, rows, n, ahead, to),
+            8 => tier_of_values::<S, 8>(s, tier, rows, n, to),
+            6 => tier_of_values::<S, 6>(s, tier, rows, n, to),
+            5 => tier_of_values::<S, 5>(s, tier, rows, n, to),
+            4 => tier_of_values::<S, 4>(s, tier, rows, n, to),
+            3 => tier_of_values::<S, 3>(s, tier, rows, n, to),
+            _ => tier_of_values::<S, 2>(s, tier, rows, n, to),
         }
     }
 }
@@ -488,12 +482,10 @@ unsafe fn tier_of_values<S: Simd, const BITS: u8>(
     tier: &TierLanes,
     rows: &Rows,
     n: usize,
-    ahead: usize,
     to: impl ToValues<S>,
 ) {
     let fields = Fields::<S, BITS>::new(s, tier);
     let lanes = Fields::<S, BITS>::COUNT * LANES;
-    rows[..n].iter().for_each(|row| s.prefetch(row.wrapping_add(tier.main + ahead)));
     let (mut at, mut lane) = (0, 0);
     // SAFETY: bytes `at ..` of the planes remain in each step. Chunk c (16 bytes) of the planes starts lane
     // `c * COUNT * 8` of the tier.

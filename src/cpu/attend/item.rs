@@ -32,6 +32,8 @@ pub struct Item<'a> {
     pub keys: std::ops::Range<usize>,
     /// First byte, and bytes, of records that the thread comes to later: to be asked for while it works on these, never read.
     pub later: (*const u8, usize),
+    /// Whether the thread has asked for this item's records that way.
+    pub asked: bool,
     pub head: usize,
     pub mask: Option<Mask<'a>>,
     /// Who sees what without a mask.
@@ -221,6 +223,21 @@ impl<S: Engine> State<'_, '_, S> {
         }
     }
 
+    /// Asks for a side's records of the next tile, if nobody did before.
+    #[inline(always)]
+    fn ask_next(&self, side: &SideLanes, rows: &[*const u8]) {
+        let (s, item) = (self.s, self.item);
+        if item.asked {
+            return;
+        }
+        // Blocks that follow each other in a table most often do in memory, too.
+        let ahead = item.tile * item.records.stride;
+        for row in rows {
+            side.tiers().iter().for_each(|tier| s.prefetch(row.wrapping_add(ahead + tier.main)));
+            s.prefetch(row.wrapping_add(ahead + side.header));
+        }
+    }
+
     #[inline(always)]
     unsafe fn tile(&mut self, first: usize, n: usize) {
         let (s, item, x) = (self.s, self.item, self.x);
@@ -245,7 +262,6 @@ impl<S: Engine> State<'_, '_, S> {
             let mut rows = [std::ptr::null::<u8>(); MAX_TILE];
             item.records.rows(first, n, &mut rows);
             let (k_header, v_header) = (item.k.header, item.v.header);
-            let ahead = item.tile * item.records.stride;
             let (mut k_bits, mut v_bits) = ([0u32; MAX_TILE], [0u32; MAX_TILE]);
             if seen == u64::MAX >> (64 - n) {
                 let first = rows[0];
@@ -258,8 +274,6 @@ impl<S: Engine> State<'_, '_, S> {
             }
             for key in 0..padded {
                 let row = rows[key];
-                // Blocks that follow each other in a table most often do in memory, too.
-                s.prefetch(row.wrapping_add(ahead + k_header));
                 k_bits[key] = u32::from(row.add(k_header).cast::<u16>().read_unaligned());
                 v_bits[key] = u32::from(row.add(v_header).cast::<u16>().read_unaligned());
             }
@@ -269,15 +283,16 @@ impl<S: Engine> State<'_, '_, S> {
 
             // Scores.
             self.ask();
+            self.ask_next(item.k, &rows[..padded]);
             let levels = (&raw mut (*x).levels).cast::<i32>();
             let low = (&raw mut (*x).low).cast::<u8>();
             let few = item.rows <= S::FEW_ROWS;
             let mut weighed = None;
             if few && k_sets.is_power_of_two() {
                 let (queries, finish) = self.of_set(k_sets);
-                s.products_of_keys(item.k, &rows, padded, queries, ahead, finish);
+                s.products_of_keys(item.k, &rows, padded, queries, finish);
             } else {
-                s.keys(item.k, &rows, padded, item.tile, levels, low, ahead);
+                s.keys(item.k, &rows, padded, item.tile, levels, low);
                 weighed = self.weigh(k_sets, v_sets, mask, padded);
                 if weighed.is_none() {
                     self.scores(k_sets, padded);
@@ -292,10 +307,11 @@ impl<S: Engine> State<'_, '_, S> {
 
             // Outputs.
             self.ask();
+            self.ask_next(item.v, &rows[..padded]);
             if few && v_sets.is_power_of_two() {
-                self.few_outputs(v_sets, &rows, padded, grown, ahead);
+                self.few_outputs(v_sets, &rows, padded, grown);
             } else {
-                s.values(item.v, &rows, padded, levels, low, ahead);
+                s.values(item.v, &rows, padded, levels, low);
                 self.outputs(v_sets, padded, grown, weighed.is_some());
             }
         }
@@ -426,7 +442,7 @@ impl<S: Engine> State<'_, '_, S> {
 
     /// Adds the values of a tile of one set to the coded outputs of few rows.
     #[inline(always)]
-    unsafe fn few_outputs(&mut self, set: u16, rows: &[*const u8; MAX_TILE], n: usize, grown: bool, ahead: usize) {
+    unsafe fn few_outputs(&mut self, set: u16, rows: &[*const u8; MAX_TILE], n: usize, grown: bool) {
         let (s, item, x) = (self.s, self.item, self.x);
         // SAFETY: as in `outputs`.
         unsafe {
@@ -438,7 +454,7 @@ impl<S: Engine> State<'_, '_, S> {
             self.weights(set, n, true);
             let weights = Left { data: (&raw const (*x).weights).cast(), stride: item.tile / 2, rows: item.rows, depth: n / 2 };
             for tier in item.v.tiers() {
-                s.products_of_values(tier, rows, n, weights, ahead, self.outputs_of(slot, tier));
+                s.products_of_values(tier, rows, n, weights, self.outputs_of(slot, tier));
             }
         }
     }

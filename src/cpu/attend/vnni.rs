@@ -66,18 +66,17 @@ impl Engine for Avx512<'_> {
         tile: usize,
         out: *mut i32,
         low: *mut u8,
-        ahead: usize,
     ) {
         for tier in lanes.tiers() {
             unsafe {
                 let out = out.add(tier.first_pair / 2 * tile);
                 match tier.bits {
-                    8 => tier_of_keys::<8>(tier, rows, n, tile, out, low, ahead),
-                    6 => tier_of_keys::<6>(tier, rows, n, tile, out, low, ahead),
-                    5 => tier_of_keys::<5>(tier, rows, n, tile, out, low, ahead),
-                    4 => tier_of_keys::<4>(tier, rows, n, tile, out, low, ahead),
-                    3 => tier_of_keys::<3>(tier, rows, n, tile, out, low, ahead),
-                    _ => tier_of_keys::<2>(tier, rows, n, tile, out, low, ahead),
+                    8 => tier_of_keys::<8>(tier, rows, n, tile, out, low),
+                    6 => tier_of_keys::<6>(tier, rows, n, tile, out, low),
+                    5 => tier_of_keys::<5>(tier, rows, n, tile, out, low),
+                    4 => tier_of_keys::<4>(tier, rows, n, tile, out, low),
+                    3 => tier_of_keys::<3>(tier, rows, n, tile, out, low),
+                    _ => tier_of_keys::<2>(tier, rows, n, tile, out, low),
                 }
             }
         }
@@ -85,17 +84,17 @@ impl Engine for Avx512<'_> {
 
     /// `[four rows][lane]`.
     #[inline(always)]
-    unsafe fn values(self, lanes: &SideLanes, rows: &Rows, n: usize, out: *mut i32, low: *mut u8, ahead: usize) {
+    unsafe fn values(self, lanes: &SideLanes, rows: &Rows, n: usize, out: *mut i32, low: *mut u8) {
         for tier in lanes.tiers() {
             unsafe {
                 let out = out.add(tier.first_lane);
                 match tier.bits {
-                    8 => tier_of_values::<8>(tier, rows, n, lanes.lanes, out, low, ahead),
-                    6 => tier_of_values::<6>(tier, rows, n, lanes.lanes, out, low, ahead),
-                    5 => tier_of_values::<5>(tier, rows, n, lanes.lanes, out, low, ahead),
-                    4 => tier_of_values::<4>(tier, rows, n, lanes.lanes, out, low, ahead),
-                    3 => tier_of_values::<3>(tier, rows, n, lanes.lanes, out, low, ahead),
-                    _ => tier_of_values::<2>(tier, rows, n, lanes.lanes, out, low, ahead),
+                    8 => tier_of_values::<8>(tier, rows, n, lanes.lanes, out, low),
+                    6 => tier_of_values::<6>(tier, rows, n, lanes.lanes, out, low),
+                    5 => tier_of_values::<5>(tier, rows, n, lanes.lanes, out, low),
+                    4 => tier_of_values::<4>(tier, rows, n, lanes.lanes, out, low),
+                    3 => tier_of_values::<3>(tier, rows, n, lanes.lanes, out, low),
+                    _ => tier_of_values::<2>(tier, rows, n, lanes.lanes, out, low),
                 }
             }
         }
@@ -328,13 +327,9 @@ unsafe fn tier_of_keys<const BITS: u8>(
     tile: usize,
     out: *mut i32,
     low: *mut u8,
-    ahead: usize,
 ) {
     // SAFETY: rows are readable over their records, `out` has room for the tier's fours of channels.
     unsafe {
-        for row in &rows[..n] {
-            _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(tier.main + ahead).cast());
-        }
         let copies = if Fields::<BITS>::HAS_LOW { doubled(tier, rows, n, low) } else { None };
         let (low_rows, low_at) = copies.as_ref().map_or((rows, tier.low), |rows| (rows, 0));
         for at in (0..tier.bytes).step_by(16) {
@@ -401,13 +396,9 @@ unsafe fn tier_of_values<const BITS: u8>(
     lanes: usize,
     out: *mut i32,
     low: *mut u8,
-    ahead: usize,
 ) {
     // SAFETY: rows are readable over their records, `out` has room for the tier's lanes of every four rows.
     unsafe {
-        for row in &rows[..n] {
-            _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(tier.main + ahead).cast());
-        }
         let copies = if Fields::<BITS>::HAS_LOW { doubled(tier, rows, n, low) } else { None };
         let (low_rows, low_at) = copies.as_ref().map_or((rows, tier.low), |rows| (rows, 0));
         for at in (0..tier.bytes).step_by(16) {
