@@ -179,12 +179,10 @@ pub unsafe fn unfold<S: Simd>(
         let block = BLOCK.min(rows - first);
         for (r, y) in coded[..block].iter_mut().enumerate() {
             for tier in lanes.tiers() {
-                for lane in tier.first_lane..tier.first_lane + tier.lanes {
-                    if order[lane] != NO_CHANNEL {
-                        // SAFETY: a lane of a row below `rows`.
-                        let x = unsafe { acc.add((first + r) * lanes.lanes + lane).read() };
-                        y[usize::from(order[lane]) % MAX_DIM] = x * tier.unit;
-                    }
+                for lane in (tier.first_lane..tier.first_lane + tier.lanes).step_by(LANES) {
+                    // SAFETY: eight lanes of a row below `rows`; tiers have whole vectors.
+                    let x = unsafe { s.mul(s.load(acc.add((first + r) * lanes.lanes + lane)), s.splat(tier.unit)) };
+                    put_channels(s, x, &order[lane..lane + LANES], y);
                 }
             }
         }
@@ -203,6 +201,26 @@ pub unsafe fn unfold<S: Simd>(
                 }
                 Some(decode) => unfold_dense(s, decode, d, &coded, block, out, out_stride),
             }
+        }
+    }
+}
+
+/// Puts lanes at their channels, those of [`NO_CHANNEL`] nowhere.
+#[inline(always)]
+fn put_channels<S: Simd>(s: S, x: S::F, order: &[u16], y: &mut [f32; MAX_DIM]) {
+    let first = order[0];
+    // Those that are unfolded by bytes lie as their channels do.
+    let in_order = (0..LANES as u16).zip(order).fold(true, |all, (i, &c)| all & (c == first.wrapping_add(i)));
+    if in_order && usize::from(first) + LANES <= MAX_DIM {
+        // SAFETY: eight floats from `first` on.
+        return unsafe { s.store(y.as_mut_ptr().add(usize::from(first)), x) };
+    }
+    let mut each = [0.0; LANES];
+    // SAFETY: eight floats.
+    unsafe { s.store(each.as_mut_ptr(), x) };
+    for (x, &channel) in each.into_iter().zip(order) {
+        if channel != NO_CHANNEL {
+            y[usize::from(channel) % MAX_DIM] = x;
         }
     }
 }

@@ -572,23 +572,41 @@ impl<S: Engine> State<'_, '_, S> {
                         (*x).largest[row] = block.largest[r];
                     }
                 }
-                let sum = |row: usize, set: usize| (&raw mut (*x).sums).cast::<f32>().add(row * MAX_SETS + set);
                 if v_sets.is_power_of_two() {
                     for r in 0..rows {
-                        *sum(first + r, v_sets.trailing_zeros() as usize) += block.sum[r];
+                        (*x).sums[(first + r) * MAX_SETS + v_sets.trailing_zeros() as usize] += block.sum[r];
                     }
                 } else {
-                    // Every addition waits for the row's last one: beside it go those of the other rows.
-                    for key in 0..n {
-                        for r in 0..rows {
-                            *sum(first + r, usize::from((*x).v_set[key])) += block.scores.add(r * item.tile + key).read();
-                        }
-                    }
+                    self.sums_by_set(first, rows, n);
                 }
                 first += rows;
             }
         }
         grown
+    }
+
+    /// Adds the probabilities of a few rows to the sums of their sets, runs of keys of one set at a time. Every addition
+    /// waits for the row's last one: beside it go those of the other rows.
+    #[inline(always)]
+    unsafe fn sums_by_set(&mut self, first: usize, rows: usize, n: usize) {
+        // SAFETY: the scratch is exclusive; sets of `n` keys and the rows' probabilities were written.
+        let x = unsafe { &mut *self.x };
+        // Those beyond the last repeat it.
+        let rows: [usize; SOFTMAX_ROWS] = std::array::from_fn(|r| first + r.min(rows - 1));
+        let mut key = 0;
+        while key < n {
+            let set = usize::from(x.v_set[key]) % MAX_SETS;
+            let mut sums = rows.map(|row| x.sums[row * MAX_SETS + set]);
+            while key < n && usize::from(x.v_set[key]) == set {
+                for (sum, row) in sums.iter_mut().zip(rows) {
+                    *sum += x.scores[row * self.item.tile + key];
+                }
+                key += 1;
+            }
+            for (sum, row) in sums.into_iter().zip(rows) {
+                x.sums[row * MAX_SETS + set] = sum;
+            }
+        }
     }
 
     /// Adds the tile's values to the coded outputs. `weighed`: `weigh` has written the weights.

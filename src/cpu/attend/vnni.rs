@@ -18,12 +18,6 @@ use crate::cpu::simd::avx512::Avx512;
 
 type Rows = [*const u8; MAX_TILE];
 
-/// Bytes `upper` and `lower` of `x`, both signed: `x = 256 * upper + lower`.
-#[inline(always)]
-fn split(x: i32) -> (u8, u8) {
-    ((x + 128 >> 8) as u8, x as u8)
-}
-
 // SAFETY of all blocks below: a value of `Avx512` exists only where its `new` found the instructions; memory is the
 // caller's promise.
 #[allow(clippy::undocumented_unsafe_blocks)]
@@ -43,15 +37,24 @@ impl Engine for Avx512<'_> {
         unsafe { fold_dense(decode, d, q, y) }
     }
 
-    /// All upper bytes, then all lower ones.
+    /// All upper bytes, then all lower ones, both signed: `256 * upper + lower`.
     #[inline(always)]
     unsafe fn put_query(self, levels: &[i32; MAX_DIM], order: &[u16], out: *mut i32) {
-        let out = out.cast::<u8>();
-        for (i, &channel) in order.iter().enumerate() {
-            let (upper, lower) = split(levels[usize::from(channel) % MAX_DIM]);
+        let mut bytes = [[0u8; MAX_DIM]; 2];
+        for at in (0..order.len()).step_by(16) {
             unsafe {
-                out.add(i).write(upper);
-                out.add(order.len() + i).write(lower);
+                let x = _mm512_loadu_si512(levels.as_ptr().add(at).cast());
+                let upper = _mm512_srai_epi32::<8>(_mm512_add_epi32(x, _mm512_set1_epi32(128)));
+                _mm_storeu_si128(bytes[0].as_mut_ptr().add(at).cast(), _mm512_cvtepi32_epi8(upper));
+                _mm_storeu_si128(bytes[1].as_mut_ptr().add(at).cast(), _mm512_cvtepi32_epi8(x));
+            }
+        }
+        // The channels of a four follow each other.
+        for (i, four) in order.as_chunks::<4>().0.iter().enumerate() {
+            let first = usize::from(four[0]) % MAX_DIM;
+            for (half, bytes) in bytes.iter().enumerate() {
+                let four = bytes[first..].first_chunk::<4>().map_or(0, |four| i32::from_ne_bytes(*four));
+                unsafe { out.add(half * order.len() / 4 + i).write(four) };
             }
         }
     }
