@@ -73,6 +73,9 @@ fn main() {
         run_encode(&mut c, case, copy);
         run_dequantize(&mut c, case, copy);
     }
+    for case in [SMALL, Case { n_kv: 512, ..GEMMA }, Case { n_kv: 512, ..LLAMA }] {
+        run_token(&mut c, &case);
+    }
     for d in [64, 128, 256] {
         run_fit(&mut c, d);
     }
@@ -131,8 +134,14 @@ impl Fixture {
         let (mut random, d) = (Random(1), case.d);
         for head in &factors.k {
             let set = FactorSet::dense(random.halves(d, 1.0), random.halves(d * d, 0.2), ROTATION_KAPPA);
-            let encode = random.floats(d * d).into();
-            head.sets.push_fit(set, Some(encode)).unwrap();
+            let mut encode = random.floats(d * d);
+            for tier in layer.k.plan.tiers.iter().filter(|_| layer.k.plan.feedback_len() > 0) {
+                for j in 0..tier.channels {
+                    encode.extend((0..j).map(|_| 0.05 * random.float()));
+                    encode.push(1.0);
+                }
+            }
+            head.sets.push_fit(set, Some(encode.into())).unwrap();
         }
         let mut store = vec![0u8; case.n_kv * layer.slot_bytes];
         let mut codes = vec![0u8; d];
@@ -228,6 +237,64 @@ fn run_encode(c: &mut Criterion, case: &Case, copy: f64) {
     measure(c, "encode", &Case { n_kv: n, ..*case }, bytes, copy, || {
         encode_shard(&layer, &factors, black_box(&tokens), &slots, &store, 0, 1).unwrap();
     });
+}
+
+/// One layer's share of a generated token, as a model meets it: since the last token the weights and caches of all layers
+/// have gone through the near caches. What passes between two calls is not timed.
+fn run_token(c: &mut Criterion, case: &Case) {
+    const LAYERS: usize = 18;
+    const WEIGHTS: usize = 12 << 20;
+    let weights = vec![1u64; WEIGHTS / 8];
+    let mut layers: Vec<Fixture> = (0..LAYERS).map(|_| Fixture::new(case)).collect();
+    let Fixture { layer, random, .. } = &mut layers[0];
+    let layer = layer.clone();
+    let q = random.floats(layer.n_q_heads * case.d);
+    let (k, v) = (random.floats(case.heads * case.d), random.floats(case.heads * case.d));
+    let mut out = vec![0u8; 4 * q.len()];
+    let mut ws = vec![0u8; workspace_size(&layer, &Limits::even(1, 1, case.n_kv)).unwrap() + 64];
+    let start = ws.as_ptr().align_offset(64);
+    let ws = Workspace::new(&mut ws[start..]);
+    let rows = |x| Rows::from_f32(x, case.heads, case.d);
+    let Case { d, heads, group, plans, n_kv } = case;
+    for encodes in [true, false] {
+        let call = if encodes { "token encode" } else { "token attend" };
+        let id = format!("{call}/d{d}/{heads}x{group}/{}-{}/{n_kv}", plans.0, plans.1);
+        c.bench_function(&id, |b| {
+            b.iter_custom(|n| {
+                let mut took = Duration::ZERO;
+                for i in 0..n as usize {
+                    black_box(weights.iter().fold(0, |a, x| a ^ x));
+                    let Fixture { factors, store, .. } = &mut layers[i % LAYERS];
+                    let store = Store::new(store, layer.slot_bytes);
+                    let start = Instant::now();
+                    if encodes {
+                        let tokens = Tokens { n_tokens: 1, q: None, kv: Some((rows(&k), rows(&v))), positions: None };
+                        encode_shard(&layer, factors, &tokens, &[0], &store, 0, 1).unwrap();
+                    } else {
+                        let args = AttendArgs {
+                            n_streams: 1,
+                            n_q: 1,
+                            n_kv: case.n_kv,
+                            first_slot: 0,
+                            stream_slots: 0,
+                            store,
+                            q: Rows::from_f32(&q, layer.n_q_heads, case.d),
+                            out: RowsMut::new(&mut out, f32_rows(1, layer.n_q_heads, case.d)).unwrap(),
+                            mask: None,
+                            sink_logits: None,
+                            scale: 1.0 / (case.d as f32).sqrt(),
+                            softcap: 0.0,
+                            sequences: None,
+                            tail: None,
+                        };
+                        attend(&layer, factors, &args, &ws).unwrap();
+                    }
+                    took += start.elapsed();
+                }
+                took
+            });
+        });
+    }
 }
 
 fn run_dequantize(c: &mut Criterion, case: &Case, copy: f64) {
