@@ -3,7 +3,9 @@
 //! Rows wait in a buffer of [`BLOCK`] and enter together: outliers are found against their neighbours, sums over a block
 //! are kept in registers, and the result does not depend on how the rows were cut into calls.
 
-use crate::cpu::simd::Isa;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::simd::{Isa, avx2::Avx2, avx512::Avx512};
+use crate::cpu::simd::{portable::Portable, wide::Wide};
 
 /// Rows that enter together.
 pub const BLOCK: usize = 16;
@@ -187,14 +189,15 @@ impl Moments {
         let m: Vec<f64> = self.sum.iter().map(|s| s / n).collect();
         let o: Vec<f64> = origin.iter().zip(&self.reference).map(|(o, &r)| o - f64::from(r)).collect();
         let mut out = vec![0.0; d * d];
-        for i in 0..d {
-            for j in 0..=i {
-                let uu = f64::from(self.second[i * (i + 1) / 2 + j]) / n;
-                let value = uu - o[i] * m[j] - m[i] * o[j] + o[i] * o[j];
-                out[i * d + j] = value;
-                out[j * d + i] = value;
+        let mut triangle = &self.second[..];
+        for (i, row) in out.chunks_exact_mut(d).enumerate() {
+            let (uu, rest) = triangle.split_at(i + 1);
+            triangle = rest;
+            for (((x, &uu), m_j), o_j) in row.iter_mut().zip(uu).zip(&m).zip(&o) {
+                *x = f64::from(uu) / n - o[i] * m_j - m[i] * o_j + o[i] * o_j;
             }
         }
+        mirror(&mut out, d);
         out
     }
 
@@ -219,6 +222,20 @@ impl Moments {
     }
 }
 
+/// Copies the lower triangle of `[d][d]`, a multiple of 8, to the upper one: by blocks that both sides read in whole lines.
+fn mirror(m: &mut [f64], d: usize) {
+    const SIDE: usize = 8;
+    for first_row in (0..d).step_by(SIDE) {
+        for first in (0..=first_row).step_by(SIDE) {
+            for j in first..first + SIDE {
+                for i in first_row.max(j + 1)..first_row + SIDE {
+                    m[j * d + i] = m[i * d + j];
+                }
+            }
+        }
+    }
+}
+
 /// `|x|^2` of all rows of a buffer, each summed in the order of its channels: four at a time, since every sum waits for
 /// itself.
 fn energies(staged: &[f32], d: usize) -> [f64; BLOCK] {
@@ -234,97 +251,75 @@ fn energies(staged: &[f32], d: usize) -> [f64; BLOCK] {
     out
 }
 
-/// Adds the products of eight rows, `[8][d]`, to a packed triangle. Eight at a time so that a triangle element is loaded
-/// and stored once per eight products; lanes run along a row of the triangle. All ways of doing it give the same bits.
+/// Adds the products of eight rows, `[8][d]`, to a packed triangle, on the vectors at hand: all give the same bits.
 fn add_products(rows: &[f32], d: usize, triangle: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
-    match Isa::detect() {
-        // SAFETY: what `detect` names the CPU has, here and below.
-        Isa::Avx512 | Isa::Amx => return unsafe { add_products_avx512(rows, d, triangle) },
-        // SAFETY: as above.
-        Isa::Avx2 => return unsafe { add_products_avx2(rows, d, triangle) },
-        Isa::Portable => {}
+    {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn on_avx2(s: Avx2, rows: &[f32], d: usize, triangle: &mut [f32]) {
+            add_products_on(s, rows, d, triangle);
+        }
+        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
+        fn on_avx512(s: Avx512<'_>, rows: &[f32], d: usize, triangle: &mut [f32]) {
+            add_products_on(s, rows, d, triangle);
+        }
+        let isa = Isa::detect();
+        if let Some(s) = Avx512::new(None).filter(|_| matches!(isa, Isa::Avx512 | Isa::Amx)) {
+            // SAFETY: the CPU has the features.
+            return unsafe { on_avx512(s, rows, d, triangle) };
+        }
+        if let Some(s) = Avx2::new().filter(|_| isa != Isa::Portable) {
+            // SAFETY: the CPU has the features.
+            return unsafe { on_avx2(s, rows, d, triangle) };
+        }
     }
-    add_products_portable(rows, d, triangle);
+    add_products_on(Portable, rows, d, triangle);
 }
 
-/// Rows of a triangle are short: what a mask does to the last sixteen lanes takes longer one by one.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn add_products_avx512(rows: &[f32], d: usize, triangle: &mut [f32]) {
-    use std::arch::x86_64::*;
-    assert!(rows.len() == 8 * d && triangle.len() == d * (d + 1) / 2);
-    let mut at = 0;
+/// Eight rows at a time so that an element of the triangle is loaded and stored once per eight products; lanes run along
+/// a row of the triangle.
+#[inline(always)]
+fn add_products_on<S: Wide>(s: S, rows: &[f32], d: usize, triangle: &mut [f32]) {
+    assert!(rows.len() == 8 * d && triangle.len() == d * (d + 1) / 2 && d.is_multiple_of(S::WIDTH));
+    let (rows, mut out) = (rows.as_ptr(), triangle.as_mut_ptr());
     for i in 0..d {
-        let a: [__m512; 8] = std::array::from_fn(|r| _mm512_set1_ps(rows[r * d + i]));
-        for j in (0..=i).step_by(16) {
-            let some = (0xffff_u32 >> (15 - (i - j).min(15))) as __mmask16;
-            // SAFETY: lanes up to `i < d` of a row, and of row `i` of the triangle, by the assertion.
-            unsafe {
-                let x = |r: usize| _mm512_mul_ps(a[r], _mm512_maskz_loadu_ps(some, rows.as_ptr().add(r * d + j)));
-                let low = _mm512_add_ps(_mm512_add_ps(x(0), x(1)), _mm512_add_ps(x(2), x(3)));
-                let high = _mm512_add_ps(_mm512_add_ps(x(4), x(5)), _mm512_add_ps(x(6), x(7)));
-                let out = triangle.as_mut_ptr().add(at + j);
-                let sum = _mm512_add_ps(_mm512_maskz_loadu_ps(some, out), _mm512_add_ps(low, high));
-                _mm512_mask_storeu_ps(out, some, sum);
+        // SAFETY: `i < d`, and whole vectors of a row are read only below `d`, a multiple of their width. Row `i` of the
+        // triangle has `i + 1` elements, and no others are written.
+        unsafe {
+            let mut a = [s.splat_wide(0.0); 8];
+            for (r, a) in a.iter_mut().enumerate() {
+                *a = s.splat_wide(rows.add(r * d + i).read());
             }
-        }
-        at += i + 1;
-    }
-}
-
-/// Stores through a mask take long here: only the last lanes of a row go through one.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn add_products_avx2(rows: &[f32], d: usize, triangle: &mut [f32]) {
-    use std::arch::x86_64::*;
-    assert!(rows.len() == 8 * d && triangle.len() == d * (d + 1) / 2 && d.is_multiple_of(8));
-    let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    let mut at = 0;
-    for i in 0..d {
-        let a: [__m256; 8] = std::array::from_fn(|r| _mm256_set1_ps(rows[r * d + i]));
-        // Lanes beyond the diagonal are within the rows, but not within this row of the triangle.
-        let products = |j: usize| {
-            // SAFETY: `j + 8 <= d`, a multiple of 8, by the assertion.
-            let x = |r: usize| _mm256_mul_ps(a[r], unsafe { _mm256_loadu_ps(rows.as_ptr().add(r * d + j)) });
-            let low = _mm256_add_ps(_mm256_add_ps(x(0), x(1)), _mm256_add_ps(x(2), x(3)));
-            let high = _mm256_add_ps(_mm256_add_ps(x(4), x(5)), _mm256_add_ps(x(6), x(7)));
-            _mm256_add_ps(low, high)
-        };
-        let whole = (i + 1) / 8 * 8;
-        for j in (0..whole).step_by(8) {
-            // SAFETY: row `i` of the triangle has `i + 1` elements.
-            unsafe {
-                let out = triangle.as_mut_ptr().add(at + j);
-                _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), products(j)));
+            let whole = (i + 1) / S::WIDTH * S::WIDTH;
+            for j in (0..whole).step_by(S::WIDTH) {
+                let sum = s.add_wide(s.load_wide(out.add(j)), products(s, &a, rows.add(j), d));
+                s.store_wide(out.add(j), sum);
             }
-        }
-        if whole <= i {
-            let some = _mm256_cmpgt_epi32(_mm256_set1_epi32((i + 1 - whole) as i32), lanes);
-            // SAFETY: as above, with lanes of the row alone.
-            unsafe {
-                let out = triangle.as_mut_ptr().add(at + whole);
-                _mm256_maskstore_ps(out, some, _mm256_add_ps(_mm256_maskload_ps(out, some), products(whole)));
+            // Stores through a mask may take long: only the last lanes go through one.
+            let rest = i + 1 - whole;
+            if rest > 0 {
+                let sum = s.add_wide(s.load_first(out.add(whole), rest), products(s, &a, rows.add(whole), d));
+                s.store_first(out.add(whole), rest, sum);
             }
+            out = out.add(i + 1);
         }
-        at += i + 1;
     }
 }
 
-fn add_products_portable(rows: &[f32], d: usize, triangle: &mut [f32]) {
-    let rows: [&[f32]; 8] = std::array::from_fn(|r| &rows[r * d..(r + 1) * d]);
-    let mut at = 0;
-    for i in 0..d {
-        let out = &mut triangle[at..=at + i];
-        at += i + 1;
-        let a: [f32; 8] = std::array::from_fn(|r| rows[r][i]);
-        let x: [&[f32]; 8] = rows.map(|row| &row[..=i]);
-        for j in 0..out.len() {
-            let low = (a[0] * x[0][j] + a[1] * x[1][j]) + (a[2] * x[2][j] + a[3] * x[3][j]);
-            let high = (a[4] * x[4][j] + a[5] * x[5][j]) + (a[6] * x[6][j] + a[7] * x[7][j]);
-            out[j] += low + high;
-        }
+/// The sum over eight rows of `a` times a vector of the row.
+///
+/// # Safety
+/// A vector is readable at `rows` and at each of the next seven rows of `d` floats.
+#[inline(always)]
+unsafe fn products<S: Wide>(s: S, a: &[S::W; 8], rows: *const f32, d: usize) -> S::W {
+    let mut x = *a;
+    for (r, x) in x.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *x = s.mul_wide(*x, unsafe { s.load_wide(rows.add(r * d)) });
     }
+    let low = s.add_wide(s.add_wide(x[0], x[1]), s.add_wide(x[2], x[3]));
+    let high = s.add_wide(s.add_wide(x[4], x[5]), s.add_wide(x[6], x[7]));
+    s.add_wide(low, high)
 }
 
 /// The median of each channel, robust against a few wild rows. `rows`: `[n][d]`, at most [`BLOCK`] rows.
@@ -404,7 +399,7 @@ mod tests {
             let (mut here, mut anywhere) = (vec![0.5; d * (d + 1) / 2], vec![0.5; d * (d + 1) / 2]);
             for _ in 0..2 {
                 add_products(&x, d, &mut here);
-                add_products_portable(&x, d, &mut anywhere);
+                add_products_on(Portable, &x, d, &mut anywhere);
             }
             assert_eq!(here, anywhere, "{d}");
         }

@@ -12,6 +12,7 @@ pub mod avx2;
 pub mod avx512;
 pub mod portable;
 pub mod vectors;
+pub mod wide;
 
 /// Lanes of a vector.
 pub const LANES: usize = 8;
@@ -70,7 +71,7 @@ impl Isa {
 /// one ([`Simd::H`]).
 ///
 /// Shuffles work within each half of a vector, as on x86.
-pub trait Simd: Copy {
+pub trait Simd: wide::Wide {
     type F: Copy;
     type I: Copy;
     type H: Copy;
