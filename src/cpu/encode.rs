@@ -14,7 +14,7 @@ use half::slice::HalfFloatSliceExt;
 use crate::code::codebook::{Codebook, codebook};
 use crate::code::{header, planes};
 #[cfg(target_arch = "x86_64")]
-use crate::cpu::simd::avx2::Avx2;
+use crate::cpu::simd::{avx2::Avx2, avx512::Avx512};
 use crate::cpu::simd::portable::Portable;
 use crate::cpu::simd::vectors::{PAIR, Vectors};
 use crate::cpu::simd::{Isa, Simd};
@@ -30,10 +30,9 @@ const LANES: usize = PAIR;
 /// Rows that share one pass over the encode matrix.
 const BLOCK: usize = 4;
 const MAX_DIM: usize = 256;
-/// Lanes of a vector.
-const VECTOR: usize = crate::cpu::simd::LANES;
-/// Input channels that a row alone takes at a time.
+/// Input channels that a row alone takes at a time, and floats of a cache line.
 const CHANNELS: usize = 8;
+const LINE: usize = 16;
 /// A row leaves the newest set only for one that costs less than this share of it: below a factor of two a switch
 /// buys nothing and mixes sets within the tiles of attention.
 const SWITCH: f32 = 0.5;
@@ -171,7 +170,14 @@ fn dispatch(isa: Isa, job: &Job, run: Range<usize>, scratch: &mut Scratch) -> u6
         fn on_avx2(s: Avx2, job: &Job, run: Range<usize>, scratch: &mut Scratch) -> u64 {
             encode_run(s, job, run, scratch)
         }
-        // Wider vectors gain nothing: every latent waits for the one before.
+        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")]
+        fn on_avx512(s: Avx512<'_>, job: &Job, run: Range<usize>, scratch: &mut Scratch) -> u64 {
+            encode_run(s, job, run, scratch)
+        }
+        if let Some(s) = Avx512::new(None).filter(|_| matches!(isa, Isa::Avx512 | Isa::Amx)) {
+            // SAFETY: the CPU has the features.
+            return unsafe { on_avx512(s, job, run, scratch) };
+        }
         if let Some(s) = Avx2::new().filter(|_| isa != Isa::Portable) {
             // SAFETY: the CPU has the features.
             return unsafe { on_avx2(s, job, run, scratch) };
@@ -625,25 +631,25 @@ struct Levels {
 #[inline(always)]
 fn latents_of_row<S: Simd>(s: S, matrix: &[f32], centred: &[f32], y: &mut [f32]) {
     let d = y.len();
-    assert!(matrix.len() == d * d && centred.len() == d && d % CHANNELS == 0 && d % LANES == 0);
+    assert!(matrix.len() == d * d && centred.len() == d && d % CHANNELS == 0 && d % S::WIDTH == 0);
     y.fill(0.0);
     for (rows, centred) in matrix.chunks_exact(CHANNELS * d).zip(centred.as_chunks::<CHANNELS>().0) {
-        let centred = centred.map(|x| s.splat(x));
         let mut next = rows.as_ptr_range().end;
-        for j in (0..d).step_by(VECTOR) {
+        for j in (0..d).step_by(S::WIDTH) {
             // In all as many lines as these rows have.
-            for line in 0..CHANNELS * VECTOR / LANES {
-                s.prefetch(next.wrapping_add(line * LANES).cast());
+            for line in 0..CHANNELS * S::WIDTH / LINE {
+                s.prefetch(next.wrapping_add(line * LINE).cast());
             }
-            next = next.wrapping_add(CHANNELS * VECTOR);
-            // SAFETY: `j + VECTOR <= d`, and there are `CHANNELS` rows of `d`.
+            next = next.wrapping_add(CHANNELS * S::WIDTH);
+            // SAFETY: `j + WIDTH <= d`, and there are `CHANNELS` rows of `d`.
             unsafe {
                 let out = y.as_mut_ptr().add(j);
-                let mut sum = s.load(out);
+                let mut sum = s.load_wide(out);
                 for (i, x) in centred.iter().enumerate() {
-                    sum = s.add(sum, s.mul(*x, s.load(rows.as_ptr().add(i * d + j))));
+                    let row = s.load_wide(rows.as_ptr().add(i * d + j));
+                    sum = s.add_wide(sum, s.mul_wide(s.splat_wide(*x), row));
                 }
-                s.store(out, sum);
+                s.store_wide(out, sum);
             }
         }
     }
@@ -658,17 +664,50 @@ fn latents_of_block<S: Simd>(
     centred: &[[f32; MAX_DIM]; BLOCK],
     y: &mut [[f32; MAX_DIM]; BLOCK],
 ) {
-    let s = Vectors::<S, 2>(s);
-    for j in (0..d).step_by(LANES) {
-        let mut sums = [s.splat(0.0); BLOCK];
-        for (i, row) in matrix.chunks_exact(d).enumerate().take(MAX_DIM) {
-            let row = s.load(&row[j..j + LANES]);
+    assert!(matrix.len() == d * d && d <= MAX_DIM && d.is_multiple_of(S::WIDTH));
+    let mut j = 0;
+    // SAFETY: `j` and as many vectors stay within `d`, by the conditions; the matrix is d * d by the assertion.
+    unsafe {
+        while j + 2 * S::WIDTH <= d {
+            some_latents::<S, 2>(s, matrix, d, centred, y, j);
+            j += 2 * S::WIDTH;
+        }
+        while j < d {
+            some_latents::<S, 1>(s, matrix, d, centred, y, j);
+            j += S::WIDTH;
+        }
+    }
+}
+
+/// `N` vectors of latents from `j` on.
+///
+/// # Safety
+/// They are among the `d` of `matrix`, `[d][d]`, with `d` at most MAX_DIM.
+#[inline(always)]
+unsafe fn some_latents<S: Simd, const N: usize>(
+    s: S,
+    matrix: &[f32],
+    d: usize,
+    centred: &[[f32; MAX_DIM]; BLOCK],
+    y: &mut [[f32; MAX_DIM]; BLOCK],
+    j: usize,
+) {
+    let mut sums = [[s.splat_wide(0.0); N]; BLOCK];
+    for i in 0..d {
+        for n in 0..N {
+            // SAFETY: the caller's promise.
+            let row = unsafe { s.load_wide(matrix.as_ptr().add(i * d + j + n * S::WIDTH)) };
             for r in 0..BLOCK {
-                sums[r] = s.add(sums[r], s.mul(s.splat(centred[r][i]), row));
+                // SAFETY: `i < d`, at most MAX_DIM.
+                let x = s.splat_wide(unsafe { *centred[r].get_unchecked(i) });
+                sums[r][n] = s.add_wide(sums[r][n], s.mul_wide(x, row));
             }
         }
-        for r in 0..BLOCK {
-            s.store(sums[r], &mut y[r][j..j + LANES]);
+    }
+    for r in 0..BLOCK {
+        for n in 0..N {
+            // SAFETY: the caller's promise.
+            unsafe { s.store_wide(y[r].as_mut_ptr().add(j + n * S::WIDTH), sums[r][n]) };
         }
     }
 }

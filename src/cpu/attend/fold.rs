@@ -30,6 +30,9 @@ pub const LARGEST: f32 = 32639.0;
 /// Rows that pass over the matrix together.
 pub const BLOCK: usize = 4;
 pub const MAX_DIM: usize = 256;
+/// Channels of the matrix that are taken at a time, and f16 in a cache line.
+const CHANNELS: usize = 8;
+const LINE: usize = 32;
 
 /// Where folded queries go: 16 bits a channel, `[row][head_dim / 2]`, and per row the start of its sums and the worth of a step.
 #[derive(Clone, Copy)]
@@ -70,7 +73,7 @@ pub unsafe fn fold<S: Engine>(
                 Some(decode) => {
                     // Rows beyond the last repeat it.
                     let q: [*const f32; BLOCK] = std::array::from_fn(|r| q.add((first + r.min(block - 1)) * d));
-                    s.fold(decode, d, q, &mut folded);
+                    fold_dense(s, decode, d, q, &mut folded);
                 }
             }
             for (r, y) in folded[..block].iter_mut().enumerate() {
@@ -80,32 +83,39 @@ pub unsafe fn fold<S: Engine>(
     }
 }
 
-/// `y[r][j] = sum over i of q[r][i] * decode[i][j]`.
+/// `y[r][j] = sum over i of q[r][i] * decode[i][j]`. In generation the matrix does not come out of a near cache: it is read
+/// once, front to back, and the next channels are asked for early.
 ///
 /// # Safety
 /// Every row of `q` holds `d` floats, a multiple of 16.
 #[inline(always)]
 pub unsafe fn fold_dense<S: Simd>(s: S, decode: &[f16], d: usize, q: [*const f32; BLOCK], y: &mut [[f32; MAX_DIM]; BLOCK]) {
-    assert!(decode.len() == d * d && d <= MAX_DIM);
-    for j in (0..d).step_by(2 * LANES) {
-        let mut sums = [[s.splat(0.0); 2]; BLOCK];
-        for i in 0..d {
-            // SAFETY: `i < d` and `j + 16 <= d` (a multiple of 16); the matrix is d * d by the assertion.
-            unsafe {
-                let at = decode.as_ptr().add(i * d + j).cast::<u16>();
-                let m = [s.load_f16(at), s.load_f16(at.add(LANES))];
-                for (sums, q) in sums.iter_mut().zip(q) {
-                    let x = s.splat(q.add(i).read());
-                    sums[0] = s.add(sums[0], s.mul(x, m[0]));
-                    sums[1] = s.add(sums[1], s.mul(x, m[1]));
-                }
+    assert!(decode.len() == d * d && d <= MAX_DIM && d.is_multiple_of(16));
+    y.iter_mut().for_each(|y| y[..d].fill(0.0));
+    for (block, matrix) in decode.chunks_exact(CHANNELS * d).enumerate() {
+        let mut next = matrix.as_ptr_range().end;
+        for j in (0..d).step_by(S::WIDTH) {
+            // In all as many lines as these channels have.
+            for line in 0..CHANNELS * S::WIDTH / LINE {
+                s.prefetch(next.wrapping_add(line * LINE).cast());
             }
-        }
-        for (sums, y) in sums.into_iter().zip(y.iter_mut()) {
-            // SAFETY: `j + 16 <= d <= MAX_DIM`.
+            next = next.wrapping_add(CHANNELS * S::WIDTH);
+            // SAFETY: `j + WIDTH <= d <= MAX_DIM`, and there are `CHANNELS` rows of `d`; rows of `q` hold `d`.
             unsafe {
-                s.store(y.as_mut_ptr().add(j), sums[0]);
-                s.store(y.as_mut_ptr().add(j + LANES), sums[1]);
+                let mut sums = [s.splat_wide(0.0); BLOCK];
+                for r in 0..BLOCK {
+                    sums[r] = s.load_wide(y[r].as_ptr().add(j));
+                }
+                for i in 0..CHANNELS {
+                    let m = s.load_wide_f16(matrix.as_ptr().add(i * d + j).cast());
+                    for r in 0..BLOCK {
+                        let x = s.splat_wide(q[r].add(block * CHANNELS + i).read());
+                        sums[r] = s.add_wide(sums[r], s.mul_wide(x, m));
+                    }
+                }
+                for r in 0..BLOCK {
+                    s.store_wide(y[r].as_mut_ptr().add(j), sums[r]);
+                }
             }
         }
     }
