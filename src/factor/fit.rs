@@ -26,6 +26,7 @@ use faer::linalg::matmul::triangular::{self, BlockStructure, BlockStructure::*};
 use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
 use faer::{Accum, Auto, Mat, MatRef, Par, Side};
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 use super::hadamard::spread;
 use super::sets::TierWeights;
@@ -107,13 +108,13 @@ fn trace(m: &[f64], d: usize) -> f64 {
     (0..d).map(|i| m[i * (d + 1)]).sum()
 }
 
-/// `m + shrink * tr(m) / d * I`; `None` unless finite.
+/// `m + shrink * tr(m) / d * I` of a symmetric `m`; `None` unless finite.
 fn shrunk(m: &[f64], d: usize, shrink: f64) -> Option<Mat<f64>> {
     if !m.iter().all(|x| x.is_finite()) {
         return None;
     }
     let extra = shrink * trace(m, d) / d as f64;
-    Some(Mat::from_fn(d, d, |i, j| m[i * d + j] + if i == j { extra } else { 0.0 }))
+    Some(Mat::from_fn(d, d, |i, j| m[j * d + i] + if i == j { extra } else { 0.0 }))
 }
 
 /// The second moment of the queries by its root: `S = R^T R`, R upper triangular.
@@ -147,9 +148,9 @@ impl Query {
     }
 
     /// `R m`.
-    fn times_root(&self, m: &Mat<f64>) -> Mat<f64> {
+    fn times_root(&self, m: MatRef<f64>) -> Mat<f64> {
         let mut out = Mat::zeros(m.nrows(), m.ncols());
-        product((&mut out, Rectangular), (self.left.transpose(), TriangularUpper), (m.as_ref(), Rectangular));
+        product((&mut out, Rectangular), (self.left.transpose(), TriangularUpper), (m, Rectangular));
         out
     }
 }
@@ -172,12 +173,22 @@ fn descending_eigen(m: MatRef<f64>) -> Option<(Vec<f64>, Mat<f64>)> {
     let values: Vec<f64> = (0..d).rev().map(|i| s[i]).collect();
     let mut vectors = Mat::zeros(d, d);
     for j in 0..d {
-        let column = u.col(d - 1 - j);
-        let largest = column.iter().fold(0.0, |a: f64, &b| if b.abs() > a.abs() { b } else { a });
-        let sign = if largest < 0.0 { -1.0 } else { 1.0 };
-        vectors.col_mut(j).iter_mut().zip(column.iter()).for_each(|(to, from)| *to = sign * from);
+        let column = u.col_as_slice(d - 1 - j);
+        let largest = max_abs(column);
+        let sign = if column.iter().find(|x| x.abs() == largest).is_some_and(|x| *x < 0.0) { -1.0 } else { 1.0 };
+        vectors.col_as_slice_mut(j).iter_mut().zip(column).for_each(|(to, from)| *to = sign * from);
     }
     values.iter().all(|x| x.is_finite()).then_some((values, vectors))
+}
+
+/// The largest magnitude of numbers as many as a multiple of 8, which have lanes of their own: one would wait for itself.
+fn max_abs(x: &[f64]) -> f64 {
+    let larger = |a: f64, b: f64| if b > a { b } else { a };
+    let mut lanes = [0.0; 8];
+    for x in x.as_chunks::<8>().0 {
+        lanes.iter_mut().zip(x).for_each(|(lane, x)| *lane = larger(*lane, x.abs()));
+    }
+    lanes.into_iter().fold(0.0, larger)
 }
 
 /// The transpose of `Spread diag(s^-skew) U^T`, and its inverse `U diag(s^skew) Spread^T`, block by block of the tiers.
@@ -212,18 +223,25 @@ fn tiered_spread(s: &[f64], u: &Mat<f64>, tiers: &[Tier]) -> (Mat<f64>, Mat<f64>
 /// Both matrices, `[channel][latent]`, as they are kept.
 fn rounded(encode: &Mat<f64>, decode: &Mat<f64>, query: Option<&Query>, tiers: &[Tier]) -> Option<Fitted> {
     let d = encode.nrows();
-    let half: Box<[f16]> = (0..d * d).map(|i| f16::from_f64(decode[(i / d, i % d)])).collect();
-    let single: Box<[f32]> = (0..d * d).map(|i| encode[(i / d, i % d)] as f32).collect();
-    if !half.iter().all(|x| x.is_finite()) || !single.iter().all(|x| x.is_finite()) {
+    let mut half = vec![f16::ZERO; d * d].into_boxed_slice();
+    half.convert_from_f64_slice(&transposed(|j| decode.col_as_slice(j), d));
+    let mut encode: Vec<f32> = transposed(|j| encode.col_as_slice(j), d).into_iter().map(|x| x as f32).collect();
+    if !half.iter().all(|x| x.is_finite()) || !encode.iter().all(|x| x.is_finite()) {
         return None;
     }
-    let kept = Mat::from_fn(d, d, |i, j| half[i * d + j].to_f64());
+    let mut kept = vec![0.0; d * d];
+    half.convert_to_f64_slice(&mut kept);
+    let kept = transposed(|i| &kept[i * d..(i + 1) * d], d);
+    let kept = MatRef::from_column_major_slice(&kept, d, d);
     // The metric of the scores is the square of this.
+    let weighed;
     let (root, whole) = match query {
-        Some(query) => (query.times_root(&kept), query.trace),
+        Some(query) => {
+            weighed = query.times_root(kept);
+            (weighed.as_ref(), query.trace)
+        }
         None => (kept, d as f64),
     };
-    let mut encode = single.into_vec();
     let mut kappa = [1.0; MAX_TIERS];
     for (kappa, tier) in kappa.iter_mut().zip(tiers) {
         let n = tier.channels;
@@ -239,6 +257,21 @@ fn rounded(encode: &Mat<f64>, decode: &Mat<f64>, query: Option<&Query>, tiers: &
     }
     let fine = kappa.iter().all(|k| k.is_finite() && *k > 0.0);
     fine.then_some(Fitted { decode: half, encode: encode.into(), kappa })
+}
+
+/// Line `j` of a matrix, `[d][d]`, becomes column `j` of the result: eight at a time, so that whole cache lines are written.
+fn transposed<'a>(line: impl Fn(usize) -> &'a [f64], d: usize) -> Vec<f64> {
+    const SIDE: usize = 8;
+    let mut out = vec![0.0; d * d];
+    for first in (0..d).step_by(SIDE) {
+        let lines: [&[f64]; SIDE] = std::array::from_fn(|k| &line(first + k)[..d]);
+        for (i, row) in out.chunks_exact_mut(d).enumerate() {
+            for (x, line) in row[first..first + SIDE].iter_mut().zip(lines) {
+                *x = line[i];
+            }
+        }
+    }
+    out
 }
 
 /// Appends L of `m = L^T W L`, its diagonal W over W's mean, as a packed triangle; returns W. The lower triangle of `m` is
