@@ -21,14 +21,13 @@
 use faer::diag::Diag;
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::evd::{ComputeEigenvectors, SelfAdjointEvdParams, self_adjoint_evd, self_adjoint_evd_scratch};
-use faer::linalg::matmul::matmul;
 use faer::linalg::matmul::triangular::{self, BlockStructure, BlockStructure::*};
 use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
 use faer::{Accum, Auto, Mat, MatRef, Par, Side};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-use super::hadamard::spread;
+use super::hadamard::{SPREAD, spread};
 use super::sets::TierWeights;
 use crate::code::codebook::codebook;
 use crate::shape::{MAX_TIERS, Tier};
@@ -41,6 +40,7 @@ const SHRINK: f64 = 0.1;
 const PULL_TIERS: f64 = 1024.0;
 /// Exponent of the gauge where roundings feed back; balanced is 0.5. 0.8 to 1 measured alike.
 const SKEW: f64 = 0.85;
+const MAX_DIM: usize = 256;
 /// Tridiagonal eigenproblems of this size and more are split in two.
 const DIVIDE_FROM: usize = 32;
 
@@ -199,25 +199,31 @@ fn tiered_spread(s: &[f64], u: &Mat<f64>, tiers: &[Tier]) -> (Mat<f64>, Mat<f64>
     for tier in tiers {
         let (first, n) = (tier.first, tier.channels);
         let of_tier = &s[first..first + n];
-        let h = spread(n);
-        let spread = MatRef::from_row_major_slice(&h, n, n).transpose();
         // A latent channel has variance s^(2 - 2 skew): this gives every tier an rms of one over the widening, which the
         // encoder takes back when it picks codes. Decoded rows are longer by it, and unbiased.
         let widening = if tiers.len() > 1 { f64::from(codebook(tier.bits).widening()) } else { 1.0 };
         let rms = (of_tier.iter().map(|s| s.powf(2.0 - 2.0 * skew)).sum::<f64>() / n as f64).sqrt();
         let root: Vec<f64> = of_tier.iter().map(|s| s.powf(skew) * rms * widening).collect();
-        let scaled = |by: &dyn Fn(f64) -> f64| {
-            let mut out = u.subcols(first, n).to_owned();
-            for (column, &root) in out.col_iter_mut().zip(&root) {
-                let by = by(root);
-                column.iter_mut().for_each(|x| *x *= by);
-            }
-            out
-        };
-        matmul(into.subcols_mut(first, n), Accum::Replace, &scaled(&|root| 1.0 / root), spread, 1.0, Par::Seq);
-        matmul(back.subcols_mut(first, n), Accum::Replace, &scaled(&|root| root), spread, 1.0, Par::Seq);
+        spread_columns(u, first, &root.iter().map(|root| 1.0 / root).collect::<Vec<f64>>(), &mut into);
+        spread_columns(u, first, &root, &mut back);
     }
     (into, back)
+}
+
+/// Columns of `out` from `first` on: those of `u`, each times its `by`, spread along every row.
+fn spread_columns(u: &Mat<f64>, first: usize, by: &[f64], out: &mut Mat<f64>) {
+    let mut lines = [[0.0; SPREAD]; MAX_DIM];
+    let lines = &mut lines[..by.len()];
+    for row in (0..u.nrows()).step_by(SPREAD) {
+        for (j, (line, by)) in lines.iter_mut().zip(by).enumerate() {
+            let from = &u.col_as_slice(first + j)[row..row + SPREAD];
+            line.iter_mut().zip(from).for_each(|(to, from)| *to = from * by);
+        }
+        spread(lines);
+        for (j, line) in lines.iter().enumerate() {
+            out.col_as_slice_mut(first + j)[row..row + SPREAD].copy_from_slice(line);
+        }
+    }
 }
 
 /// Both matrices, `[channel][latent]`, as they are kept.

@@ -210,51 +210,93 @@ pub fn rotation_matrix(d: usize) -> Vec<f64> {
 
 /// The orthonormal Hadamard matrix of order `n`, row-major, if this module has one.
 fn hadamard(n: usize) -> Option<Vec<f64>> {
-    let power = 1usize << n.trailing_zeros();
-    let (m, run) = match n / power {
-        1 => (1, n),
-        3 if power >= 4 => (12, power / 4),
-        5 if power >= 4 => (20, power / 4),
-        _ => return None,
-    };
+    let (m, run) = order(n)?;
     let scale = 1.0 / (n as f64).sqrt();
     let mut h = vec![0.0; n * n];
     for (i, x) in h.iter_mut().enumerate() {
         let (row, col) = (i / n, i % n);
-        let across = match m {
-            12 => PALEY_12[row / run][col / run],
-            20 => PALEY_20[row / run][col / run],
-            _ => 1.0,
-        };
         let odd = ((row % run) & (col % run)).count_ones() % 2 == 1;
-        *x = if odd { -scale } else { scale } * f64::from(across);
+        *x = if odd { -scale } else { scale } * paley_sign(m, row / run, col / run);
     }
     Some(h)
 }
 
-/// The spread of `n` latent channels (a multiple of 16, at most 256): an orthonormal matrix, row-major, that shares the
-/// variance of its inputs evenly among its outputs.
-///
-/// Where no Hadamard matrix of order `n` is at hand, two blocks take the place of one: the largest order below `n` and
-/// the rest, the rest's inputs dealt evenly over the (sorted) inputs so that both blocks see the same mix.
-pub fn spread(n: usize) -> Vec<f64> {
-    if let Some(h) = hadamard(n) {
-        return h;
+/// `m` and `2^k` of an order that this module has.
+fn order(n: usize) -> Option<(usize, usize)> {
+    let power = 1usize << n.trailing_zeros();
+    match n / power {
+        1 => Some((1, n)),
+        3 if power >= 4 => Some((12, power / 4)),
+        5 if power >= 4 => Some((20, power / 4)),
+        _ => None,
     }
-    let big = (1..n / 16).rev().map(|i| 16 * i).find(|&i| hadamard(i).is_some()).expect("16 has one");
-    let small = n - big;
-    let (dealt, kept): (Vec<usize>, Vec<usize>) = (0..n).partition(|j| (j + 1) * small / n > j * small / n);
-    let mut out = vec![0.0; n * n];
-    let mut place = |block: &[f64], columns: &[usize], first: usize| {
-        for (row, values) in block.chunks_exact(columns.len()).enumerate() {
-            for (&col, &x) in columns.iter().zip(values) {
-                out[(first + row) * n + col] = x;
+}
+
+fn paley_sign(m: usize, row: usize, col: usize) -> f64 {
+    match m {
+        12 => f64::from(PALEY_12[row][col]),
+        20 => f64::from(PALEY_20[row][col]),
+        _ => 1.0,
+    }
+}
+
+/// Vectors that are spread side by side: a cache line of each channel.
+pub const SPREAD: usize = 8;
+
+/// The spread of `n` latent channels (at most 256): an orthonormal matrix that shares the variance of its inputs evenly
+/// among its outputs, applied to vectors `[n][SPREAD]` in place.
+///
+/// Where there is no Hadamard matrix of order `n`, two blocks take the place of one: the largest order below `n` that is a
+/// multiple of 16 and the rest, the rest's inputs dealt evenly over the (sorted) inputs so that both blocks see the same
+/// mix.
+pub fn spread(x: &mut [[f64; SPREAD]]) {
+    let n = x.len();
+    let Some((m, run)) = order(n) else {
+        let big = (1..n / 16).rev().map(|i| 16 * i).find(|&i| order(i).is_some()).expect("16 has one");
+        let small = n - big;
+        let (mut dealt, mut kept) = (Vec::with_capacity(small), Vec::with_capacity(big));
+        for (j, x) in x.iter().enumerate() {
+            if (j + 1) * small / n > j * small / n { dealt.push(*x) } else { kept.push(*x) }
+        }
+        spread(&mut kept);
+        spread(&mut dealt);
+        x[..big].copy_from_slice(&kept);
+        x[big..].copy_from_slice(&dealt);
+        return;
+    };
+    let scale = 1.0 / (n as f64).sqrt();
+    for run in x.chunks_exact_mut(run) {
+        sylvester(run);
+        run.iter_mut().flatten().for_each(|x| *x *= scale);
+    }
+    if m > 1 {
+        let before = x.to_vec();
+        for (row, out) in x.chunks_exact_mut(run).enumerate() {
+            out.fill([0.0; SPREAD]);
+            for (col, from) in before.chunks_exact(run).enumerate() {
+                let sign = paley_sign(m, row, col);
+                for (out, from) in out.iter_mut().flatten().zip(from.iter().flatten()) {
+                    *out += sign * from;
+                }
             }
         }
-    };
-    place(&spread(big), &kept, 0);
-    place(&spread(small), &dealt, big);
-    out
+    }
+}
+
+/// Sylvester's matrix of order `x.len()`, not normalised.
+fn sylvester(x: &mut [[f64; SPREAD]]) {
+    let mut stride = 1;
+    while stride < x.len() {
+        for pair in x.chunks_exact_mut(2 * stride) {
+            let (low, high) = pair.split_at_mut(stride);
+            for (a, b) in low.iter_mut().zip(high) {
+                for lane in 0..SPREAD {
+                    (a[lane], b[lane]) = (a[lane] + b[lane], a[lane] - b[lane]);
+                }
+            }
+        }
+        stride *= 2;
+    }
 }
 
 #[cfg(test)]
@@ -273,20 +315,42 @@ mod tests {
         worst
     }
 
+    /// The matrix of [`spread`], row-major.
+    fn spread_matrix(n: usize) -> Vec<f64> {
+        let mut out = vec![0.0; n * n];
+        for first in (0..n).step_by(SPREAD) {
+            let mut x: Vec<[f64; SPREAD]> =
+                (0..n).map(|j| std::array::from_fn(|lane| f64::from(u8::from(first + lane == j)))).collect();
+            spread(&mut x);
+            for (i, x) in x.iter().enumerate() {
+                out[i * n + first..][..SPREAD].copy_from_slice(x);
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn spreads_of_one_block_are_the_matrices() {
+        for n in [16, 32, 48, 64, 80, 96, 128, 160, 192, 256] {
+            let (fast, plain) = (spread_matrix(n), hadamard(n).unwrap());
+            assert!(fast.iter().zip(&plain).all(|(a, b)| (a - b).abs() < 1e-15), "{n}");
+        }
+    }
+
     #[test]
     fn all_matrices_are_orthonormal() {
         for d in HEAD_DIMS {
             assert!(orthonormal_error(&rotation_matrix(d), d) < 1e-12, "rotation {d}");
         }
         for n in (16..=256).step_by(16) {
-            assert!(orthonormal_error(&spread(n), n) < 1e-12, "spread {n}");
+            assert!(orthonormal_error(&spread_matrix(n), n) < 1e-12, "spread {n}");
         }
     }
 
     #[test]
     fn a_spread_of_one_block_is_flat() {
         for n in [16, 32, 48, 64, 80, 96, 128, 160, 192, 256] {
-            let h = spread(n);
+            let h = spread_matrix(n);
             let entry = 1.0 / (n as f64).sqrt();
             assert!(h.iter().all(|x| (x.abs() - entry).abs() < 1e-15), "{n}");
         }
@@ -297,7 +361,7 @@ mod tests {
         for n in [112, 144, 176, 208, 224, 240] {
             // Variances that fall sixteenfold, as sorted latent channels do.
             let variance: Vec<f64> = (0..n).map(|j| 16f64.powf(-(j as f64) / n as f64)).collect();
-            let h = spread(n);
+            let h = spread_matrix(n);
             let out: Vec<f64> =
                 h.chunks_exact(n).map(|row| row.iter().zip(&variance).map(|(a, v)| a * a * v).sum()).collect();
             let (low, high) = out.iter().fold((f64::MAX, 0f64), |(l, h), &x| (l.min(x), h.max(x)));
