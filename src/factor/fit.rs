@@ -80,18 +80,18 @@ pub fn fit(input: &FitInput) -> Option<Fitted> {
     let d = input.mean.len();
     let pull = if input.tiers.len() > 1 { PULL_TIERS } else { d as f64 };
     let shrink = SHRINK * (1.0 + pull / input.rows.max(1) as f64);
-    let covariance = shrunk(input.covariance, d, shrink)?;
+    let mut product = shrunk(input.covariance, d, shrink)?;
     let query = match input.query {
         Some(q) if trace(q, d) > 0.0 => Some(Query::new(&shrunk(q, d, shrink)?)?),
         _ => None,
     };
-    let product = match &query {
-        Some(query) => query.weigh(&covariance),
-        None => covariance,
-    };
-    let (s, u) = descending_eigen(product.as_ref())?;
+    if let Some(query) = &query {
+        product = query.weigh(&product);
+    }
+    // Matrices go as soon as they have served: what the heap gives back to the system comes back page by page.
+    let (s, u) = descending_eigen(product)?;
     let s: Vec<f64> = s.iter().map(|w| w.max(1e-24).sqrt()).collect();
-    let (mut encode, mut decode) = tiered_spread(&s, &u, input.tiers);
+    let (mut encode, mut decode) = tiered_spread(&s, u, input.tiers);
     if let Some(query) = &query {
         encode = query.times_left(&encode);
         solve_upper_triangular_in_place(query.left.transpose(), decode.as_mut(), Par::Seq);
@@ -101,7 +101,7 @@ pub fn fit(input: &FitInput) -> Option<Fitted> {
     let unit = (d as f64 / energy).sqrt();
     encode *= faer::Scale(unit);
     decode *= faer::Scale(1.0 / unit);
-    rounded(&encode, &decode, query.as_ref(), input.tiers)
+    rounded(encode, decode, query.as_ref(), input.tiers)
 }
 
 fn trace(m: &[f64], d: usize) -> f64 {
@@ -162,23 +162,27 @@ fn product(out: (&mut Mat<f64>, BlockStructure), a: (MatRef<f64>, BlockStructure
 
 /// Eigenvalues, largest first, and their vectors as columns, of a matrix whose lower triangle is read. The largest entry
 /// of a vector is positive: the sign is free, and a fixed choice makes equal moments give equal factors.
-fn descending_eigen(m: MatRef<f64>) -> Option<(Vec<f64>, Mat<f64>)> {
+fn descending_eigen(m: Mat<f64>) -> Option<(Vec<f64>, Mat<f64>)> {
     let d = m.nrows();
     let mut params = <SelfAdjointEvdParams as Auto<f64>>::auto();
     params.recursion_threshold = DIVIDE_FROM;
     let mut memory = MemBuffer::new(self_adjoint_evd_scratch::<f64>(d, ComputeEigenvectors::Yes, Par::Seq, params.into()));
     let (mut s, mut u) = (Diag::zeros(d), Mat::zeros(d, d));
     let stack = MemStack::new(&mut memory);
-    self_adjoint_evd(m, s.as_mut(), Some(u.as_mut()), Par::Seq, stack, params.into()).ok()?;
+    self_adjoint_evd(m.as_ref(), s.as_mut(), Some(u.as_mut()), Par::Seq, stack, params.into()).ok()?;
     let values: Vec<f64> = (0..d).rev().map(|i| s[i]).collect();
-    let mut vectors = Mat::zeros(d, d);
     for j in 0..d {
-        let column = u.col_as_slice(d - 1 - j);
+        let column = u.col_as_slice_mut(j);
         let largest = max_abs(column);
-        let sign = if column.iter().find(|x| x.abs() == largest).is_some_and(|x| *x < 0.0) { -1.0 } else { 1.0 };
-        vectors.col_as_slice_mut(j).iter_mut().zip(column).for_each(|(to, from)| *to = sign * from);
+        if column.iter().find(|x| x.abs() == largest).is_some_and(|x| *x < 0.0) {
+            column.iter_mut().for_each(|x| *x = -*x);
+        }
     }
-    values.iter().all(|x| x.is_finite()).then_some((values, vectors))
+    let (low, high) = u.as_mut().split_at_col_mut(d / 2);
+    for (low, high) in low.col_iter_mut().zip(high.reverse_cols_mut().col_iter_mut()) {
+        low.iter_mut().zip(high.iter_mut()).for_each(|(a, b)| std::mem::swap(a, b));
+    }
+    values.iter().all(|x| x.is_finite()).then_some((values, u))
 }
 
 /// The largest magnitude of numbers as many as a multiple of 8, which have lanes of their own: one would wait for itself.
@@ -192,7 +196,7 @@ fn max_abs(x: &[f64]) -> f64 {
 }
 
 /// The transpose of `Spread diag(s^-skew) U^T`, and its inverse `U diag(s^skew) Spread^T`, block by block of the tiers.
-fn tiered_spread(s: &[f64], u: &Mat<f64>, tiers: &[Tier]) -> (Mat<f64>, Mat<f64>) {
+fn tiered_spread(s: &[f64], u: Mat<f64>, tiers: &[Tier]) -> (Mat<f64>, Mat<f64>) {
     let d = s.len();
     let skew = if tiers.len() > 1 { SKEW } else { 0.5 };
     let (mut into, mut back) = (Mat::zeros(d, d), Mat::zeros(d, d));
@@ -204,8 +208,8 @@ fn tiered_spread(s: &[f64], u: &Mat<f64>, tiers: &[Tier]) -> (Mat<f64>, Mat<f64>
         let widening = if tiers.len() > 1 { f64::from(codebook(tier.bits).widening()) } else { 1.0 };
         let rms = (of_tier.iter().map(|s| s.powf(2.0 - 2.0 * skew)).sum::<f64>() / n as f64).sqrt();
         let root: Vec<f64> = of_tier.iter().map(|s| s.powf(skew) * rms * widening).collect();
-        spread_columns(u, first, &root.iter().map(|root| 1.0 / root).collect::<Vec<f64>>(), &mut into);
-        spread_columns(u, first, &root, &mut back);
+        spread_columns(&u, first, &root.iter().map(|root| 1.0 / root).collect::<Vec<f64>>(), &mut into);
+        spread_columns(&u, first, &root, &mut back);
     }
     (into, back)
 }
@@ -227,11 +231,15 @@ fn spread_columns(u: &Mat<f64>, first: usize, by: &[f64], out: &mut Mat<f64>) {
 }
 
 /// Both matrices, `[channel][latent]`, as they are kept.
-fn rounded(encode: &Mat<f64>, decode: &Mat<f64>, query: Option<&Query>, tiers: &[Tier]) -> Option<Fitted> {
+fn rounded(encode: Mat<f64>, decode: Mat<f64>, query: Option<&Query>, tiers: &[Tier]) -> Option<Fitted> {
     let d = encode.nrows();
     let mut half = vec![f16::ZERO; d * d].into_boxed_slice();
     half.convert_from_f64_slice(&transposed(|j| decode.col_as_slice(j), d));
-    let mut encode: Vec<f32> = transposed(|j| encode.col_as_slice(j), d).into_iter().map(|x| x as f32).collect();
+    drop(decode);
+    let lines = transposed(|j| encode.col_as_slice(j), d);
+    drop(encode);
+    let mut encode: Vec<f32> = lines.iter().map(|x| *x as f32).collect();
+    drop(lines);
     if !half.iter().all(|x| x.is_finite()) || !encode.iter().all(|x| x.is_finite()) {
         return None;
     }
