@@ -57,7 +57,7 @@ fn main() {
         Case { n_kv: 131_072, heads: 2, ..LLAMA },
     ];
     let mut prefill = vec![SMALL, GEMMA, LLAMA];
-    let mut rest = vec![SMALL, LLAMA];
+    let mut rest = vec![SMALL, GEMMA, LLAMA];
     if all {
         decode = every_case(&[512, 2048, 8192, 32_768, 131_072]);
         prefill = every_case(&[512, 4096]);
