@@ -11,10 +11,10 @@
 //   folded_scales  [stream][kv head][transform][4 * n tiles]
 //   constants      [stream][kv head][set][4 * n tiles]
 //
-// A unit is one n tile of one stream. Grid: (kv head * DQ_MAX_TRANSFORMS, run of units in two dimensions), FOLD_THREADS threads. A block has
-// `fold_units` units, a power of two. The matrix goes to shared memory once and from there into tensor cores, f16 as it is: a
-// query is the sum of two f16 (22 bits), which are columns of the mma next to each other, as the two bytes are later. The
-// means of the head's sets are one more tile of rows. Warps share the latents, then the rows.
+// A unit is one n tile of one stream. Grid: (kv head * DQ_MAX_TRANSFORMS, run of units in two dimensions), FOLD_THREADS threads.
+// A block has `fold_units` units, a power of two. The matrix goes to shared memory once and from there into tensor cores, f16 as
+// it is: a query is the sum of two f16 (22 bits), which are columns of the mma next to each other, as the two bytes are later.
+// The means of the head's sets are one more tile of rows. Warps share the latents, then the rows.
 //
 // Of a call for few queries this kernel is a large part: what it loads is on its way before anything is waited for, and code
 // is short, since fetching it is part of the time: nothing comes twice, and little is unrolled.

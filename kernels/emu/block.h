@@ -220,7 +220,10 @@ void launch(const Launch& how, Kernel&& kernel) {
         b.index = b.first_unwaited.first, b.current = b.first_unwaited.second;
         die("a thread ends without a wait for the launch before");
     }
-    if (b.leaves && !b.waits) die("all blocks leave the wait for the launch before to others");
+    if (b.leaves && !b.waits) {
+        b.index = dim3(), b.current = 0;  // no thread in particular
+        die("all blocks leave the wait for the launch before to others");
+    }
     for (auto& t : b.threads) std::free(t.stack);
     std::free(b.shared);
     block() = nullptr;

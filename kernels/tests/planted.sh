@@ -52,6 +52,7 @@ plant "a stage waited for before its barrier is there" attend.cuh '/if constexpr
 plant "the other stages never asked for" attend.cuh 's/if (HAS_BULK_COPY \&\& warp == 0)/if (false)/' attend_emu $BULK
 plant "fold: a row's halves counted from another row's power of two" fold.cuh 's/exponents\[unit \* ROWS + q\]/exponents[unit * ROWS]/'
 plant "early launch: no wait" attend.cuh '/^    wait_for_previous_kernel();/d'
+plant "early launch: all blocks leave the wait to others" fold.cuh 's/^    wait_for_previous_kernel();/    leave_waiting_to_others();/'
 plant "early launch: no wait where there is nothing to do" attend.cuh 's/return wait_for_previous_kernel();/return;/'
 plant "tail: a key behind its end" tail.cuh 's/n_coded + tail.count) : NEVER/n_coded + tail.count + 1) : NEVER/'
 plant "tail: no weight times NaN" tail.cuh 's/w\[r\] == 0.0f ? of_turn\[r\] : //'
@@ -70,5 +71,5 @@ plant "encode: beyond the last edge" encode.cuh 's/bins\[LAST\] = entry(-1.0f, 0
 plant "encode: a row alone: errors before they are known" encode.cuh '/handed\[rank\];/,/if (leads \&\& i == 0) sums/{/^            __syncthreads();$/d}' encode_emu
 plant "encode: a row alone: errors of the step before last" encode.cuh 's/hand.errors\[(step - 1) % 2\]\[s\]/hand.errors[step % 2][s]/' encode_emu
 plant "encode: a row alone: goes on before all latents are there" encode.cuh 's/== SLICES - 1/== SLICES - 2/' encode_emu
-plant "encode: a row alone: counters that are not zero again" encode.cuh 's/if (is_last) \*arrived = 0;/;/' encode_emu
+plant "encode: a row alone: counters that are not zero again" encode.cuh 's/atomicInc(arrived, SLICES - 1)/atomicInc(arrived, ~0u)/' encode_emu
 exit $missed

@@ -224,9 +224,9 @@ impl Device {
     ///
     /// # Safety
     /// `params` is what the kernel takes, and its pointers lead to what the kernel touches until the stream has run it.
-    pub unsafe fn launch<P>(&self, what: &Launch, stream: Stream, params: &P) -> Result<()> {
+    pub unsafe fn launch<P>(&self, launch: &Launch, stream: Stream, params: &P) -> Result<()> {
         // SAFETY: the caller's word.
-        unsafe { self.launch_with(what, stream, params, false) }
+        unsafe { self.launch_with(launch, stream, params, false) }
     }
 
     /// The same for a kernel that may start before the one ahead of it in the stream has ended, where the device can do
@@ -234,15 +234,15 @@ impl Device {
     ///
     /// # Safety
     /// As for `launch`.
-    pub unsafe fn launch_early<P>(&self, what: &Launch, stream: Stream, params: &P) -> Result<()> {
+    pub unsafe fn launch_early<P>(&self, launch: &Launch, stream: Stream, params: &P) -> Result<()> {
         // SAFETY: the caller's word.
-        unsafe { self.launch_with(what, stream, params, self.overlaps) }
+        unsafe { self.launch_with(launch, stream, params, self.overlaps) }
     }
 
     /// # Safety
     /// As for `launch`.
-    unsafe fn launch_with<P>(&self, what: &Launch, stream: Stream, params: &P, early: bool) -> Result<()> {
-        let Launch { kernel, grid, threads, shared } = *what;
+    unsafe fn launch_with<P>(&self, launch: &Launch, stream: Stream, params: &P, early: bool) -> Result<()> {
+        let Launch { kernel, grid, threads, shared } = *launch;
         if grid.1 > MOST_BLOCKS_Y || grid.2 > MOST_BLOCKS_Y || grid.0 > i32::MAX as usize {
             return Err(Error::unsupported(format!(
                 "this call would need a grid of {} x {} x {} blocks; CUDA has 2147483647 x {MOST_BLOCKS_Y} x {MOST_BLOCKS_Y}",

@@ -240,9 +240,9 @@ impl DeviceCodec {
             n_kv_heads: shape.n_kv_heads as u32,
         };
         let _current = self.device.enter(stream)?;
-        let what = self.layers[layer].kernels.dequantize(shape, d.n_slots as usize);
+        let launch = self.layers[layer].kernels.dequantize(shape, d.n_slots as usize);
         // SAFETY: as in attend.
-        unsafe { self.device.launch(&what, stream, &p) }
+        unsafe { self.device.launch(&launch, stream, &p) }
     }
 
     /// Rows in a layer's statistics: the most over its heads, as far as the device has told.
@@ -398,9 +398,9 @@ impl DeviceCodec {
             n: tokens.n_tokens,
             n_kv_heads: shape.n_kv_heads as u32,
         };
-        let what = l.kernels.encode(shape, tokens.n_tokens as usize);
+        let launch = l.kernels.encode(shape, tokens.n_tokens as usize);
         // SAFETY: as in attend.
-        unsafe { self.device.launch_early(&what, stream, &p) }
+        unsafe { self.device.launch_early(&launch, stream, &p) }
     }
 
     /// Sums down, fits where they are due, factors up.
