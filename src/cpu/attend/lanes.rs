@@ -194,7 +194,8 @@ impl SideLanes {
         }
     }
 
-    /// Keys in fours of channels, `[head_dim / 4][4]`: field `f` of bytes `4 g ..`.
+    /// Keys in fours of channels, `[head_dim / 4][4]`: field `f` of bytes `4 g ..`. The channels of a four follow each
+    /// other, since tiers of sixteens of channels have whole fours of bytes.
     pub fn key_quads(&self, order: &mut [u16]) {
         for tier in self.tiers() {
             let codes = tier.fields / 2;
@@ -252,6 +253,10 @@ mod tests {
                 let shape = LayerShape::new(2, 2, desc, desc).unwrap();
                 let lanes = SideLanes::new(&shape.k).of_head(1);
                 assert!(lanes.lanes <= MAX_LANES && lanes.lanes == row_lanes(&shape.k));
+                let mut quads = vec![NO_CHANNEL; d];
+                lanes.key_quads(&mut quads);
+                let follow = |four: &[u16; 4]| four.is_sorted_by(|a, b| a + 1 == *b);
+                assert!(quads.as_chunks().0.iter().all(follow), "{d} {plan}");
                 let orders: [(usize, fn(&SideLanes, &mut [u16])); 4] = [
                     (d, SideLanes::key_order),
                     (d, SideLanes::key_quads),
