@@ -242,9 +242,10 @@ fn paley_sign(m: usize, row: usize, col: usize) -> f64 {
 
 /// Vectors that are spread side by side: a cache line of each channel.
 pub const SPREAD: usize = 8;
+const MAX_DIM: usize = 256;
 
-/// The spread of `n` latent channels (at most 256): an orthonormal matrix that shares the variance of its inputs evenly
-/// among its outputs, applied to vectors `[n][SPREAD]` in place.
+/// The spread of `n` latent channels (a multiple of 16, at most 256): an orthonormal matrix that shares the variance of
+/// its inputs evenly among its outputs, applied to vectors `[n][SPREAD]` in place.
 ///
 /// Where there is no Hadamard matrix of order `n`, two blocks take the place of one: the largest order below `n` that is a
 /// multiple of 16 and the rest, the rest's inputs dealt evenly over the (sorted) inputs so that both blocks see the same
@@ -253,24 +254,21 @@ pub fn spread(x: &mut [[f64; SPREAD]]) {
     let n = x.len();
     let Some((m, run)) = order(n) else {
         let big = (1..n / 16).rev().map(|i| 16 * i).find(|&i| order(i).is_some()).expect("16 has one");
-        let small = n - big;
-        let (mut dealt, mut kept) = (Vec::with_capacity(small), Vec::with_capacity(big));
-        for (j, x) in x.iter().enumerate() {
-            if (j + 1) * small / n > j * small / n { dealt.push(*x) } else { kept.push(*x) }
-        }
-        spread(&mut kept);
-        spread(&mut dealt);
-        x[..big].copy_from_slice(&kept);
-        x[big..].copy_from_slice(&dealt);
+        deal(x, big);
+        let (kept, dealt) = x.split_at_mut(big);
+        spread(kept);
+        spread(dealt);
         return;
     };
     let scale = 1.0 / (n as f64).sqrt();
-    for run in x.chunks_exact_mut(run) {
-        sylvester(run);
-        run.iter_mut().flatten().for_each(|x| *x *= scale);
+    for part in x.chunks_exact_mut(run) {
+        sylvester(part);
+        part.iter_mut().flatten().for_each(|x| *x *= scale);
     }
     if m > 1 {
-        let before = x.to_vec();
+        let mut before = [[0.0; SPREAD]; MAX_DIM];
+        let before = &mut before[..n];
+        before.copy_from_slice(x);
         for (row, out) in x.chunks_exact_mut(run).enumerate() {
             out.fill([0.0; SPREAD]);
             for (col, from) in before.chunks_exact(run).enumerate() {
@@ -281,6 +279,22 @@ pub fn spread(x: &mut [[f64; SPREAD]]) {
             }
         }
     }
+}
+
+/// Moves the vectors that are dealt to the second block, all but `big`, behind those of the first; both keep their order.
+fn deal(x: &mut [[f64; SPREAD]], big: usize) {
+    let (n, small) = (x.len(), x.len() - big);
+    let mut dealt = [[0.0; SPREAD]; MAX_DIM];
+    let mut n_dealt = 0;
+    for j in 0..n {
+        if (j + 1) * small / n > n_dealt {
+            dealt[n_dealt] = x[j];
+            n_dealt += 1;
+        } else {
+            x[j - n_dealt] = x[j];
+        }
+    }
+    x[big..].copy_from_slice(&dealt[..small]);
 }
 
 /// Sylvester's matrix of order `x.len()`, not normalised.
