@@ -32,7 +32,7 @@ const BLOCK: usize = 4;
 const MAX_DIM: usize = 256;
 /// Input channels that a row alone takes at a time, and floats of a cache line.
 const CHANNELS: usize = 8;
-const LINE: usize = 16;
+const LINE_FLOATS: usize = 16;
 /// A row leaves the newest set only for one that costs less than this share of it: below a factor of two a switch
 /// buys nothing and mixes sets within the tiles of attention.
 const SWITCH: f32 = 0.5;
@@ -637,8 +637,8 @@ fn latents_of_row<S: Simd>(s: S, matrix: &[f32], centred: &[f32], y: &mut [f32])
         let mut next = rows.as_ptr_range().end;
         for j in (0..d).step_by(S::WIDTH) {
             // In all as many lines as these rows have.
-            for line in 0..CHANNELS * S::WIDTH / LINE {
-                s.prefetch(next.wrapping_add(line * LINE).cast());
+            for line in 0..CHANNELS * S::WIDTH / LINE_FLOATS {
+                s.prefetch(next.wrapping_add(line * LINE_FLOATS).cast());
             }
             next = next.wrapping_add(CHANNELS * S::WIDTH);
             // SAFETY: `j + WIDTH <= d`, and there are `CHANNELS` rows of `d`.

@@ -32,7 +32,7 @@ pub const BLOCK: usize = 4;
 pub const MAX_DIM: usize = 256;
 /// Channels of the matrix that are taken at a time, and f16 in a cache line.
 const CHANNELS: usize = 8;
-const LINE: usize = 32;
+const LINE_HALVES: usize = 32;
 
 /// Where folded queries go: 16 bits a channel, `[row][head_dim / 2]`, and per row the start of its sums and the worth of a step.
 #[derive(Clone, Copy)]
@@ -96,8 +96,8 @@ pub unsafe fn fold_dense<S: Simd>(s: S, decode: &[f16], d: usize, q: [*const f32
         let mut next = matrix.as_ptr_range().end;
         for j in (0..d).step_by(S::WIDTH) {
             // In all as many lines as these channels have.
-            for line in 0..CHANNELS * S::WIDTH / LINE {
-                s.prefetch(next.wrapping_add(line * LINE).cast());
+            for line in 0..CHANNELS * S::WIDTH / LINE_HALVES {
+                s.prefetch(next.wrapping_add(line * LINE_HALVES).cast());
             }
             next = next.wrapping_add(CHANNELS * S::WIDTH);
             // SAFETY: `j + WIDTH <= d <= MAX_DIM`, and there are `CHANNELS` rows of `d`; rows of `q` hold `d`.
