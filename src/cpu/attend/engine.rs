@@ -3,9 +3,7 @@
 //! By default in pairs of 16 bits ([`expand`], [`product`]). An instruction set that multiplies bytes overrides all of it.
 //! Both ways sum the same integers exactly, so that the results have the same bits.
 
-use half::f16;
-
-use super::fold::{self, MAX_DIM};
+use super::fold::MAX_DIM;
 use super::lanes::{SideLanes, TierLanes};
 use super::product::{self, Finish, Left, Outputs, Right, Scores};
 use super::row::{self, Softmax, Weights};
@@ -83,16 +81,6 @@ pub trait Engine: Simd {
     #[inline(always)]
     fn value_order(self, lanes: &SideLanes, order: &mut [u16]) {
         lanes.value_order(order);
-    }
-
-    /// See [`fold::fold_dense`].
-    ///
-    /// # Safety
-    /// As there.
-    #[inline(always)]
-    unsafe fn fold(self, decode: &[f16], d: usize, q: [*const f32; fold::BLOCK], y: &mut [[f32; MAX_DIM]; fold::BLOCK]) {
-        // SAFETY: the caller's promise.
-        unsafe { fold::fold_dense(self, decode, d, q, y) }
     }
 
     /// Writes one row of folded queries, 16 bits a channel, in the order of keys.

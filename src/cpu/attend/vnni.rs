@@ -5,11 +5,10 @@
 //! the room that 16 bits do. `vpermb` looks levels up among 64, so that codes need no masking, and puts the bytes of four
 //! rows side by side.
 
-use half::f16;
 use std::arch::x86_64::*;
 
 use super::engine::{Engine, Tile, by_rows};
-use super::fold::{BLOCK, MAX_DIM, ROUND};
+use super::fold::{MAX_DIM, ROUND};
 use super::lanes::{SideLanes, TierLanes};
 use super::product::{Finish, Left, Outputs, Right};
 use super::row::{EXP2, Softmax, Weights, steps};
@@ -30,11 +29,6 @@ impl Engine for Avx512<'_> {
     #[inline(always)]
     fn value_order(self, lanes: &SideLanes, order: &mut [u16]) {
         lanes.value_bytes(order);
-    }
-
-    #[inline(always)]
-    unsafe fn fold(self, decode: &[f16], d: usize, q: [*const f32; BLOCK], y: &mut [[f32; MAX_DIM]; BLOCK]) {
-        unsafe { fold_dense(decode, d, q, y) }
     }
 
     /// All upper bytes, then all lower ones, both signed: `256 * upper + lower`.
@@ -141,28 +135,6 @@ impl Engine for Avx512<'_> {
                 Some(tiles) => tiles::outputs(tiles, weights, values, to),
                 None => fours::outputs(weights, values, to),
             }
-        }
-    }
-}
-
-/// [`super::fold::fold_dense`], sixteen lanes at a time: every lane's sum is added in the order of `i`, there as here.
-#[target_feature(enable = "avx2,f16c,avx512f")]
-unsafe fn fold_dense(decode: &[f16], d: usize, q: [*const f32; BLOCK], y: &mut [[f32; MAX_DIM]; BLOCK]) {
-    assert!(decode.len() == d * d && d <= MAX_DIM);
-    for j in (0..d).step_by(16) {
-        let mut sums = [_mm512_setzero_ps(); BLOCK];
-        for i in 0..d {
-            // SAFETY: `i < d` and `j + 16 <= d` (a multiple of 16); the matrix is d * d by the assertion.
-            unsafe {
-                let m = _mm512_cvtph_ps(_mm256_loadu_si256(decode.as_ptr().add(i * d + j).cast()));
-                for r in 0..BLOCK {
-                    sums[r] = _mm512_add_ps(sums[r], _mm512_mul_ps(_mm512_set1_ps(q[r].add(i).read()), m));
-                }
-            }
-        }
-        for r in 0..BLOCK {
-            // SAFETY: `j + 16 <= d <= MAX_DIM`.
-            unsafe { _mm512_storeu_ps(y[r].as_mut_ptr().add(j), sums[r]) };
         }
     }
 }
