@@ -307,6 +307,14 @@ fn later(args: &AttendArgs<'_>, cut: &Cut, piece: &Piece, index: usize, run: &Ra
     (records.wrapping_add(slot * stride + bytes * share / shares), bytes.div_ceil(shares))
 }
 
+/// Whether this item's records were asked for: by the items of the chunk before, if these are in the `run`, so that they
+/// had them as [`later`], and have keys. A window may hide that chunk; what nobody asked for, an item asks for itself.
+fn asked(args: &AttendArgs<'_>, cut: &Cut, piece: &Piece, sight: &Sight, index: usize, run: &Range<usize>) -> bool {
+    let part = index / cut.heads;
+    // A run of several chunks has one block of queries, whose first sees the earliest keys.
+    !by_table(args) && part > run.start / cut.heads && sight.keys(0).start < part * piece.chunk
+}
+
 /// Item `index` of a sequence's `[block][part][KV head]`, one of a `run` of neighbours that the thread works on.
 #[allow(clippy::too_many_arguments)]
 fn run_item(
@@ -367,7 +375,7 @@ fn run_item(
         tile: cut.tile,
         keys: first_key..end_key.min(sequence.n_kv),
         later: later(args, cut, piece, index, &run),
-        asked: !by_table(args) && (run.start / cut.heads + 1..piece.parts).contains(&(index / cut.heads)),
+        asked: asked(args, cut, piece, &sight, index, &run),
         head,
         mask: args.mask,
         sight,

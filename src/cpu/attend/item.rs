@@ -249,7 +249,13 @@ impl<S: Engine> State<'_, '_, S> {
             self.ask();
             let visible = self.mask(first, n, padded);
             let seen = match visible {
-                Visible::Nothing => return,
+                Visible::Nothing => {
+                    // The chunk that comes later may be seen all the same.
+                    for _ in 1..ASKS {
+                        self.ask();
+                    }
+                    return;
+                }
                 Visible::Everything => u64::MAX >> (64 - n),
                 Visible::Some(bits) => bits,
             };
