@@ -73,7 +73,8 @@ struct Rows {
 const BLOCK: usize = 12;
 const _: () = assert!(BLOCK <= ROWS);
 
-impl Products for Rows {
+// SAFETY: blocks have at most BLOCK rows, what the tile has left of them; each is put by one call of `some_scores`.
+unsafe impl Products for Rows {
     #[inline(always)]
     unsafe fn scores<const V: usize>(&mut self, tile: &Tile, phases: *mut Phases) -> Option<Span> {
         let first = self.next;

@@ -190,7 +190,8 @@ impl<B: Iterator<Item = Block>> Ahead<B> {
     }
 }
 
-impl<B: Iterator<Item = Block>> Products for Ahead<B> {
+// SAFETY: [`blocks`] are at most ROWS rows of the queries, some of them wanted; each of those is put.
+unsafe impl<B: Iterator<Item = Block>> Products for Ahead<B> {
     #[inline(always)]
     unsafe fn scores<const V: usize>(&mut self, tile: &Tile, phases: *mut Phases) -> Option<Span> {
         let block = self.next.take()?;

@@ -19,7 +19,11 @@ pub const ROWS: usize = 16;
 const GROUP: usize = SOFTMAX_ROWS;
 
 /// Where scores come from.
-pub trait Products {
+///
+/// # Safety
+/// Of the [`Span`] that it returns, `scores` has put every row with [`put_scores`]. There is one at least; all are below
+/// [`ROWS`], and rows of the tile when `first` is added.
+pub unsafe trait Products {
     /// Puts the scores of the next rows, `16 V` of each, where phases expect them ([`put_scores`]).
     ///
     /// # Safety
@@ -53,7 +57,8 @@ pub struct Phases {
 pub unsafe fn phases_of<const V: usize>(tile: &Tile, mut products: impl Products) {
     let mut phases = MaybeUninit::<Phases>::uninit();
     let phases = phases.as_mut_ptr();
-    // SAFETY: rows and lanes lie within the tile's arrays; each phase reads what the one before wrote.
+    // SAFETY: rows lie within the phases and the tile's arrays by the contract of `Products`, lanes by the caller's word;
+    // each phase reads what the one before wrote.
     unsafe {
         while let Some(Span { first, rows }) = products.scores::<V>(tile, phases) {
             let groups = rows.clone().step_by(GROUP).map(|row| Group::new(row, rows.end));
@@ -144,7 +149,7 @@ pub unsafe fn put_scores<const V: usize>(tile: &Tile, sums: [__m512i; V], at: us
 /// Largest scores of a group of the block that begins with row `first` of the tile, and what their growth leaves.
 #[inline(always)]
 unsafe fn largest(tile: &Tile, first: usize, group: Group, phases: *mut Phases) {
-    // SAFETY: as in `scores`.
+    // SAFETY: as in `put_scores`.
     unsafe {
         let largest = across::<true>(group.of(&raw const (*phases).most));
         let mut before = [0.0; GROUP];
@@ -166,7 +171,7 @@ unsafe fn largest(tile: &Tile, first: usize, group: Group, phases: *mut Phases) 
 /// Probabilities of two rows of a block, and their products with the scales of the values.
 #[inline(always)]
 unsafe fn probabilities<const V: usize>(tile: &Tile, rows: [usize; 2], phases: *mut Phases) {
-    // SAFETY: as in `scores`.
+    // SAFETY: as in `put_scores`.
     unsafe {
         let mut p = [[_mm512_setzero_ps(); V]; 2];
         for i in 0..2 {
@@ -193,7 +198,7 @@ unsafe fn probabilities<const V: usize>(tile: &Tile, rows: [usize; 2], phases: *
 /// Integer weights of row `at` of the tile, row `row` of the block.
 #[inline(always)]
 unsafe fn weights<const V: usize>(tile: &Tile, row: usize, at: usize, phases: *mut Phases) {
-    // SAFETY: as in `scores`.
+    // SAFETY: as in `put_scores`.
     unsafe {
         let inverse = _mm512_set1_ps((*phases).inverse[row]);
         let mut bits = [_mm512_setzero_si512(); MAX_TILE / WIDTH];
