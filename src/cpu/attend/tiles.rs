@@ -1,5 +1,5 @@
-//! The two products of [`super::vnni`] on AMX tiles, for blocks of many rows. Levels, folded queries and weights lie as
-//! there, which is also how tiles want them. Sums are exact, and so the same.
+//! The products of [`super::fours`] on AMX tiles, for blocks of many rows. Levels, folded queries and weights lie as
+//! [`super::vnni`] puts them, which is also how tiles want them. Sums are exact, and so the same.
 //!
 //! The next block's products run beside what [`super::weigh`] does with the last one's.
 
@@ -171,7 +171,11 @@ struct Ahead<B> {
 
 impl Ahead<()> {
     #[inline(always)]
-    unsafe fn new<const V: usize>(tiles: &Tiles, tile: &Tile, sums: &mut MaybeUninit<Sums>) -> Ahead<impl Iterator<Item = Block>> {
+    unsafe fn new<const V: usize>(
+        tiles: &Tiles,
+        tile: &Tile,
+        sums: &mut MaybeUninit<Sums>,
+    ) -> Ahead<impl Iterator<Item = Block>> {
         let mut out = Ahead { blocks: blocks(tiles, tile.queries), next: None, sums: sums.as_mut_ptr().cast() };
         // SAFETY: rows and lanes lie within the tile's factors.
         unsafe { out.multiply::<V>(tile) };

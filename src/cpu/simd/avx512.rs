@@ -1,5 +1,6 @@
 //! AVX-512 with VNNI and VBMI, and AMX beside it where there is some. Here are the vectors of [`super::avx2`], with twice
-//! the registers; what is worth wider ones is in `attend::vnni` and `attend::tiles`.
+//! the registers. Wider ones are in [`super::wide`], `attend::vnni`, `attend::fours` and `attend::weigh`, tiles in
+//! `attend::tiles`.
 
 use std::arch::x86_64::*;
 

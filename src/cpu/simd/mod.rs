@@ -1,8 +1,8 @@
 //! Thin primitives of each instruction set. Algorithms are written once, over [`Simd`]; a value of an implementing type
 //! is the proof that the CPU has the instructions, so that only loads and stores are unsafe.
 //!
-//! Everything works on eight lanes of 32 bits, in the same order on all paths and without fused multiply-adds: all
-//! paths give the same bits.
+//! [`Simd`] works on eight lanes of 32 bits; [`wide`] on as many as there are, where lanes never meet. All paths work in
+//! the same order and without fused multiply-adds, and so give the same bits.
 
 #[cfg(target_arch = "x86_64")]
 pub mod amx;
