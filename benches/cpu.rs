@@ -198,6 +198,33 @@ fn measure(c: &mut Criterion, call: &str, case: &Case, bytes: usize, copy: f64, 
     }
 }
 
+/// Queries of one stream over all keys of the case; `q` and `out` are `[n_q][n_q_heads][d]`, f32.
+fn attend_args<'a>(
+    case: &Case,
+    layer: &LayerShape,
+    n_q: usize,
+    store: Store<'a>,
+    q: &'a [f32],
+    out: &'a mut [u8],
+) -> AttendArgs<'a> {
+    AttendArgs {
+        n_streams: 1,
+        n_q,
+        n_kv: case.n_kv,
+        first_slot: 0,
+        stream_slots: 0,
+        store,
+        q: Rows::from_f32(q, layer.n_q_heads, case.d),
+        out: RowsMut::new(out, f32_rows(n_q, layer.n_q_heads, case.d)).unwrap(),
+        mask: None,
+        sink_logits: None,
+        scale: 1.0 / (case.d as f32).sqrt(),
+        softcap: 0.0,
+        sequences: None,
+        tail: None,
+    }
+}
+
 fn run_attend(c: &mut Criterion, call: &str, case: &Case, n_q: usize, copy: f64) {
     let Fixture { layer, factors, mut store, mut random } = Fixture::new(case);
     let q = random.floats(n_q * layer.n_q_heads * case.d);
@@ -206,22 +233,7 @@ fn run_attend(c: &mut Criterion, call: &str, case: &Case, n_q: usize, copy: f64)
     let start = ws.as_ptr().align_offset(64);
     let ws = Workspace::new(&mut ws[start..]);
     let bytes = store.len();
-    let args = AttendArgs {
-        n_streams: 1,
-        n_q,
-        n_kv: case.n_kv,
-        first_slot: 0,
-        stream_slots: 0,
-        store: Store::new(&mut store, layer.slot_bytes),
-        q: Rows::from_f32(&q, layer.n_q_heads, case.d),
-        out: RowsMut::new(&mut out, f32_rows(n_q, layer.n_q_heads, case.d)).unwrap(),
-        mask: None,
-        sink_logits: None,
-        scale: 1.0 / (case.d as f32).sqrt(),
-        softcap: 0.0,
-        sequences: None,
-        tail: None,
-    };
+    let args = attend_args(case, &layer, n_q, Store::new(&mut store, layer.slot_bytes), &q, &mut out);
     measure(c, call, case, bytes, copy, || attend(&layer, &factors, black_box(&args), &ws).unwrap());
 }
 
@@ -271,22 +283,7 @@ fn run_token(c: &mut Criterion, case: &Case) {
                         let tokens = Tokens { n_tokens: 1, q: None, kv: Some((rows(&k), rows(&v))), positions: None };
                         encode_shard(&layer, factors, &tokens, &[0], &store, 0, 1).unwrap();
                     } else {
-                        let args = AttendArgs {
-                            n_streams: 1,
-                            n_q: 1,
-                            n_kv: case.n_kv,
-                            first_slot: 0,
-                            stream_slots: 0,
-                            store,
-                            q: Rows::from_f32(&q, layer.n_q_heads, case.d),
-                            out: RowsMut::new(&mut out, f32_rows(1, layer.n_q_heads, case.d)).unwrap(),
-                            mask: None,
-                            sink_logits: None,
-                            scale: 1.0 / (case.d as f32).sqrt(),
-                            softcap: 0.0,
-                            sequences: None,
-                            tail: None,
-                        };
+                        let args = attend_args(case, &layer, 1, store, &q, &mut out);
                         attend(&layer, factors, &args, &ws).unwrap();
                     }
                     took += start.elapsed();
