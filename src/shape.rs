@@ -16,6 +16,8 @@ use crate::error::{Error, Result};
 
 /// Head dimensions that have kernels.
 pub const HEAD_DIMS: [usize; 6] = [64, 80, 96, 128, 192, 256];
+/// The largest of them.
+pub const MAX_DIM: usize = HEAD_DIMS[HEAD_DIMS.len() - 1];
 /// Alignment of records and of slot strides, in bytes.
 pub const SLOT_ALIGN: usize = 16;
 /// A row names its factor set in four bits.

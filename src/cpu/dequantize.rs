@@ -6,10 +6,8 @@ use crate::cpu::simd::{Isa, LANES, Simd, portable::Portable};
 use crate::cpu::simd::avx2::Avx2;
 use crate::error::{Error, Result};
 use crate::factor::{HeadSets, LayerFactors, Transform, hadamard};
-use crate::shape::{LayerShape, Side, SideShape};
+use crate::shape::{LayerShape, MAX_DIM, Side, SideShape};
 use crate::view::{RowsMut, Store};
-
-const MAX_DIM: usize = 256;
 
 /// Decodes the records of `slots` into row `i` of the outputs for `slots[i]`. Slot -1, and a row that names a set which
 /// does not exist, give zeros. No other thread may write these slots or outputs meanwhile.

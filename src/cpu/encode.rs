@@ -22,14 +22,13 @@ use crate::error::Result;
 use crate::factor::{
     Encode, HeadSets, LayerFactors, MAX_SINKS, ROTATION_KAPPA, ROTATION_SET, TierWeights, Transform, hadamard,
 };
-use crate::shape::{LayerShape, MAX_TIERS, Side, SideShape, Tier};
+use crate::shape::{LayerShape, MAX_DIM, MAX_TIERS, Side, SideShape, Tier};
 use crate::view::{Rows, Store, Tokens};
 
 /// Partial sums of a sum over a row; every head_dim is a multiple.
 const LANES: usize = PAIR;
 /// Rows that share one pass over the encode matrix.
 const BLOCK: usize = 4;
-const MAX_DIM: usize = 256;
 /// Input channels that a row alone takes at a time, and floats of a cache line.
 const CHANNELS: usize = 8;
 const LINE_FLOATS: usize = 16;

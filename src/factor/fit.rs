@@ -30,7 +30,7 @@ use half::slice::HalfFloatSliceExt;
 use super::hadamard::{SPREAD, spread};
 use super::sets::TierWeights;
 use crate::code::codebook::codebook;
-use crate::shape::{MAX_TIERS, Tier};
+use crate::shape::{MAX_DIM, MAX_TIERS, Tier};
 
 /// Part of the mean variance that is added to every channel; times `1 + pull / rows`, so that few rows lean towards the
 /// plain rotation.
@@ -40,7 +40,6 @@ const SHRINK: f64 = 0.1;
 const PULL_TIERS: f64 = 1024.0;
 /// Exponent of the gauge where roundings feed back; balanced is 0.5. 0.8 to 1 measured alike.
 const SKEW: f64 = 0.85;
-const MAX_DIM: usize = 256;
 /// Tridiagonal eigenproblems of this size and more are split in two.
 const DIVIDE_FROM: usize = 32;
 

@@ -6,7 +6,7 @@
 //! Everything here is format: rows in set 0 decode by it. Sums have one fixed order and use no fused multiply-add, so
 //! that all CPUs get the same bits.
 
-use crate::shape::HEAD_DIMS;
+use crate::shape::{HEAD_DIMS, MAX_DIM};
 
 /// Signs of +1 and -1 before the rotation of `D` channels, times `1 / sqrt(D)`: a constant row must not pile up in one
 /// channel. Channel `i` is negative when the top bit of output `i` of SplitMix64 (Steele, Lea and Flood 2014), seeded
@@ -242,7 +242,6 @@ fn paley_sign(m: usize, row: usize, col: usize) -> f64 {
 
 /// Vectors that are spread side by side: a cache line of each channel.
 pub const SPREAD: usize = 8;
-const MAX_DIM: usize = 256;
 
 /// The spread of `n` latent channels (a multiple of 16, at most 256): an orthonormal matrix that shares the variance of
 /// its inputs evenly among its outputs, applied to vectors `[n][SPREAD]` in place.

@@ -3,7 +3,6 @@
 //! By default in pairs of 16 bits ([`expand`], [`product`]). An instruction set that multiplies bytes overrides all of it.
 //! Both ways sum the same integers exactly, so that the results have the same bits.
 
-use super::fold::MAX_DIM;
 use super::lanes::{SideLanes, TierLanes};
 use super::product::{self, Finish, Left, Outputs, Right, Scores};
 use super::row::{self, Softmax, Weights};
@@ -11,6 +10,7 @@ use super::{MAX_TILE, expand};
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::simd::avx2::Avx2;
 use crate::cpu::simd::{Simd, portable::Portable};
+use crate::shape::MAX_DIM;
 
 /// A tile of one set of keys and one of values without soft-cap, from folded queries and levels of keys to weights.
 pub struct Tile {

@@ -6,6 +6,7 @@ use super::engine::Engine;
 use super::lanes::{NO_CHANNEL, SideLanes};
 use crate::cpu::simd::{LANES, Simd};
 use crate::factor::{FactorSet, HeadSets, Transform, hadamard};
+use crate::shape::MAX_DIM;
 
 /// The linear part of a set, `None` for the rotation; also of a set that does not exist, which only a record that was
 /// never written can name.
@@ -29,7 +30,6 @@ pub const LARGEST: f32 = 32639.0;
 
 /// Rows that pass over the matrix together.
 pub const BLOCK: usize = 4;
-pub const MAX_DIM: usize = 256;
 /// Channels of the matrix that are taken at a time, and f16 in a cache line.
 const CHANNELS: usize = 8;
 const LINE_HALVES: usize = 32;

@@ -8,12 +8,13 @@
 use std::arch::x86_64::*;
 
 use super::engine::{Engine, Tile, by_rows};
-use super::fold::{MAX_DIM, ROUND};
+use super::fold::ROUND;
 use super::lanes::{SideLanes, TierLanes};
 use super::product::{Finish, Left, Outputs, Right};
 use super::row::{EXP2, Softmax, Weights, steps};
 use super::{LOW_STRIDE, MAX_TILE, fours, tiles};
 use crate::cpu::simd::avx512::Avx512;
+use crate::shape::MAX_DIM;
 
 type Rows = [*const u8; MAX_TILE];
 
