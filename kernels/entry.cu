@@ -24,8 +24,11 @@
     }
 #define DQ_KERNELS(d, kp, vp)                                                                                         \
     DQ_ATTEND(, d, kp, vp, true)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(dq::FOLD_THREADS) dq_fold_##d##_##kp##_##vp(const DqAttend p) {                   \
-        dq::fold_queries<dq::Side<d, kp, true>>(p);                                                                   \
+    extern "C" __global__ void __launch_bounds__(dq::FOLD_THREADS, (d) <= 128 ? 0 : 1) dq_fold_##d##_##kp##_##vp(const DqAttend p) {                   \
+        dq::fold_queries<dq::Side<d, kp, true>, false>(p);                                                            \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(dq::FOLD_THREADS, (d) <= 128 ? 3 : 1) dq_fold_many_##d##_##kp##_##vp(const DqAttend p) { \
+        dq::fold_queries<dq::Side<d, kp, true>, true>(p);                                                             \
     }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(512) dq_merge_##d##_##kp##_##vp(const DqAttend p) {                  \
         dq::attend_merge<dq::Side<d, vp, true>>(p);                                                                   \

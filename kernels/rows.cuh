@@ -14,17 +14,25 @@ struct SetList {
         const uint2* words = reinterpret_cast<const uint2*>(sets.transform);
         lower = load_fresh(words), upper = load_fresh(words + 1);
     }
-    // Whether set e is over this linear part; absent ones count to the rotation.
-    __device__ __forceinline__ bool is_over(uint32_t e, uint32_t transform) const {
+    // The linear part of set e; absent ones count to the rotation.
+    __device__ __forceinline__ uint32_t transform(uint32_t e) const {
         const uint32_t word = e & 8 ? (e & 4 ? upper.y : upper.x) : (e & 4 ? lower.y : lower.x);
-        return (present >> e & 1 ? word >> (8 * (e % 4)) & 0xFF : 0) == transform;
+        return present >> e & 1 ? word >> (8 * (e % 4)) & 0xFF : 0;
     }
+    __device__ __forceinline__ bool is_over(uint32_t e, uint32_t t) const { return transform(e) == t; }
 };
 // Whether a head has a set over this linear part. The rotation always has one.
 __device__ __forceinline__ bool names_transform(const SetList& sets, uint32_t transform) {
     bool named = transform == 0;
     DQ_UNROLL
     for (uint32_t e = 0; e < DQ_MAX_SETS; e++) named |= sets.is_over(e, transform);
+    return named;
+}
+// All of them, a bit to each.
+__device__ __forceinline__ uint32_t named_transforms(const SetList& sets) {
+    uint32_t named = 1;
+    DQ_UNROLL
+    for (uint32_t e = 0; e < DQ_MAX_SETS; e++) named |= 1u << (sets.transform(e) & (DQ_MAX_TRANSFORMS - 1));
     return named;
 }
 

@@ -26,7 +26,7 @@ struct Case {
     uint32_t tail_parts = 0;
 };
 
-template <class K, class V, int NT> __global__ void __launch_bounds__(dq::FOLD_THREADS) fold_kernel(const DqAttend p) { dq::fold_queries<K>(p); }
+template <class K, bool MANY> __global__ void __launch_bounds__(dq::FOLD_THREADS) fold_kernel(const DqAttend p) { dq::fold_queries<K, MANY>(p); }
 template <class K, class V, int NT> __global__ void __launch_bounds__(256, NT == 1 ? 2 : 1) attend_kernel(const DqAttend p) { dq::attend_decode<K, V, NT, dq::DECODE_STAGES>(p); }
 template <class K, class V, int NT> __global__ void __launch_bounds__(256) prefill_kernel(const DqAttend p) { dq::attend_prefill<K, V, NT>(p); }
 __global__ void __launch_bounds__(32 * dq::TAIL_WARPS) tail_kernel(const DqAttend p) { dq::attend_tail(p); }
@@ -209,9 +209,16 @@ void run(const Case& c, std::mt19937_64& rng) {
     p.folded = folded.get(), p.folded_scales = scales.get(), p.constants = constants.get();
     p.partial = partial.get(), p.partial_sums = partial_sums.get();
 
-    p.fold_tiles = n_tiles, p.fold_units = c.n_streams * n_tiles > 8 ? 8 : c.n_streams;
-    if (p.fold_units == 3) p.fold_units = 4;
-    rt::launch(fold_kernel<K, V, NT>, dim3(c.n_kv * DQ_MAX_TRANSFORMS, (c.n_streams * n_tiles + p.fold_units - 1) / p.fold_units), dq::FOLD_THREADS, dq::fold_shared_bytes<K>(p.fold_units), p);
+    p.fold_tiles = n_tiles;
+    if (PREFILL) {
+        // Several rounds to a block, the last one not full; a number of blocks that not every number of linear parts divides.
+        p.fold_units = 2;
+        rt::launch(fold_kernel<K, true>, dim3(c.n_kv, 5, 2), dq::FOLD_THREADS, dq::fold_shared_bytes<K>(p.fold_units), p);
+    } else {
+        p.fold_units = c.n_streams * n_tiles > 8 ? 8 : c.n_streams == 3 ? 4 : c.n_streams;
+        rt::launch(fold_kernel<K, false>, dim3(c.n_kv * DQ_MAX_TRANSFORMS, (c.n_streams * n_tiles + p.fold_units - 1) / p.fold_units), dq::FOLD_THREADS,
+                   dq::fold_shared_bytes<K>(p.fold_units), p);
+    }
     if (c.tail) {
         rt::launch(tail_kernel, dim3((c.n_q * c.group + 3) / 4 * c.tail_parts, c.n_kv, c.n_streams), 32 * dq::TAIL_WARPS, 0, p);
     }

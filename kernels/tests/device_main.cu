@@ -174,7 +174,7 @@ void bench(const char* name, Timer& timer, double copy, bool mixed, bool brief) 
                 constexpr uint32_t AT_ONCE = dq::MERGE_AT_ONCE<V>;
                 uint32_t merge_threads = 32 * std::min(16u, (splits + AT_ONCE - 1) / AT_ONCE);
                 double all = timer.median(calls, [&](int i, cudaStream_t s) {
-                    fold_kernel<K, V, 1><<<dim3(N_KV * DQ_MAX_TRANSFORMS, streams), dq::FOLD_THREADS, dq::fold_shared_bytes<K>(p.fold_units), s>>>(at(i));
+                    fold_kernel<K, false><<<dim3(N_KV * DQ_MAX_TRANSFORMS, streams), dq::FOLD_THREADS, dq::fold_shared_bytes<K>(p.fold_units), s>>>(at(i));
                     attend(i, s);
                     merge_kernel<V><<<streams * N_KV * GROUP, merge_threads, dq::merge_shared_bytes<V>(merge_threads), s>>>(at(i));
                 });
@@ -220,7 +220,7 @@ void bench_prefill(Timer& timer, uint32_t n, uint32_t keys) {
     p.folded = folded.get(), p.folded_scales = scales.get(), p.constants = constants.get(), p.partial = partial.get(), p.partial_sums = sums.get();
     const uint32_t warps = 8, shared = dq::prefill_shared_bytes<S, S, 4>(p, warps);
     rt::check(cudaFuncSetAttribute(prefill_kernel<S, S, 4>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
-    auto fold = [&](int, cudaStream_t s) { fold_kernel<S, S, 4><<<dim3(N_KV * DQ_MAX_TRANSFORMS, (n_tiles + 7) / 8), dq::FOLD_THREADS, dq::fold_shared_bytes<S>(p.fold_units), s>>>(p); };
+    auto fold = [&](int, cudaStream_t s) { fold_kernel<S, true><<<dim3(N_KV, 48), dq::FOLD_THREADS, dq::fold_shared_bytes<S>(p.fold_units), s>>>(p); };
     auto attend = [&](int, cudaStream_t s) { prefill_kernel<S, S, 4><<<dim3(1, N_KV * ((p.row_tiles + warps - 1) / warps), 1), 32 * warps, shared, s>>>(p); };
     auto merge = [&](int, cudaStream_t s) { merge_kernel<S><<<unsigned(rows), 64, dq::merge_shared_bytes<S>(64), s>>>(p); };
     const double a = timer.median(5, fold), b = timer.median(5, attend), c = timer.median(5, merge);

@@ -13,8 +13,8 @@ const KEYS_PER_WARP: usize = 32;
 const STAGES: usize = 2;
 /// Two barriers for each of four stages.
 const BARRIER_BYTES: usize = 64;
-/// Units (a tile of four rows of a stream) that share a block of the fold kernel, at most, as many as its warps; and how many
-/// units of all KV heads there are to each that does. Powers of two.
+/// Units (a tile of four rows of a stream) that a block of the fold kernel takes at a time, at most, as many as its warps; and how
+/// many units of all KV heads there are to each of these. Powers of two.
 const FOLD_WARPS: usize = 8;
 const FOLD_HEADS: usize = 16;
 /// Bytes that a row has in each group of its unit's fragments.
@@ -42,6 +42,8 @@ pub struct LayerKernels {
     encode_few: Kernel,
     dequantize: Kernel,
     fold: Kernel,
+    /// The same for many rows.
+    fold_many: Kernel,
     merge: Kernel,
     tail: Kernel,
     /// Decode with one and two tiles of four rows, prefill.
@@ -53,8 +55,10 @@ pub struct LayerKernels {
     /// Tokens up to which each row has a block of its own.
     few: usize,
     k_groups: usize,
-    /// Units to a block of the fold kernel, at most: a power of two.
+    /// Units that a block of the fold kernels takes at a time, at most: a power of two.
     fold_units: usize,
+    /// Blocks of the one for many rows that run at once.
+    fold_blocks: usize,
     v_transforms: usize,
 }
 
@@ -105,7 +109,7 @@ fn encode_few_cut(shape: &LayerShape) -> (usize, usize) {
 /// Bytes of shared memory of a block of the fold kernel, as fold.cuh's `fold_shared_bytes`.
 fn fold_shared(d: usize, k_groups: usize, units: usize) -> usize {
     let chunks = if d <= 128 { d } else { 2 * 64 };
-    (MAX_SETS + chunks + 8 * units) * (d + 8) * 2 + 4 * units * d * 4 + FOLD_WARPS * k_groups * FOLDED_ROW
+    (MAX_SETS + chunks + 8 * units) * (d + 8) * 2 + 4 * units * (d + 8) * 4 + FOLD_WARPS * k_groups * FOLDED_ROW
 }
 
 /// Codes of 32 channels of a tier are a group.
@@ -156,8 +160,9 @@ impl LayerKernels {
         let (encode_few_shared, few_blocks) = encode_few_cut(shape);
         let encode_few = find(format!("dq_encode_few_{d}_{k}_{v}"))?;
         let fits = encode_few_shared <= device.dynamic_shared(encode_few)?;
-        let (fold, k_groups) = (find(format!("dq_fold_{d}_{k}_{v}"))?, groups(&shape.k));
-        let fold_room = device.dynamic_shared(fold)?;
+        let (fold, fold_many) = (find(format!("dq_fold_{d}_{k}_{v}"))?, find(format!("dq_fold_many_{d}_{k}_{v}"))?);
+        let k_groups = groups(&shape.k);
+        let fold_room = device.dynamic_shared(fold)?.min(device.dynamic_shared(fold_many)?);
         let Some(fold_units) = (0..=FOLD_WARPS.ilog2()).rev().map(|i| 1 << i).find(|&n| fold_shared(d, k_groups, n) <= fold_room) else {
             return Err(absent("fold that fits this device"));
         };
@@ -165,6 +170,7 @@ impl LayerKernels {
             encode: find(format!("dq_encode_{d}_{k}_{v}"))?,
             dequantize: find(format!("dq_dequantize_{d}_{k}_{v}"))?,
             fold,
+            fold_many,
             merge: find(format!("dq_merge_{d}_{k}_{v}"))?,
             tail: find("dq_tail".into())?,
             attend: [n1, n2, prefill],
@@ -179,6 +185,7 @@ impl LayerKernels {
             },
             k_groups,
             fold_units,
+            fold_blocks: device.sms * device.blocks_per_sm(fold_many, FOLD_THREADS, fold_shared(d, k_groups, fold_units))?,
             v_transforms: if shape.v.gauge == Gauge::Attention { MAX_TRANSFORMS } else { 1 },
         })
     }
@@ -336,6 +343,12 @@ fn lay(arena: &mut Arena, kernels: &LayerKernels, d_v: usize, c: Counts) -> Piec
     }
 }
 
+/// Blocks to a KV head that share the units of all its linear parts, of which the device knows the number: as many as run at once,
+/// but no more than there is work for, and at least one to each part.
+fn fold_sharers(units: usize, at_a_time: usize, at_once: usize, kv_heads: usize) -> usize {
+    (at_once / kv_heads).min(units.div_ceil(at_a_time) * MAX_TRANSFORMS).max(MAX_TRANSFORMS)
+}
+
 /// Parts of each row's result over a tail; `tiles` counts (stream, KV head, four rows).
 fn tail_parts(tiles: usize, tail: usize) -> usize {
     tail.div_ceil(KEYS_PER_WARP).min((TAIL_BLOCKS / tiles.max(1)).max(1))
@@ -430,9 +443,15 @@ pub fn plan_attend(
     p.fold_tiles = n_tiles as u32;
     p.fold_units = units as u32;
 
-    // Runs of units, over two dimensions of the grid: one alone ends at 65,535.
-    let runs = (streams * n_tiles).div_ceil(units);
-    let run_rows = runs.div_ceil(MOST_BLOCKS_Y);
+    let (fold, fold_grid) = if v.prefill {
+        let sharers = fold_sharers(streams * n_tiles, units, kernels.fold_blocks, shape.n_kv_heads);
+        (kernels.fold_many, (shape.n_kv_heads, sharers, 1))
+    } else {
+        // Runs of units, over two dimensions of the grid: one alone ends at 65,535.
+        let runs = (streams * n_tiles).div_ceil(units);
+        let run_rows = runs.div_ceil(MOST_BLOCKS_Y);
+        (kernels.fold, (shape.n_kv_heads * MAX_TRANSFORMS, runs.div_ceil(run_rows), run_rows))
+    };
 
     let y = if v.prefill {
         shape.n_kv_heads * row_tiles.div_ceil(v.warps(rows))
@@ -442,8 +461,8 @@ pub fn plan_attend(
     let merge_threads = merge_threads(shape.v.head_dim, splits.max(tail_parts), kernels.v_transforms);
     Ok(AttendPlan {
         fold: Launch {
-            kernel: kernels.fold,
-            grid: (shape.n_kv_heads * MAX_TRANSFORMS, runs.div_ceil(run_rows), run_rows),
+            kernel: fold,
+            grid: fold_grid,
             threads: FOLD_THREADS,
             shared: fold_shared(shape.k.head_dim, kernels.k_groups, units),
         },
