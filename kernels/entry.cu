@@ -31,7 +31,10 @@
         dq::fold_queries<dq::Side<d, kp, true>, true>(p);                                                             \
     }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(512) dq_merge_##d##_##kp##_##vp(const DqAttend p) {                  \
-        dq::attend_merge<dq::Side<d, vp, true>>(p);                                                                   \
+        dq::attend_merge<dq::Side<d, vp, true>, false>(p);                                                            \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(32 * dq::MERGE_MANY_WARPS, (d) <= 128 ? 4 : 2) dq_merge_many_##d##_##kp##_##vp(const DqAttend p) { \
+        dq::attend_merge<dq::Side<d, vp, true>, true>(p);                                                             \
     }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(256, (d) <= 128 ? 2 : 1) dq_encode_##d##_##kp##_##vp(const DqEncode p) { \
         dq::encode<dq::Side<d, kp, true>, dq::Side<d, vp, true>>(p);                                                  \

@@ -39,6 +39,7 @@ template <class P, void (*kernel)(P)> void run(const emu::Launch& how, const voi
     {"dq_fold_" #d "_" #kp "_" #vp, {sizeof(DqAttend), run<DqAttend, dq_fold_##d##_##kp##_##vp>}},                    \
     {"dq_fold_many_" #d "_" #kp "_" #vp, {sizeof(DqAttend), run<DqAttend, dq_fold_many_##d##_##kp##_##vp>}},          \
     {"dq_merge_" #d "_" #kp "_" #vp, {sizeof(DqAttend), run<DqAttend, dq_merge_##d##_##kp##_##vp>}},                  \
+    {"dq_merge_many_" #d "_" #kp "_" #vp, {sizeof(DqAttend), run<DqAttend, dq_merge_many_##d##_##kp##_##vp>}},        \
     {"dq_encode_" #d "_" #kp "_" #vp, {sizeof(DqEncode), run<DqEncode, dq_encode_##d##_##kp##_##vp>}},                \
     {"dq_encode_few_" #d "_" #kp "_" #vp, {sizeof(DqEncode), run<DqEncode, dq_encode_few_##d##_##kp##_##vp>}},        \
     {"dq_dequantize_" #d "_" #kp "_" #vp, {sizeof(DqDequantize), run<DqDequantize, dq_dequantize_##d##_##kp##_##vp>}},

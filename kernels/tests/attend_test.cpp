@@ -30,7 +30,7 @@ template <class K, bool MANY> __global__ void __launch_bounds__(dq::FOLD_THREADS
 template <class K, class V, int NT> __global__ void __launch_bounds__(256, NT == 1 ? 2 : 1) attend_kernel(const DqAttend p) { dq::attend_decode<K, V, NT, dq::DECODE_STAGES>(p); }
 template <class K, class V, int NT> __global__ void __launch_bounds__(256) prefill_kernel(const DqAttend p) { dq::attend_prefill<K, V, NT>(p); }
 __global__ void __launch_bounds__(32 * dq::TAIL_WARPS) tail_kernel(const DqAttend p) { dq::attend_tail(p); }
-template <class V> __global__ void __launch_bounds__(512) merge_kernel(const DqAttend p) { dq::attend_merge<V>(p); }
+template <class V, bool MANY> __global__ void __launch_bounds__(MANY ? 32 * dq::MERGE_MANY_WARPS : 512) merge_kernel(const DqAttend p) { dq::attend_merge<V, MANY>(p); }
 
 // Factors on the device.
 struct DeviceFactors {
@@ -227,9 +227,15 @@ void run(const Case& c, std::mt19937_64& rng) {
                    dq::prefill_shared_bytes<K, V, NT>(p, PREFILL), p);
     } else rt::launch(attend_kernel<K, V, NT>, dim3(p.n_splits, c.n_kv / p.heads_per_block * p.row_tiles, c.n_streams * p.v_transforms),
                32 * p.heads_per_block * p.key_warps, dq::attend_shared_bytes<K, V, NT, dq::DECODE_STAGES>(p), p);
-    // One warp where there are more splits than it loads at a time, so that it comes back for the others.
-    const unsigned merge_threads = c.n_splits > uint32_t(dq::MERGE_AT_ONCE<V>) ? 32 : parts > 4 ? 512 : parts > 2 ? 64 : 32;
-    rt::launch(merge_kernel<V>, dim3(rows), merge_threads, dq::merge_shared_bytes<V>(merge_threads), p);
+    if (PREFILL && p.v_transforms == 1) {
+        // Several rows to a warp, and more warps than rows are left for in the end.
+        const unsigned threads = 32 * dq::MERGE_MANY_WARPS;
+        rt::launch(merge_kernel<V, true>, dim3(2, c.n_kv, c.n_streams), threads, dq::merge_shared_bytes<V>(threads), p);
+    } else {
+        // One warp where there are more splits than it loads at a time, so that it comes back for the others.
+        const unsigned merge_threads = c.n_splits > uint32_t(dq::MERGE_AT_ONCE<V>) ? 32 : parts > 4 ? 512 : parts > 2 ? 64 : 32;
+        rt::launch(merge_kernel<V, false>, dim3(rows), merge_threads, dq::merge_shared_bytes<V>(merge_threads), p);
+    }
     rt::sync();
     auto out = d_out.take();
 

@@ -176,7 +176,7 @@ void bench(const char* name, Timer& timer, double copy, bool mixed, bool brief) 
                 double all = timer.median(calls, [&](int i, cudaStream_t s) {
                     fold_kernel<K, false><<<dim3(N_KV * DQ_MAX_TRANSFORMS, streams), dq::FOLD_THREADS, dq::fold_shared_bytes<K>(p.fold_units), s>>>(at(i));
                     attend(i, s);
-                    merge_kernel<V><<<streams * N_KV * GROUP, merge_threads, dq::merge_shared_bytes<V>(merge_threads), s>>>(at(i));
+                    merge_kernel<V, false><<<streams * N_KV * GROUP, merge_threads, dq::merge_shared_bytes<V>(merge_threads), s>>>(at(i));
                 });
                 if (all < best) {
                     best = all, best_splits = splits;
@@ -222,7 +222,8 @@ void bench_prefill(Timer& timer, uint32_t n, uint32_t keys) {
     rt::check(cudaFuncSetAttribute(prefill_kernel<S, S, 4>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
     auto fold = [&](int, cudaStream_t s) { fold_kernel<S, true><<<dim3(N_KV, 48), dq::FOLD_THREADS, dq::fold_shared_bytes<S>(p.fold_units), s>>>(p); };
     auto attend = [&](int, cudaStream_t s) { prefill_kernel<S, S, 4><<<dim3(1, N_KV * ((p.row_tiles + warps - 1) / warps), 1), 32 * warps, shared, s>>>(p); };
-    auto merge = [&](int, cudaStream_t s) { merge_kernel<S><<<unsigned(rows), 64, dq::merge_shared_bytes<S>(64), s>>>(p); };
+    const unsigned merge_threads = 32 * dq::MERGE_MANY_WARPS;
+    auto merge = [&](int, cudaStream_t s) { merge_kernel<S, true><<<dim3(66, N_KV), merge_threads, dq::merge_shared_bytes<S>(merge_threads), s>>>(p); };
     const double a = timer.median(5, fold), b = timer.median(5, attend), c = timer.median(5, merge);
     const double flops = 4.0 * D * N_KV * GROUP * (double(n) * keys - double(n) * (n - 1) / 2);
     std::printf("prefill, %u queries over %u keys: fold %.1f, attend %.1f, merge %.1f us; %.0f TFLOP/s in attend\n", n, keys, a, b, c, flops / b / 1e6);

@@ -21,8 +21,9 @@ const FOLD_HEADS: usize = 16;
 const FOLDED_ROW: usize = 64;
 const FOLD_THREADS: usize = 32 * FOLD_WARPS;
 const MOST_WARPS: usize = 8;
-/// Warps of a block of the merge kernel, at most.
+/// Warps of a block of the merge kernel, at most, and of the one for many rows.
 const MERGE_WARPS: usize = 16;
+const MERGE_MANY_WARPS: usize = 8;
 /// Blocks of the tail's kernel: as many share four rows as keep the whole at this number.
 const TAIL_BLOCKS: usize = 512;
 const TAIL_THREADS: usize = 128;
@@ -45,6 +46,8 @@ pub struct LayerKernels {
     /// The same for many rows.
     fold_many: Kernel,
     merge: Kernel,
+    /// The same for many rows.
+    merge_many: Kernel,
     tail: Kernel,
     /// Decode with one and two tiles of four rows, prefill.
     attend: [Variant; 3],
@@ -59,6 +62,8 @@ pub struct LayerKernels {
     fold_units: usize,
     /// Blocks of the one for many rows that run at once.
     fold_blocks: usize,
+    /// And of merge for many rows.
+    merge_blocks: usize,
     v_transforms: usize,
 }
 
@@ -166,12 +171,16 @@ impl LayerKernels {
         let Some(fold_units) = (0..=FOLD_WARPS.ilog2()).rev().map(|i| 1 << i).find(|&n| fold_shared(d, k_groups, n) <= fold_room) else {
             return Err(absent("fold that fits this device"));
         };
+        let merge_many = find(format!("dq_merge_many_{d}_{k}_{v}"))?;
+        let at_once = |kernel, threads, shared| Ok(device.sms * device.blocks_per_sm(kernel, threads, shared)?);
+        let merge_many_threads = 32 * MERGE_MANY_WARPS;
         Ok(Self {
             encode: find(format!("dq_encode_{d}_{k}_{v}"))?,
             dequantize: find(format!("dq_dequantize_{d}_{k}_{v}"))?,
             fold,
             fold_many,
             merge: find(format!("dq_merge_{d}_{k}_{v}"))?,
+            merge_many,
             tail: find("dq_tail".into())?,
             attend: [n1, n2, prefill],
             encode_few,
@@ -185,7 +194,8 @@ impl LayerKernels {
             },
             k_groups,
             fold_units,
-            fold_blocks: device.sms * device.blocks_per_sm(fold_many, FOLD_THREADS, fold_shared(d, k_groups, fold_units))?,
+            fold_blocks: at_once(fold_many, FOLD_THREADS, fold_shared(d, k_groups, fold_units))?,
+            merge_blocks: at_once(merge_many, merge_many_threads, merge_shared(shape.v.head_dim, merge_many_threads))?,
             v_transforms: if shape.v.gauge == Gauge::Attention { MAX_TRANSFORMS } else { 1 },
         })
     }
@@ -362,6 +372,14 @@ fn merge_threads(d: usize, parts: usize, v_transforms: usize) -> usize {
     32 * parts.div_ceil(at_once).clamp(least, MERGE_WARPS)
 }
 
+/// Blocks to a (stream, KV head) of the merge kernel for many rows, each row a warp's, where they keep all warps that run at once
+/// busy. Not with more parts than a warp loads at a time: the other kernel has several warps for them.
+fn merge_sharers(d: usize, parts: usize, heads: usize, rows: usize, at_once: usize) -> Option<usize> {
+    let at_a_time = if d <= 128 { 4 } else { 2 };
+    let serves = parts <= at_a_time && heads * rows >= MERGE_MANY_WARPS * at_once;
+    serves.then(|| (at_once / heads).clamp(1, rows.div_ceil(MERGE_MANY_WARPS)))
+}
+
 /// Bytes of its shared memory, as merge.cuh's `merge_shared_bytes`.
 fn merge_shared(d: usize, threads: usize) -> usize {
     threads / 32 * d * 4
@@ -458,7 +476,16 @@ pub fn plan_attend(
     } else {
         shape.n_kv_heads / v.heads_per_block * row_tiles
     };
-    let merge_threads = merge_threads(shape.v.head_dim, splits.max(tail_parts), kernels.v_transforms);
+    let most_parts = splits.max(tail_parts);
+    let sharers = if v.prefill && kernels.v_transforms == 1 {
+        merge_sharers(shape.v.head_dim, most_parts, heads, rows, kernels.merge_blocks)
+    } else {
+        None
+    };
+    let (merge, merge_grid, merge_threads) = match sharers {
+        Some(sharers) => (kernels.merge_many, (sharers, shape.n_kv_heads, streams), 32 * MERGE_MANY_WARPS),
+        None => (kernels.merge, (heads * rows, 1, 1), merge_threads(shape.v.head_dim, most_parts, kernels.v_transforms)),
+    };
     Ok(AttendPlan {
         fold: Launch {
             kernel: fold,
@@ -479,10 +506,42 @@ pub fn plan_attend(
             shared: v.shared,
         },
         merge: Launch {
-            kernel: kernels.merge,
-            grid: (heads * rows, 1, 1),
+            kernel: merge,
+            grid: merge_grid,
             threads: merge_threads,
             shared: merge_shared(shape.v.head_dim, merge_threads),
         },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fold_of_many_rows_has_a_block_for_each_linear_part() {
+        // 512 queries of 32 heads over 8, 3 blocks to each of 132 multiprocessors: one wave.
+        assert_eq!(fold_sharers(512, 8, 396, 8), 49);
+        // No more blocks than have a full turn each if all linear parts are named.
+        assert_eq!(fold_sharers(9, 8, 396, 8), 2 * MAX_TRANSFORMS);
+        // The kernel divides by the number of parts: it may not get fewer blocks than there are parts.
+        for kv_heads in [1, 8, 64, 1000] {
+            for units in [1, 7, 100_000] {
+                let sharers = fold_sharers(units, 2, 396, kv_heads);
+                assert!(sharers >= MAX_TRANSFORMS && (sharers == MAX_TRANSFORMS || sharers * kv_heads <= 396));
+            }
+        }
+    }
+
+    #[test]
+    fn merge_of_many_rows_is_one_wave() {
+        // 512 queries of 32 heads over 8.
+        assert_eq!(merge_sharers(128, 1, 8, 2048, 528), Some(66));
+        assert_eq!(merge_sharers(128, 5, 8, 2048, 528), None);
+        assert_eq!(merge_sharers(256, 4, 8, 2048, 528), None);
+        assert_eq!(merge_sharers(128, 1, 8, 256, 528), None);
+        // Many streams: a block to each head, however many there are; and none without a row.
+        assert_eq!(merge_sharers(128, 1, 2000, 16, 528), Some(1));
+        assert_eq!(merge_sharers(128, 1, 2, 24, 4), Some(2));
+    }
 }
