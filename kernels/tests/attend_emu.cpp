@@ -18,6 +18,7 @@ int main(int argc, char** argv) {
     prefill_cases<64, 103, 64, 3, 4, 3>(rng, 1, 2);
     // The fold takes the matrix in pieces.
     all_cases<256, 103, 256, 3>(rng, 1, 2);
+    prefill_cases<256, 103, 256, 3, 2, 2>(rng, 0, 1);
     // Narrow records: the joined results of warps that share a head are larger than their stages.
     run<64, 102, 64, 2, 2, false>({"narrow", 2, 8, 1, 1, 700, 2, {2, 1}, {4, 0}, 1, true, 0, false, 0, 8}, rng);
     run<64, 102, 64, 2, 2, true>({"narrow", 4, 8, 1, 1, 700, 2, {2, 1}, {4, 0}, 1, true, 0, false, 0, 8}, rng);
@@ -47,6 +48,8 @@ int main(int argc, char** argv) {
     all_cases<256, 103, 256, 3>(rng, 1, 3);
     prefill_cases<128, 104, 128, 4, 4, 3>(rng, 0, 4);
     prefill_cases<64, 103, 64, 3, 4, 2>(rng, 0, 4);
+    // The fold takes the matrix in three pieces, whose places change from round to round.
+    prefill_cases<192, 4, 192, 3, 2, 2>(rng, 0, 2);
     rng.seed(10 + order);
     all_cases<80, 4, 80, 3>(rng, 0, 4, TAIL_CASES);
     all_cases<256, 4, 256, 3>(rng, 0, 4, TAIL_CASES);

@@ -51,6 +51,13 @@ plant "queries of the sequence before" fold.cuh 's|(queries.first + query)|(uint
 plant "a stage waited for before its barrier is there" attend.cuh '/if constexpr (HAS_BULK_COPY) __syncthreads();/d' attend_emu $BULK
 plant "the other stages never asked for" attend.cuh 's/if (HAS_BULK_COPY \&\& warp == 0)/if (false)/' attend_emu $BULK
 plant "fold: a row's halves counted from another row's power of two" fold.cuh 's/exponents\[unit \* ROWS + q\]/exponents[unit * ROWS]/'
+plant "fold of many rows: the first round's rows in every round" fold.cuh 's/^        locate(first_unit);/        ;/'
+plant "fold of many rows: the next round's first piece never asked for" fold.cuh 's/if (next > 0 || (MANY \&\& .*) {/if (next > 0) {/'
+plant "fold of many rows: a unit that is left over goes to nobody" fold.cuh 's/end = first + each + (rank < more ? 1 : 0)/end = first + each/'
+plant "fold of many rows: another linear part" fold.cuh 's/for (uint32_t i = 0; i < nth; i++) named/for (uint32_t i = 1; i < nth; i++) named/'
+plant "merge of many rows: a warp stops after its first" merge.cuh 's/if (!MANY) return;/return;/'
+plant "merge of many rows: sums of another warp" merge.cuh 's/= block_sums + team/= block_sums/'
+plant "merge of many rows: stored before all lanes have written" merge.cuh '/store_runs(gathered\[warp\], x);/{n;d}'
 plant "early launch: no wait" attend.cuh '/^    wait_for_previous_kernel();/d'
 plant "early launch: all blocks leave the wait to others" fold.cuh 's/^    wait_for_previous_kernel();/    leave_waiting_to_others();/'
 plant "early launch: no wait where there is nothing to do" attend.cuh 's/return wait_for_previous_kernel();/return;/'
