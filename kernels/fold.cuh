@@ -210,7 +210,9 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     for (uint32_t first_unit = share.first;;) {
         const uint32_t left = share.end - first_unit;
         const int units = MANY && left < room ? left : room, n_rows = units * ROWS;
-        auto stream_of = [&](int unit) { return quotient(first_unit + unit, n_tiles); };
+        // Of many rows a round is mostly of one stream: no division then.
+        const uint32_t first_stream = MANY ? quotient(first_unit, n_tiles) : 0, end_of_first = first_stream * n_tiles + n_tiles;
+        auto stream_of = [&](int unit) { return MANY && first_unit + unit < end_of_first ? first_stream : quotient(first_unit + unit, n_tiles); };
         auto tile_of = [&](int unit) { return first_unit + unit - stream_of(unit) * n_tiles; };
         auto exists = [&](int unit) { return MANY || stream_of(unit) < p.n_streams; };
 
