@@ -237,8 +237,9 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
                 const int row = from + a * FOLD_WARPS;
                 if (row >= n_rows) break;
                 float x[PIECES], largest = 0.0f;
+                element_values(x, p.q, bits[a]);
                 DQ_UNROLL
-                for (int k = 0; k < PIECES; k++) x[k] = element_value(p.q, bits[a][k]) * factor, largest = fmaxf(largest, fabsf(x[k]));
+                for (int k = 0; k < PIECES; k++) x[k] *= factor, largest = fmaxf(largest, fabsf(x[k]));
                 const uint32_t exponent = exponent_of(__reduce_max_sync(ALL_LANES, __float_as_uint(largest)));
                 if (lane == 0) exponents[row] = exponent;
                 DQ_UNROLL
@@ -260,12 +261,18 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
         // Phase 3: products of sixteen latents or means (rows g and g + 8 of the mma) with a unit's queries: q', and the constants
         // q . mean. Columns 2 r and 2 r + 1 are the upper and the lower half of row r.
         auto products = [&](float (&sum)[2], int unit, int first, auto&& a, auto steps) {
-            const uint16_t* column = halves[2 * ROWS * unit + g] + 2 * q + first;
+            // B of two steps at a time; of an odd number the last has something of nobody's behind it.
+            const uint16_t* column = &halves[2 * ROWS * unit + (lane & 7)][(lane >> 3) * 8 + first];
             float acc[4] = {};
             DQ_UNROLL
-            for (int i = 0; i < decltype(steps)::value; i++) {
-                const uint32_t b[2] = {*reinterpret_cast<const uint32_t*>(column + 16 * i), *reinterpret_cast<const uint32_t*>(column + 16 * i + 8)};
-                mma_f16(acc, a[i], b);
+            for (int i = 0; i < decltype(steps)::value; i += 2) {
+                uint32_t two[4];
+                ldmatrix(two, column + 16 * i);
+                DQ_UNROLL
+                for (int j = 0; j < 2 && i + j < decltype(steps)::value; j++) {
+                    const uint32_t b[2] = {two[2 * j], two[2 * j + 1]};
+                    mma_f16(acc, a[i + j], b);
+                }
             }
             const float worth_of_row = __uint_as_float(exponents[unit * ROWS + q] << 23);
             DQ_UNROLL

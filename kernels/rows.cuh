@@ -50,6 +50,20 @@ __device__ __forceinline__ float element_value(const DqRows& rows, uint32_t bits
     if (rows.type == DQ_TYPE_F32) return __uint_as_float(bits);
     return rows.type == DQ_TYPE_F16 ? half_to_float(uint16_t(bits)) : bf16_to_float(uint16_t(bits));
 }
+// Of several, with one look at the type.
+template <int N>
+__device__ __forceinline__ void element_values(float (&x)[N], const DqRows& rows, const uint32_t (&bits)[N]) {
+    if (rows.type == DQ_TYPE_F32) {
+        DQ_UNROLL
+        for (int k = 0; k < N; k++) x[k] = __uint_as_float(bits[k]);
+    } else if (rows.type == DQ_TYPE_F16) {
+        DQ_UNROLL
+        for (int k = 0; k < N; k++) x[k] = half_to_float(uint16_t(bits[k]));
+    } else {
+        DQ_UNROLL
+        for (int k = 0; k < N; k++) x[k] = bf16_to_float(uint16_t(bits[k]));
+    }
+}
 __device__ __forceinline__ float load_row(const DqRows& rows, uint64_t token, uint32_t head, uint32_t channel) {
     return element_value(rows, element_bits(rows, token * rows.token_stride + head * rows.head_stride, channel));
 }
