@@ -20,7 +20,7 @@ template <class V> constexpr uint32_t merge_shared_bytes(uint32_t threads) { ret
 
 // Parts that a warp loads at a time; src/cuda/launch.rs has as many for each warp where it can. And warps to a block of the kernel
 // for many rows.
-template <class V, bool MANY = false> constexpr int MERGE_AT_ONCE = (V::D <= 128 ? 8 : 4) / (MANY ? 2 : 1);
+template <class V, bool MANY = false> constexpr int MERGE_AT_ONCE = MANY ? 2 : V::D <= 128 ? 8 : 4;
 constexpr int MERGE_MANY_WARPS = 8;
 
 template <class V, bool MANY>
@@ -31,8 +31,8 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
     DQ_DYNAMIC_SHARED(shared);
     __shared__ __align__(16) float block_latents[MANY && UNFOLDS ? WARPS : 1][D];
     __shared__ __align__(16) uint16_t means[DQ_MAX_SETS][D];
-    __shared__ float block_sums[WARPS][DQ_MAX_SETS];
-    __shared__ float block_most[WARPS];
+    __shared__ float sums[WARPS][DQ_MAX_SETS];
+    __shared__ float most[WARPS];
     // Those who join a row, the block or a warp of it: which of these they are, threads and warps counted within.
     const uint32_t team = MANY ? threadIdx.x >> 5 : 0, t = MANY ? threadIdx.x & 31 : threadIdx.x, threads = MANY ? 32 : blockDim.x;
     const uint32_t warp = t >> 5, lane = t & 31, warps = threads >> 5;
@@ -41,7 +41,7 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
         else __syncthreads();
     };
     float (*gathered)[D] = reinterpret_cast<float (*)[D]>(shared) + team;  // of each warp
-    float (*sums)[DQ_MAX_SETS] = block_sums + team, *most = block_most + team, *latents = block_latents[UNFOLDS ? team : 0];
+    float* latents = block_latents[UNFOLDS ? team : 0];
     const uint32_t n_rows = p.n_q * p.group;
     const uint32_t head = MANY ? blockIdx.y : blockIdx.x / n_rows % p.n_kv_heads, stream = MANY ? blockIdx.z : blockIdx.x / n_rows / p.n_kv_heads;
     uint32_t row = MANY ? blockIdx.x * WARPS + team : blockIdx.x % n_rows, query = row / p.group;
@@ -140,30 +140,32 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
                     for (int c = 0; c < CHANNELS; c++) acc[c] += weight * v[a][c];
                 }
             }
-            store_runs(gathered[warp], acc);
-            if (lane < DQ_MAX_SETS) sums[warp][lane] = sum;
-            if (lane == 0) most[warp] = of_warp;
-            cp_async_wait<0>();
-            sync_team();
+            if constexpr (!MANY) {
+                store_runs(gathered[warp], acc);
+                if (lane < DQ_MAX_SETS) sums[warp][lane] = sum;
+                if (lane == 0) most[warp] = of_warp;
+                cp_async_wait<0>();
+                __syncthreads();
+            }
 
-            // Phase 2: the warps joined, and out of the coded space.
+            // Phase 2: the warps joined, where there are several, and out of the coded space.
             float y[CHANNELS] = {};
             if (warp == 0) {
-                of_warp = lane < warps ? most[lane] : NEVER;
-                const float before = m;
-                m = fmaxf(m, warp_max(of_warp));
+                const float of_this = sum, before = m;
+                if constexpr (!MANY) of_warp = lane < warps ? most[lane] : NEVER;
+                m = fmaxf(m, MANY ? of_warp : warp_max(of_warp));
                 const float weights = weight_from(of_warp, m), shrink = weight_from(before, m);
                 set_sum *= shrink, other_sum *= shrink, sum = 0.0f;
                 DQ_UNROLL
                 for (int c = 0; c < CHANNELS; c++) x[c] *= shrink;
                 DQ_UNROLL_BY_4
                 for (uint32_t w = 0; w < warps; w++) {
-                    const float weight = __shfl_sync(ALL_LANES, weights, w);
+                    const float weight = MANY ? weights : __shfl_sync(ALL_LANES, weights, w);
                     float v[CHANNELS] = {};
-                    load_runs(v, gathered[w]);
-                    sum += weight * sums[w][lane % DQ_MAX_SETS];
+                    if constexpr (!MANY) load_runs(v, gathered[w]);
+                    sum += weight * (MANY ? of_this : sums[w][lane % DQ_MAX_SETS]);
                     DQ_UNROLL
-                    for (int c = 0; c < CHANNELS; c++) y[c] += weight * v[c];
+                    for (int c = 0; c < CHANNELS; c++) y[c] += weight * (MANY ? acc[c] : v[c]);
                 }
                 if (tail) other_sum += __shfl_sync(ALL_LANES, sum, 0);
                 else set_sum += sum;

@@ -59,5 +59,7 @@ int main(int argc, char** argv) {
     prefill_cases<128, 4, 128, 4, 4, 3>(rng, 4, 5, TAIL_CASES);
     // More splits than a warp of merge loads at a time; the last one has no keys.
     run<128, 4, 128, 4, 1, true>({"many splits", 2, 4, 1, 1, 460, 16, {1, 0}, {2, 0}, 0, true, 0, false, 0, 2}, rng);
+    // And than one of many rows does.
+    run<128, 4, 128, 4, 4, true, 3>({"chunk of three parts", 2, 4, 1, 9, 300, 3, {1, 0}, {2, 0}, 0, true, 0, false, 0, 2}, rng);
     return rt::report("attend on the emulator");
 }

@@ -56,7 +56,7 @@ plant "fold of many rows: the next round's first piece never asked for" fold.cuh
 plant "fold of many rows: a unit that is left over goes to nobody" fold.cuh 's/end = first + each + (rank < more ? 1 : 0)/end = first + each/'
 plant "fold of many rows: another linear part" fold.cuh 's/for (uint32_t i = 0; i < nth; i++) named/for (uint32_t i = 1; i < nth; i++) named/'
 plant "merge of many rows: a warp stops after its first" merge.cuh 's/if (!MANY) return;/return;/'
-plant "merge of many rows: sums of another warp" merge.cuh 's/= block_sums + team/= block_sums/'
+plant "merge of many rows: output of another warp" merge.cuh 's/(shared) + team/(shared)/'
 plant "merge of many rows: stored before all lanes have written" merge.cuh '/store_runs(gathered\[warp\], x);/{n;d}'
 plant "early launch: no wait" attend.cuh '/^    wait_for_previous_kernel();/d'
 plant "early launch: all blocks leave the wait to others" fold.cuh 's/^    wait_for_previous_kernel();/    leave_waiting_to_others();/'

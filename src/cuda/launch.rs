@@ -373,10 +373,9 @@ fn merge_threads(d: usize, parts: usize, v_transforms: usize) -> usize {
 }
 
 /// Blocks to a (stream, KV head) of the merge kernel for many rows, each row a warp's, where they keep all warps that run at once
-/// busy. Not with more parts than a warp loads at a time: the other kernel has several warps for them.
-fn merge_sharers(d: usize, parts: usize, heads: usize, rows: usize, at_once: usize) -> Option<usize> {
-    let at_a_time = if d <= 128 { 4 } else { 2 };
-    let serves = parts <= at_a_time && heads * rows >= MERGE_MANY_WARPS * at_once;
+/// busy. Not with more parts than a warp loads in two turns: the other kernel loads more at a time.
+fn merge_sharers(parts: usize, heads: usize, rows: usize, at_once: usize) -> Option<usize> {
+    let serves = parts <= 4 && heads * rows >= MERGE_MANY_WARPS * at_once;
     serves.then(|| (at_once / heads).clamp(1, rows.div_ceil(MERGE_MANY_WARPS)))
 }
 
@@ -478,7 +477,7 @@ pub fn plan_attend(
     };
     let most_parts = splits.max(tail_parts);
     let sharers = if v.prefill && kernels.v_transforms == 1 {
-        merge_sharers(shape.v.head_dim, most_parts, heads, rows, kernels.merge_blocks)
+        merge_sharers(most_parts, heads, rows, kernels.merge_blocks)
     } else {
         None
     };
@@ -536,12 +535,11 @@ mod tests {
     #[test]
     fn merge_of_many_rows_is_one_wave() {
         // 512 queries of 32 heads over 8.
-        assert_eq!(merge_sharers(128, 1, 8, 2048, 528), Some(66));
-        assert_eq!(merge_sharers(128, 5, 8, 2048, 528), None);
-        assert_eq!(merge_sharers(256, 4, 8, 2048, 528), None);
-        assert_eq!(merge_sharers(128, 1, 8, 256, 528), None);
+        assert_eq!(merge_sharers(1, 8, 2048, 528), Some(66));
+        assert_eq!(merge_sharers(5, 8, 2048, 528), None);
+        assert_eq!(merge_sharers(1, 8, 256, 528), None);
         // Many streams: a block to each head, however many there are; and none without a row.
-        assert_eq!(merge_sharers(128, 1, 2000, 16, 528), Some(1));
-        assert_eq!(merge_sharers(128, 1, 2, 24, 4), Some(2));
+        assert_eq!(merge_sharers(1, 2000, 16, 528), Some(1));
+        assert_eq!(merge_sharers(1, 2, 24, 4), Some(2));
     }
 }
