@@ -177,8 +177,7 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
 
     // The warp's state: what it looks at is near as long as no copy is under way. Another head of the block may have work where
     // this one has none.
-    using Source = FromCodes<K, V>;
-    AttendWarp<K, V, NT, Source> state(p, stream, head, row_tile, v_transform, n_keys, lane, sums);
+    AttendWarp<K, V, NT> state(p, stream, head, row_tile, v_transform, n_keys, lane, sums);
     const uint32_t transform = transform_of(state.k_sets, state.k_set);
     const bool idle = v_transform > 0 && !names_transform(SetList(p.v.heads[head]), v_transform);
 
@@ -205,7 +204,7 @@ __device__ __forceinline__ void attend_decode(const DqAttend& p) {
         // Phase 5: scores, softmax, weighted sums.
         const uint8_t* rows = shared + index * stage_bytes + key_warp * key_rows.bytes();
         if (!idle) {
-            const Source source{rows, key_rows, image, tables, lane};
+            const FromCodes<K, V> source{rows, key_rows, image, tables, lane};
             state.take(source, rows, key_rows, image.k_headers, image.v_headers, tile * tile_keys + key_warp * KEYS_PER_WARP, n_keys);
         }
 

@@ -1,11 +1,10 @@
 // One warp, 32 keys of one head, 4 NT rows of queries (a row is a query and one of the head's query heads): scores, online
-// softmax and weighted sums, all in the coded space. Kernels differ in where levels come from (`Source`) and in how keys
-// and rows are dealt to warps.
+// softmax and weighted sums, all in the coded space.
 //
 // Registers of lane 4 g + q:
 //   scores    keys g, g+8, g+16, g+24 of row q of each n tile
 //   output    acc[b][i][n]: channel row g + 8 i of m block b, row q of n tile n
-// Result of a part (what one block saw of a head), relative to its maximum m:
+// Result of a part (what one block saw of a head), relative to exp2(m), m a reference of its own:
 //   partial       [row][part][channel of V] unnormalised, in steps of the book
 //   partial_sums  [row][part][17]: the sum of weights per value set, then m
 #pragma once
@@ -47,7 +46,6 @@ __device__ __forceinline__ Results results_of(const DqAttend& p, uint32_t stream
 // Looked up by the warp that uses them, straight from a stage of rows.
 template <class K, class V>
 struct FromCodes {
-    template <int BITS> static constexpr int parts = parts_of(BITS);
     const uint8_t* stage;
     const KeyRows& rows;
     const RowImage<K, V>& image;
@@ -124,7 +122,7 @@ __device__ __forceinline__ float sum_over_keys(float v) {
     return v + __shfl_xor_sync(ALL_LANES, v, 16);
 }
 
-template <class K, class V, int NT, class Source>
+template <class K, class V, int NT>
 struct AttendWarp {
     static constexpr int BLOCKS = 2 * V::groups;
 
@@ -180,7 +178,7 @@ struct AttendWarp {
     }
 
     // Products of the levels of 32 keys with the folded rows: dots[n][i] for key g + 8 i, row q of n tile n.
-    __device__ __forceinline__ void dot_keys(float (&dots)[NT][4], const Source& source) const {
+    __device__ __forceinline__ void dot_keys(float (&dots)[NT][4], const FromCodes<K, V>& source) const {
         int32_t d[2][NT][4];
         DQ_UNROLL
         for (int half = 0; half < 2; half++) {
@@ -194,7 +192,7 @@ struct AttendWarp {
             constexpr int T = decltype(tier)::value;
             for_each<(K::channels(T) + 31) / 32>([&](auto group) {
                 constexpr int G = decltype(group)::value, KG = K::groups_before(T) + G;
-                constexpr int PARTS = Source::template parts<K::bits(T)>;
+                constexpr int PARTS = parts_of(K::bits(T));
                 uint32_t a[PARTS][2][4];
                 source.template keys<T, G>(a);
                 DQ_UNROLL
@@ -219,7 +217,7 @@ struct AttendWarp {
     }
 
     // Scores of keys in several sets, one set after the other; `header` is that of key `lane`.
-    __device__ __forceinline__ void score_sets(float (&s)[NT][4], float (&dots)[NT][4], const Source& source, uint32_t header) {
+    __device__ __forceinline__ void score_sets(float (&s)[NT][4], float (&dots)[NT][4], const FromCodes<K, V>& source, uint32_t header) {
         bool fresh = false;
         for (uint32_t left = __reduce_or_sync(ALL_LANES, 1u << header_set(header)); left != 0; left &= left - 1) {
             const uint32_t set = __ffs(left) - 1;
@@ -261,7 +259,7 @@ struct AttendWarp {
     }
 
     // Takes in 32 keys, whose rows are those from `first_key` on in the order of `rows`.
-    __device__ __forceinline__ void take(const Source& source, const uint8_t* stage, const KeyRows& rows, uint32_t k_headers, uint32_t v_headers, uint32_t first_key, uint32_t n_keys) {
+    __device__ __forceinline__ void take(const FromCodes<K, V>& source, const uint8_t* stage, const KeyRows& rows, uint32_t k_headers, uint32_t v_headers, uint32_t first_key, uint32_t n_keys) {
         // Headers of key `lane`, but for the set expected: usually that leaves the scale alone.
         uint32_t k_header = shared_half(stage + rows.of_lane + k_headers) ^ k_set;
         uint32_t v_header = shared_half(stage + rows.of_lane + v_headers) ^ v_set;
@@ -390,11 +388,11 @@ struct AttendWarp {
     }
 
     // Adds step * (b times levels); b are the weights of 32 keys.
-    __device__ __forceinline__ void add_values(const Source& source, const uint32_t (&b)[NT][2], const float (&step)[NT]) {
+    __device__ __forceinline__ void add_values(const FromCodes<K, V>& source, const uint32_t (&b)[NT][2], const float (&step)[NT]) {
         const int32_t none[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
         for_each<V::tiers>([&](auto tier) {
             constexpr int T = decltype(tier)::value;
-            constexpr int PARTS = Source::template parts<V::bits(T)>;
+            constexpr int PARTS = parts_of(V::bits(T));
             for_each<(V::channels(T) + 31) / 32>([&](auto group) {
                 constexpr int G = decltype(group)::value, BASE = 2 * (V::groups_before(T) + G);
                 ValueFragments<PARTS> f;

@@ -24,18 +24,19 @@ __device__ __forceinline__ uint32_t add_bytes(uint32_t a, uint32_t b) {
 }
 
 // The first four entries of tables (`prmt` takes the others as immediates); those that no plan of the kernel needs cost
-// nothing.
+// nothing. Kept in registers where look-ups are what counts.
 struct Tables {
     uint32_t two, three, base[7][2], fine[7][2];
-    __device__ __forceinline__ Tables()
-        : two(in_register(Book<2>::table_0)), three(in_register(Book<3>::table_0)), base{}, fine{} {
+    __device__ __forceinline__ explicit Tables(bool keep = true) : base{}, fine{} {
+        auto of = [&](uint32_t word) { return keep ? in_register(word) : word; };
+        two = of(Book<2>::table_0), three = of(Book<3>::table_0);
         DQ_UNROLL
         for (int half = 0; half < 2; half++) {
-            base[4][half] = in_register(BaseHalves<4>::word(half, 0));
-            base[5][half] = in_register(BaseHalves<5>::word(half, 0));
-            base[6][half] = in_register(BaseHalves<6>::word(half, 0));
-            fine[5][half] = in_register(FineHalves<5>::word(half, 0));
-            fine[6][half] = in_register(FineHalves<6>::word(half, 0));
+            base[4][half] = of(BaseHalves<4>::word(half, 0));
+            base[5][half] = of(BaseHalves<5>::word(half, 0));
+            base[6][half] = of(BaseHalves<6>::word(half, 0));
+            fine[5][half] = of(FineHalves<5>::word(half, 0));
+            fine[6][half] = of(FineHalves<6>::word(half, 0));
         }
     }
 };
@@ -116,6 +117,27 @@ __device__ __forceinline__ uint32_t shared_word(const uint8_t* at) {
 
 // ---- Keys ----
 
+// Word w of a plane of BITS bits and N channels, of a row whose plane starts at `plane`: the bits of the channels 4 w ... 4 w + 3
+// and of those N / 2 further on, from bit 0 of each nibble; higher bits of the nibbles are left as they come. Of eight bits, the
+// former alone.
+template <bool ALIGNED, int N, int BITS>
+__device__ __forceinline__ uint32_t plane_word(const uint8_t* plane, int w) {
+    constexpr int BYTES = N * BITS / 8;
+    const int first = 4 * w;
+    if constexpr (BITS == 4 || BITS == 8) {
+        return shared_word<ALIGNED>(plane + first);
+    } else if constexpr (BYTES % 4 == 0) {
+        return shared_word<ALIGNED>(plane + first % BYTES) >> (BITS * (first / BYTES));
+    } else {
+        uint32_t r = 0;
+        DQ_UNROLL
+        for (int b = 0; b < 4; b++) {
+            r |= (uint32_t(plane[(first + b) % BYTES]) >> (BITS * ((first + b) / BYTES)) & 0xFF) << (8 * b);
+        }
+        return r;
+    }
+}
+
 // Item t = 4 group + q of a plane of BITS bits and N channels, for 32 keys: r[i] holds the bits of its eight channels of key
 // 8 i + g, shifted down so that they start at bit 0 of each nibble; higher bits of the nibbles are left as they come.
 // `stage` is the first row.
@@ -139,20 +161,23 @@ __device__ __forceinline__ void key_bits(uint32_t (&r)[4], const uint8_t* stage,
     }
     const uint8_t* key = stage + rows.offset(lane >> 2) + plane;
     DQ_UNROLL
-    for (int i = 0; i < 4; i++) {
-        const uint8_t* at = key + rows.to_matrix(i);
-        const int first = 16 * GROUP + 4 * w;
-        if constexpr (BITS == 4 || BITS == 8) {
-            r[i] = shared_word<ALIGNED>(at + first);
-        } else if constexpr (BYTES % 4 == 0) {
-            r[i] = shared_word<ALIGNED>(at + first % BYTES) >> (BITS * (first / BYTES));
-        } else {
-            r[i] = 0;
-            DQ_UNROLL
-            for (int b = 0; b < 4; b++) {
-                r[i] |= (uint32_t(at[(first + b) % BYTES]) >> (BITS * ((first + b) / BYTES)) & 0xFF) << (8 * b);
-            }
-        }
+    for (int i = 0; i < 4; i++) r[i] = plane_word<ALIGNED, N, BITS>(key + rows.to_matrix(i), 4 * GROUP + w);
+}
+
+// The two quads of a word, of whose planes `upper` is the first and `low` the second: the one of the lower bits, or of the
+// channels N / 2 further on where a code is a byte.
+template <int BITS>
+__device__ __forceinline__ void word_levels(const Tables& t, uint32_t upper, uint32_t low, Levels<BITS>& first, Levels<BITS>& second) {
+    if constexpr (BITS == 8) {
+        const uint32_t a = upper ^ 0x80808080u, b = low ^ 0x80808080u;
+        first = {{prmt(a, b, 0x5140)}};
+        second = {{prmt(a, b, 0x7362)}};
+    } else if constexpr (BITS == 3) {
+        look_up_word<3>(t, join_3(upper, low), first, second);
+    } else if constexpr (planes_of(BITS) == 2) {
+        look_up_wide_word<BITS>(t, upper, low, first, second);
+    } else {
+        look_up_word<BITS>(t, BITS == 2 ? upper & 0x33333333u : upper, first, second);
     }
 }
 
@@ -160,34 +185,12 @@ __device__ __forceinline__ void key_bits(uint32_t (&r)[4], const uint8_t* stage,
 template <class S, int TIER, int GROUP>
 __device__ __forceinline__ void key_levels(const Tables& t, Levels<S::bits(TIER)> (&first)[4], Levels<S::bits(TIER)> (&second)[4], const uint8_t* stage, const KeyRows& rows, const uint32_t* planes, int lane) {
     constexpr int N = S::channels(TIER), BITS = S::bits(TIER), P = S::plane_index(TIER, 0);
-    uint32_t r[4];
-    if constexpr (BITS == 8) {
-        uint32_t there[4];
-        key_bits<S::aligned, N, 8, GROUP>(r, stage, rows, planes[P], lane);
-        key_bits<S::aligned, N, 8, GROUP>(there, stage, rows, planes[P] + N / 2, lane);
-        DQ_UNROLL
-        for (int i = 0; i < 4; i++) {
-            const uint32_t a = r[i] ^ 0x80808080u, b = there[i] ^ 0x80808080u;
-            first[i] = {{prmt(a, b, 0x5140)}};
-            second[i] = {{prmt(a, b, 0x7362)}};
-        }
-    } else if constexpr (planes_of(BITS) == 2) {
-        uint32_t low[4];
-        key_bits<S::aligned, N, plane_bits(BITS, 0), GROUP>(r, stage, rows, planes[P], lane);
-        key_bits<S::aligned, N, plane_bits(BITS, 1), GROUP>(low, stage, rows, planes[P + 1], lane);
-        DQ_UNROLL
-        for (int i = 0; i < 4; i++) {
-            if constexpr (BITS == 3) look_up_word<3>(t, join_3(r[i], low[i]), first[i], second[i]);
-            else look_up_wide_word<BITS>(t, r[i], low[i], first[i], second[i]);
-        }
-    } else {
-        key_bits<S::aligned, N, BITS, GROUP>(r, stage, rows, planes[P], lane);
-        DQ_UNROLL
-        for (int i = 0; i < 4; i++) {
-            if constexpr (BITS == 2) r[i] &= 0x33333333u;
-            look_up_word<BITS>(t, r[i], first[i], second[i]);
-        }
-    }
+    uint32_t upper[4], low[4] = {};
+    key_bits<S::aligned, N, plane_bits(BITS, 0), GROUP>(upper, stage, rows, planes[P], lane);
+    if constexpr (BITS == 8) key_bits<S::aligned, N, 8, GROUP>(low, stage, rows, planes[P] + N / 2, lane);
+    if constexpr (planes_of(BITS) == 2) key_bits<S::aligned, N, plane_bits(BITS, 1), GROUP>(low, stage, rows, planes[P + 1], lane);
+    DQ_UNROLL
+    for (int i = 0; i < 4; i++) word_levels<BITS>(t, upper[i], low[i], first[i], second[i]);
 }
 
 // Where channel c of a tier of n channels goes in the k dimension: group, lane's q, register and byte of the B fragment.

@@ -30,6 +30,7 @@ constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float tanh_fast(float x) { return std::tanh(x); }
 inline float rcp_fast(float x) { return 1.0f / x; }
+inline float log2_fast(float x) { return std::log2(x); }
 
 // Byte i of the result is byte (sel nibble i & 7) of b:a, or eight copies of its sign when bit 3 of the nibble is set.
 inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t sel) {
@@ -101,6 +102,13 @@ inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t
 
 inline float half_to_float(uint16_t h) { return dq_half_bits_to_float(h); }
 inline uint16_t float_to_half(float f) { return dq_float_to_half_bits(f); }
+inline uint32_t pack_halves(float low, float high) { return float_to_half(low) | uint32_t(float_to_half(high)) << 16; }
+inline uint32_t max_halves(uint32_t a, uint32_t b) {
+    return pack_halves(std::fmax(half_to_float(uint16_t(a)), half_to_float(uint16_t(b))), std::fmax(half_to_float(uint16_t(a >> 16)), half_to_float(uint16_t(b >> 16))));
+}
+inline uint32_t subtract_halves(uint32_t a, uint32_t b) {
+    return pack_halves(half_to_float(uint16_t(a)) - half_to_float(uint16_t(b)), half_to_float(uint16_t(a >> 16)) - half_to_float(uint16_t(b >> 16)));
+}
 inline float bf16_to_float(uint16_t h) { return dq_bf16_bits_to_float(h); }
 inline uint16_t float_to_bf16(float f) { return dq_float_to_bf16_bits(f); }
 
@@ -133,6 +141,11 @@ __device__ __forceinline__ float rcp_fast(float x) {
     return y;
 }
 
+__device__ __forceinline__ float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 __device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t sel) {
     uint32_t r;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(sel));
@@ -268,6 +281,22 @@ __device__ __forceinline__ void bulk_copy(void*, const void*, uint32_t, uint64_t
 
 __device__ __forceinline__ float half_to_float(uint16_t h) { return __half2float(__ushort_as_half(h)); }
 __device__ __forceinline__ uint16_t float_to_half(float f) { return __half_as_ushort(__float2half_rn(f)); }
+// Two f16 in a register.
+__device__ __forceinline__ uint32_t pack_halves(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+__device__ __forceinline__ uint32_t max_halves(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+__device__ __forceinline__ uint32_t subtract_halves(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
 __device__ __forceinline__ float bf16_to_float(uint16_t h) { return __uint_as_float(uint32_t(h) << 16); }
 __device__ __forceinline__ uint16_t float_to_bf16(float f) { return __bfloat16_as_ushort(__float2bfloat16_rn(f)); }
 

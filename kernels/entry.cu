@@ -9,9 +9,6 @@
 #include "observe.cuh"
 #include "tail.cuh"
 
-// Row tiles of the prefill kernel.
-#define DQ_PREFILL_TILES(d) ((d) <= 128 ? 4 : 2)
-
 #define DQ_ATTEND(suffix, d, kp, vp, aligned)                                                                         \
     extern "C" __global__ void __launch_bounds__(256, (d) <= 128 ? 2 : 1) dq_attend_##d##_##kp##_##vp##_n1##suffix(const DqAttend p) { \
         dq::attend_decode<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>, 1, dq::DECODE_STAGES>(p);                               \
@@ -19,8 +16,8 @@
     extern "C" __global__ void __launch_bounds__(256, 1) dq_attend_##d##_##kp##_##vp##_n2##suffix(const DqAttend p) {    \
         dq::attend_decode<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>, 2, dq::DECODE_STAGES>(p);                               \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(256, 1) dq_prefill_##d##_##kp##_##vp##suffix(const DqAttend p) {        \
-        dq::attend_prefill<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>, DQ_PREFILL_TILES(d)>(p);               \
+    extern "C" __global__ void __launch_bounds__(32 * dq::PrefillTile<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>>::WARPS, 1) dq_prefill_##d##_##kp##_##vp##suffix(const DqAttend p) {        \
+        dq::attend_prefill<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>, dq::PrefillTile<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>>::ROW_TILES>(p);               \
     }
 #define DQ_KERNELS(d, kp, vp)                                                                                         \
     DQ_ATTEND(, d, kp, vp, true)                                                                                      \

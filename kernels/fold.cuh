@@ -7,7 +7,10 @@
 // A row is (query, query head of the group). An n tile holds four rows: column 2 r of the fragment is the high byte of
 // row r, column 2 r + 1 the low one, so that both parts of a score land in one thread.
 //
-//   folded         [stream][kv head][transform][n tile][group of 32 channels][lane][2] u32
+// Of many rows the kernel behind has rows of its mma where that one has columns, and takes four n tiles together: A fragments.
+//
+//   folded         [stream][kv head][transform][n tile][group of 32 channels][lane][2] u32; of many rows
+//                  [stream][kv head][transform][four n tiles][step of 32 channels][high, low byte][lane][4] u32
 //   folded_scales  [stream][kv head][transform][4 * n tiles]
 //   constants      [stream][kv head][set][4 * n tiles]
 //
@@ -101,6 +104,20 @@ __device__ __forceinline__ uint32_t folded_place(int channel) {
     return (groups + k.group) * FOLDED_ROW + k.q * 8 + k.reg * 4 + k.byte;
 }
 
+// The same for A fragments, whose channels are in the order in which words of planes give them, 32 to a step.
+template <class K>
+__device__ __forceinline__ uint32_t folded_row_place(int channel) {
+    int first_channel = 0, channels = 0;
+    for_each<K::tiers>([&](auto tier) {
+        constexpr int T = decltype(tier)::value;
+        if (channel >= K::first(T)) first_channel = K::first(T), channels = K::channels(T);
+    });
+    const int at = channel - first_channel, upper = at >= channels / 2 ? 1 : 0, low = at - upper * (channels / 2);
+    const int place = first_channel + low / 4 * 8 + low % 4 * 2 + upper, k = place % 32;
+    return place / 32 * FOLDED_ROW + k % 16 / 4 * 8 + k / 16 * 4 + k % 4;
+}
+template <class K> __host__ __device__ constexpr int folded_steps() { return (K::D + 31) / 32; }
+
 // A row's elements, channel lane + 32 k to each; zeros where there is no row.
 constexpr uint64_t ABSENT_ROW = ~0ull;
 template <int D>
@@ -186,7 +203,7 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     DQ_UNROLL
     for (int k = 0; k < PIECES; k++) {
         const int c = lane + 32 * k < D ? lane + 32 * k : D - 1;
-        place[k] = folded_place<K>(c), worth[k] = folded_worth<K>(c, transform);
+        place[k] = MANY ? folded_row_place<K>(c) : folded_place<K>(c), worth[k] = folded_worth<K>(c, transform);
         negative[k] = 0;
         if constexpr (BUTTERFLIES) negative[k] = turns ? rotation_sign<D>(p.k.rotation, 0, c) : 0;
         work_out_here(place[k]), work_out_here(worth[k]), work_out_here(negative[k]);
@@ -353,10 +370,18 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
             }
             __syncwarp();
             const int unit = row / ROWS, r = row % ROWS;
-            uint8_t* out = p.folded + folded_tile<K>(p, stream_of(unit), head, transform, tile_of(unit), n_tiles) + r * FOLDED_ROW;
-            for (int i = lane; i < K::groups * FOLDED_ROW / 16; i += 32) {
-                const int group = i / (FOLDED_ROW / 16);
-                *reinterpret_cast<uint4*>(out + group * 256 + i % (FOLDED_ROW / 16) * 16) = reinterpret_cast<const uint4*>(fragments)[i];
+            const uint32_t tile = tile_of(unit);
+            if constexpr (MANY) {
+                // Words of (step, high or low, q, half of the step), of row g or g + 8 of an m tile.
+                const uint32_t row = tile % 4 * ROWS + r;
+                uint32_t* out = reinterpret_cast<uint32_t*>(p.folded + folded_tile<K>(p, stream_of(unit), head, transform, tile - tile % 4, n_tiles)) + row % 8 * 16 + row / 8;
+                for (int i = lane; i < folded_steps<K>() * FOLDED_ROW / 4; i += 32) out[i / 8 * 128 + i % 8 * 2] = reinterpret_cast<const uint32_t*>(fragments)[i];
+            } else {
+                uint8_t* out = p.folded + folded_tile<K>(p, stream_of(unit), head, transform, tile, n_tiles) + r * FOLDED_ROW;
+                for (int i = lane; i < K::groups * FOLDED_ROW / 16; i += 32) {
+                    const int group = i / (FOLDED_ROW / 16);
+                    *reinterpret_cast<uint4*>(out + group * 256 + i % (FOLDED_ROW / 16) * 16) = reinterpret_cast<const uint4*>(fragments)[i];
+                }
             }
             const uint64_t at = ((uint64_t(stream_of(unit)) * p.n_kv_heads + head) * DQ_MAX_TRANSFORMS + transform) * n_tiles + tile_of(unit);
             if (lane == 0) p.folded_scales[at * ROWS + r] = largest / FOLD_RANGE;

@@ -218,7 +218,7 @@ void bench_prefill(Timer& timer, uint32_t n, uint32_t keys) {
     p.n_kv_heads = N_KV, p.group = GROUP, p.n_streams = 1, p.n_q = n, p.n_kv = keys, p.scale = 0.088f;
     p.v_transforms = 1, p.heads_per_block = p.key_warps = p.n_splits = 1, p.row_tiles = n_tiles / 4, p.fold_tiles = n_tiles, p.fold_units = 8;
     p.folded = folded.get(), p.folded_scales = scales.get(), p.constants = constants.get(), p.partial = partial.get(), p.partial_sums = sums.get();
-    const uint32_t warps = 8, shared = dq::prefill_shared_bytes<S, S, 4>(p, warps);
+    const uint32_t warps = dq::PrefillTile<S, S>::WARPS, shared = dq::prefill_shared_bytes<S, S, 4>(p, warps);
     rt::check(cudaFuncSetAttribute(prefill_kernel<S, S, 4>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
     auto fold = [&](int, cudaStream_t s) { fold_kernel<S, true><<<dim3(N_KV, 48), dq::FOLD_THREADS, dq::fold_shared_bytes<S>(p.fold_units), s>>>(p); };
     auto attend = [&](int, cudaStream_t s) { prefill_kernel<S, S, 4><<<dim3(1, N_KV * ((p.row_tiles + warps - 1) / warps), 1), 32 * warps, shared, s>>>(p); };
@@ -268,8 +268,8 @@ int main(int argc, char** argv) {
         all_cases<64, 3, 64, 3>(rng, 0, n);
         run<128, 4, 128, 4, 2, true>({"wide group", 2, 7, 1, 1, 70, 2, {2, 1}, {2, 0}, 1, true, 0, false, false, 4}, rng);
         run<128, 4, 128, 4, 1, true>({"eight heads", 8, 4, 2, 1, 3000, 20, {2, 2}, {3, 0}, 1, true, 0, true, false, 8}, rng);
-        prefill_cases<128, 4, 128, 4, 4, 8>(rng, 0, 4);
-        prefill_cases<128, 3, 128, 3, 2, 8>(rng, 0, 4);
+        prefill_cases<128, 4, 128, 4, 4, 12>(rng, 0, 4);
+        prefill_cases<128, 3, 128, 3, 4, 8>(rng, 0, 4);
         encode_cases_short(rng);
         if (rt::report("kernels on the device")) return 1;
     }

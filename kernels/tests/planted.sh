@@ -42,8 +42,19 @@ plant "earlier sums not rescaled" attend_warp.cuh 's/if (sums_used) {/if (false)
 plant "constant of the wrong set" attend_warp.cuh 's/if (set != k_set) {/if (set > k_set) {/'
 plant "low byte of the query dropped" fold.cuh 's/uint8_t(low)/uint8_t(0)/'
 plant "nibbles of the wrong keys" codes.cuh 's/even = prmt(e, e, 0x3120)/even = prmt(e, e, 0x3210)/'
-plant "fragments read before they are all there" attend_prefill.cuh '/look_up_tile(fragments + part/{n;n;d}'
-plant "stage overwritten while in use" attend_prefill.cuh 's/(tile \& 1) \* stage_bytes/0 * stage_bytes/'
+plant "prefill: levels read before they are all there" attend_prefill.cuh '/^        __syncthreads();$/{N;s/^        __syncthreads();\n        copy_tile/        copy_tile/}'
+plant "prefill: stage overwritten while in use" attend_prefill.cuh 's/(tile \& 1) \* stage_bytes/0 * stage_bytes/'
+plant "prefill: levels overwritten while in use" attend_prefill.cuh 's/(tile \& 1) \* Tile::bytes/0 * Tile::bytes/'
+plant "prefill: earlier sums not rescaled" attend_prefill.cuh 's/sums_used \&\& e < DQ_MAX_SETS/false/'
+plant "prefill: scores count from nowhere" attend_prefill.cuh 's/late ? constant\[i\]\[h\] : constant\[i\]\[h\] - base(i, h)/constant[i][h]/'
+plant "prefill: far from 0 all the same" attend_prefill.cuh 's/ FAR = 4096.0f/ FAR = 1e30f/'
+plant "prefill: the mask of the next pair" attend_prefill.cuh 's/(first_key + 2 \* q);/(first_key + 2 * q + 2);/'
+plant "prefill: keys in other sets taken in with these" attend_prefill.cuh 's/ || !(together >> in_step \& 1)//'
+plant "prefill: products beyond f16" attend_prefill.cuh 's/heavy || (most \& 0xFFFF) > MOST_PRODUCT || most >> 16 > MOST_PRODUCT/heavy/'
+plant "prefill: sums beyond f32" attend_prefill.cuh 's/part\[i\]\[h\] >= MOST_WEIGHT || //'
+plant "prefill: scale of the key before" attend_prefill.cuh 's/(e % 2 == 0 ? scale.x : scale.y) \* step/scale.x * step/'
+plant "prefill: rows see what the last one sees" attend_prefill.cuh 's/key >= row.to/key >= seen_end/'
+plant "prefill: a chunk of the row before" attend_prefill.cuh 's/65536 \/ image.chunks + 1/65536 \/ image.chunks/'
 plant "read past the last slot" attend.cuh 's/key < keys.end ? key : keys.end - 1/key/' attend_emu "-fsanitize=address"
 plant "blocks that the window has left are read" attend.cuh 's/key = key < keys.first ? keys.first : /key = /' attend_emu "-fsanitize=address"
 plant "blocks that the window has left are read, bulk copies" attend.cuh 's/const uint32_t from = keys.first > first_key.*/const uint32_t from = 0;/' attend_emu "-fsanitize=address $BULK"

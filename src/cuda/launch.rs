@@ -21,15 +21,20 @@ const FOLD_HEADS: usize = 16;
 const FOLDED_ROW: usize = 64;
 const FOLD_THREADS: usize = 32 * FOLD_WARPS;
 const MOST_WARPS: usize = 8;
+/// Warps of a block of the kernel of many queries, at least: they share the look-ups.
+const LEAST_WARPS: usize = 4;
 /// Warps of a block of the merge kernel, at most, and of the one for many rows.
 const MERGE_WARPS: usize = 16;
 const MERGE_MANY_WARPS: usize = 8;
 /// Blocks of the tail's kernel: as many share four rows as keep the whole at this number.
 const TAIL_BLOCKS: usize = 512;
 const TAIL_THREADS: usize = 128;
-const TILE_KEYS: usize = 64;
 const MOST_RUNS: usize = 16;
 const RUN_BYTES: usize = 8;
+/// What the kernel of many queries keeps of a row.
+const SEES_BYTES: usize = 16;
+/// Chunks of a row of its stages, at most.
+const MOST_CHUNKS: usize = 64;
 /// Floats of a part's sums: a weight per set and the maximum.
 const SUMS: usize = MAX_SETS + 1;
 /// Waves of blocks that keys are split into, at most.
@@ -73,6 +78,9 @@ struct Variant {
     prefill: bool,
     /// Tiles of four rows to a warp.
     nt: usize,
+    most_warps: usize,
+    /// Keys that a block takes in at a time.
+    tile_keys: usize,
     heads_per_block: usize,
     key_warps: usize,
     /// Bytes of shared memory of a block.
@@ -115,6 +123,28 @@ fn encode_few_cut(shape: &LayerShape) -> (usize, usize) {
 fn fold_shared(d: usize, k_groups: usize, units: usize) -> usize {
     let chunks = if d <= 128 { d } else { 2 * 64 };
     (MAX_SETS + chunks + 8 * units) * (d + 8) * 2 + 4 * units * (d + 8) * 4 + FOLD_WARPS * k_groups * FOLDED_ROW
+}
+
+/// Warps of a block of the kernel of many queries, tiles of four rows to each, and keys of a tile, as attend_prefill.cuh's
+/// `PrefillTile`.
+fn prefill_cut(d: usize) -> (usize, usize, usize) {
+    match d {
+        ..=64 => (16, 4, 64),
+        ..=128 => (12, 4, 64),
+        _ => (8, 4, 32),
+    }
+}
+
+/// Bytes of its shared memory with so many warps, as attend_prefill.cuh's `prefill_shared_bytes`.
+fn prefill_shared(shape: &LayerShape, warps: usize) -> usize {
+    let (_, nt, keys) = prefill_cut(shape.k.head_dim);
+    let planes = shape.k.planes.iter().chain(&shape.v.planes).map(|p| (p.offset, p.head_bytes));
+    let parts: Vec<_> = planes.chain([(shape.k.headers_offset, 2), (shape.v.headers_offset, 2)]).collect();
+    let chunks_of = |head: usize| parts.iter().map(|&(at, bytes)| ((at + head * bytes) % 16 + bytes).div_ceil(16)).sum::<usize>();
+    let chunks = if shape.n_kv_heads == 1 { shape.slot_bytes / 16 } else { (0..shape.n_kv_heads).map(chunks_of).max().expect("a head") };
+    // Levels of keys are bytes in an odd number of chunks, those of values f16 with eight of nothing behind; two scales, two sets.
+    let of_key = (shape.k.head_dim / 16 | 1) * 16 + 2 * (shape.v.head_dim + 8) + 2 * 4 + 1;
+    2 * keys * ((chunks | 1) * 16 + of_key) + warps * 4 * nt * (SEES_BYTES + MAX_SETS * 4) + 2 * MOST_CHUNKS
 }
 
 /// Codes of 32 channels of a tier are a group.
@@ -226,24 +256,22 @@ impl LayerKernels {
             )));
         };
         let blocks = device.sms * device.blocks_per_sm(kernel, 32 * heads_per_block * key_warps, shared)?;
-        Ok(Variant { kernel, prefill: false, nt, heads_per_block, key_warps, shared, blocks })
+        let tile_keys = KEYS_PER_WARP * key_warps;
+        Ok(Variant { kernel, prefill: false, nt, most_warps: MOST_WARPS, tile_keys, heads_per_block, key_warps, shared, blocks })
     }
 
     fn prefill(device: &Device, shape: &LayerShape, kernel: Kernel) -> Result<Variant> {
-        let nt = if shape.k.head_dim <= 128 { 4 } else { 2 };
-        let fragments = 2 * groups(&shape.k) + 2 * groups(&shape.v);
-        let shared = 2 * TILE_KEYS * row_stride(shape, 1)
-            + TILE_KEYS / KEYS_PER_WARP * fragments * 512
-            + MOST_RUNS * RUN_BYTES
-            + MOST_WARPS * MAX_SETS * 4 * nt * 4;
-        if shared > device.block_shared {
+        let (warps, nt, tile_keys) = prefill_cut(shape.k.head_dim);
+        // Each warp has sums of its own: some shapes have room for fewer of them on devices with 99 KB.
+        let cuts = [warps, MOST_WARPS, LEAST_WARPS].map(|warps| (warps, prefill_shared(shape, warps)));
+        let Some(&(most_warps, shared)) = cuts.iter().find(|c| c.1 <= device.block_shared) else {
             return Err(Error::unsupported(format!(
-                "attention of many queries needs {shared} bytes of shared memory; this device has {}",
-                device.block_shared
+                "attention of many queries needs {} bytes of shared memory; this device has {}",
+                cuts[2].1, device.block_shared
             )));
-        }
-        let blocks = device.sms * device.blocks_per_sm(kernel, 32 * MOST_WARPS, shared)?;
-        Ok(Variant { kernel, prefill: true, nt, heads_per_block: 1, key_warps: 1, shared, blocks })
+        };
+        let blocks = device.sms * device.blocks_per_sm(kernel, 32 * most_warps, shared)?;
+        Ok(Variant { kernel, prefill: true, nt, most_warps, tile_keys, heads_per_block: 1, key_warps: 1, shared, blocks })
     }
 
     /// Whether rows of so many tokens have a block each.
@@ -288,7 +316,7 @@ impl Variant {
 
     /// Warps of a block.
     fn warps(&self, rows: usize) -> usize {
-        if self.prefill { self.row_tiles(rows).clamp(4, MOST_WARPS) } else { self.heads_per_block * self.key_warps }
+        if self.prefill { self.row_tiles(rows).clamp(LEAST_WARPS, self.most_warps) } else { self.heads_per_block * self.key_warps }
     }
 
     /// Blocks for one split of the keys.
@@ -297,13 +325,9 @@ impl Variant {
         shape.n_kv_heads / self.heads_per_block * of_rows * streams
     }
 
-    fn tile_keys(&self) -> usize {
-        if self.prefill { TILE_KEYS } else { KEYS_PER_WARP * self.key_warps }
-    }
-
     /// Splits of the keys: the least number of waves whose last one is nearly full, no split without a tile.
     fn splits(&self, shape: &LayerShape, streams: usize, rows: usize, keys: usize) -> usize {
-        let (others, tiles) = (self.others(shape, streams, rows).max(1), keys.div_ceil(self.tile_keys()).max(1));
+        let (others, tiles) = (self.others(shape, streams, rows).max(1), keys.div_ceil(self.tile_keys).max(1));
         if others >= self.blocks && self.prefill {
             return 1;
         }
@@ -402,8 +426,8 @@ pub fn workspace_size(shape: &LayerShape, kernels: &LayerKernels, limits: Limits
         let rows = rows.min(most_rows);
         counts.tiles = counts.tiles.max(heads * v.row_tiles(rows) * v.nt);
         // As in `splits`: blocks are at most the waves' or one to each of the others; so many rows has a block.
-        let of_blocks = (MOST_WAVES * v.blocks).saturating_mul(v.heads_per_block * 4 * v.nt * if v.prefill { MOST_WARPS } else { 1 });
-        let splits = limits.kv.div_ceil(v.tile_keys()).max(1);
+        let of_blocks = (MOST_WAVES * v.blocks).saturating_mul(v.heads_per_block * 4 * v.nt * if v.prefill { v.most_warps } else { 1 });
+        let splits = limits.kv.div_ceil(v.tile_keys).max(1);
         let parts = (heads * rows).saturating_mul(splits).min((heads * rows).max(of_blocks));
         counts.partials = counts.partials.max(parts.saturating_mul(kernels.v_transforms));
     }
