@@ -92,28 +92,33 @@ __device__ __forceinline__ float folded_worth(int channel, uint32_t transform) {
     return worth;
 }
 
+// The tier of a channel.
+struct TierOf {
+    int first, channels, groups_before;
+};
+template <class K>
+__device__ __forceinline__ TierOf tier_of(int channel) {
+    TierOf of{};
+    for_each<K::tiers>([&](auto tier) {
+        constexpr int T = decltype(tier)::value;
+        if (channel >= K::first(T)) of = {K::first(T), K::channels(T), K::groups_before(T)};
+    });
+    return of;
+}
+
 // Where in its row's fragments the high byte of a folded channel lies; the low one is half a group's bytes further on.
 template <class K>
 __device__ __forceinline__ uint32_t folded_place(int channel) {
-    int first_channel = 0, channels = 0, groups = 0;
-    for_each<K::tiers>([&](auto tier) {
-        constexpr int T = decltype(tier)::value;
-        if (channel >= K::first(T)) first_channel = K::first(T), channels = K::channels(T), groups = K::groups_before(T);
-    });
-    const KPosition k = k_position(channels, channel - first_channel);
-    return (groups + k.group) * FOLDED_ROW + k.q * 8 + k.reg * 4 + k.byte;
+    const TierOf tier = tier_of<K>(channel);
+    const KPosition k = k_position(tier.channels, channel - tier.first);
+    return (tier.groups_before + k.group) * FOLDED_ROW + k.q * 8 + k.reg * 4 + k.byte;
 }
-
 // The same for A fragments, whose channels are in the order in which words of planes give them, 32 to a step.
 template <class K>
 __device__ __forceinline__ uint32_t folded_row_place(int channel) {
-    int first_channel = 0, channels = 0;
-    for_each<K::tiers>([&](auto tier) {
-        constexpr int T = decltype(tier)::value;
-        if (channel >= K::first(T)) first_channel = K::first(T), channels = K::channels(T);
-    });
-    const int at = channel - first_channel, upper = at >= channels / 2 ? 1 : 0, low = at - upper * (channels / 2);
-    const int place = first_channel + low / 4 * 8 + low % 4 * 2 + upper, k = place % 32;
+    const TierOf tier = tier_of<K>(channel);
+    const int at = channel - tier.first, upper = at >= tier.channels / 2 ? 1 : 0, low = at - upper * (tier.channels / 2);
+    const int place = tier.first + low / 4 * 8 + low % 4 * 2 + upper, k = place % 32;
     return place / 32 * FOLDED_ROW + k % 16 / 4 * 8 + k / 16 * 4 + k % 4;
 }
 template <class K> __host__ __device__ constexpr int folded_steps() { return (K::D + 31) / 32; }
