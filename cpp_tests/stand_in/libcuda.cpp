@@ -30,10 +30,21 @@ template <class P, void (*kernel)(P)> void run(const emu::Launch& how, const voi
     std::memcpy(&p, params, sizeof p);
     emu::launch(how, [&] { kernel(p); });
 }
+// The library works out by itself what shared memory this one needs.
+template <class K, class V, void (*kernel)(DqAttend)> void run_prefill(const emu::Launch& how, const void* params) {
+    DqAttend p;
+    std::memcpy(&p, params, sizeof p);
+    const uint32_t need = dq::prefill_shared_bytes<K, V, dq::PrefillTile<K, V>::ROW_TILES>(p, how.block.x / 32);
+    emu::launch(how, [&] {
+        if (how.shared_bytes < need) emu::die("less shared memory than attention of many queries needs");
+        kernel(p);
+    });
+}
 #define ATTENTION(suffix, d, kp, vp)                                                                                  \
     {"dq_attend_" #d "_" #kp "_" #vp "_n1" #suffix, {sizeof(DqAttend), run<DqAttend, dq_attend_##d##_##kp##_##vp##_n1##suffix>}}, \
     {"dq_attend_" #d "_" #kp "_" #vp "_n2" #suffix, {sizeof(DqAttend), run<DqAttend, dq_attend_##d##_##kp##_##vp##_n2##suffix>}}, \
-    {"dq_prefill_" #d "_" #kp "_" #vp #suffix, {sizeof(DqAttend), run<DqAttend, dq_prefill_##d##_##kp##_##vp##suffix>}},
+    {"dq_prefill_" #d "_" #kp "_" #vp #suffix,                                                                        \
+     {sizeof(DqAttend), run_prefill<dq::Side<d, kp, true>, dq::Side<d, vp, true>, dq_prefill_##d##_##kp##_##vp##suffix>}},
 #define OTHERS(d, kp, vp)                                                                                             \
     ATTENTION(, d, kp, vp)                                                                                            \
     {"dq_fold_" #d "_" #kp "_" #vp, {sizeof(DqAttend), run<DqAttend, dq_fold_##d##_##kp##_##vp>}},                    \
