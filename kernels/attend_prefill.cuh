@@ -60,6 +60,11 @@ __device__ __forceinline__ uint2 halves_of(uint32_t bytes) {
     return make_uint2(subtract_halves(prmt(biased, both, 0x4140), excess), subtract_halves(prmt(biased, both, 0x4342), excess));
 }
 
+// This thread's number, counted from thread `first` on.
+__device__ __forceinline__ uint32_t thread_from(uint32_t first) {
+    return threadIdx.x < first ? threadIdx.x + blockDim.x - first : threadIdx.x - first;
+}
+
 // Levels of a side's rows in a stage, by all threads, a word at a time: `put(key, place, first quad, second quad)`. `first` is the
 // thread that begins; returns the one that is next, so that tiers of few words do not all go to the same threads.
 template <class S, int KEYS, class Put>
@@ -67,7 +72,7 @@ __device__ __forceinline__ uint32_t look_up_rows(const uint8_t* stage, uint32_t 
     for_each<S::tiers>([&](auto tier) {
         constexpr int T = decltype(tier)::value, N = S::channels(T), BITS = S::bits(T), P = S::plane_index(T, 0), WORDS = N / 8;
         DQ_UNROLL_BY_1
-        for (uint32_t i = threadIdx.x < first ? threadIdx.x + blockDim.x - first : threadIdx.x - first; i < KEYS * WORDS; i += blockDim.x) {
+        for (uint32_t i = thread_from(first); i < KEYS * WORDS; i += blockDim.x) {
             const uint32_t key = i / WORDS, w = i % WORDS;
             const uint8_t* row = stage + key * stride;
             uint32_t low = 0;
@@ -88,15 +93,6 @@ struct alignas(16) Sees {
     uint64_t mask;
     uint32_t from, to;
 };
-
-// The mask's values for two keys that follow each other; keys from `end` on have none.
-__device__ __forceinline__ float2 mask_pair(const DqAttend& p, uint64_t row, uint32_t key, uint32_t end) {
-    auto of = [&](uint32_t key) {
-        if (key >= end) return 0.0f;
-        return p.mask_type == DQ_TYPE_F32 ? at_bytes<float>(p.mask, row + 4ull * key) : half_to_float(at_bytes<uint16_t>(p.mask, row + 2ull * key));
-    };
-    return {of(key), of(key + 1)};
-}
 
 // A warp's rows and what they have seen.
 template <class K, class V, int NT>
@@ -350,6 +346,11 @@ struct PrefillWarp {
         }
     }
 
+    // The mask's values for two keys that follow each other; keys that the row does not reach have none.
+    __device__ __forceinline__ float2 mask_pair(const Sees& row, uint32_t key) const {
+        return {key < row.to ? mask_at(p, row.mask, key) : 0.0f, key + 1 < row.to ? mask_at(p, row.mask, key + 1) : 0.0f};
+    }
+
     // Minus infinity for the scores of keys that nobody sees, or that are not among `together`; the mask for others. False where there
     // are no others.
     __device__ __forceinline__ bool hide(float (&s)[MT][N][4], const Mask& mask, uint32_t first_key, uint32_t together) const {
@@ -366,7 +367,7 @@ struct PrefillWarp {
                 for (int n = 0; n < N; n++) {
                     float2 added{0.0f, 0.0f};
                     if (mask.there) added = {half_to_float(uint16_t(mask.pair[i][h][n])), half_to_float(uint16_t(mask.pair[i][h][n] >> 16))};
-                    else if (p.mask != nullptr) added = mask_pair(p, row.mask, first_key + 8 * n + 2 * q, row.to);
+                    else if (p.mask != nullptr) added = mask_pair(row, first_key + 8 * n + 2 * q);
                     DQ_UNROLL
                     for (int e = 0; e < 2; e++) {
                         const uint32_t in_step = 8 * n + 2 * q + e, key = first_key + in_step;
@@ -597,7 +598,7 @@ __device__ __forceinline__ void attend_prefill(const DqAttend& p) {
             const uint2 first = halves_of(a), second = halves_of(b);
             *reinterpret_cast<uint4*>(to + Tile::values + 2 * (key * Tile::VALUE_STRIDE + place)) = make_uint4(first.x, first.y, second.x, second.y);
         });
-        for (uint32_t key = t < last ? t + blockDim.x - last : t - last; key < KEYS; key += blockDim.x) {
+        for (uint32_t key = thread_from(last); key < KEYS; key += blockDim.x) {
             const uint8_t* row = stage + key * stride;
             const uint32_t k_header = shared_half(row + image.k_headers), v_header = shared_half(row + image.v_headers);
             float* scales = reinterpret_cast<float*>(to + Tile::scales);

@@ -115,6 +115,11 @@ __device__ __forceinline__ Keys keys_of(const DqAttend& p, uint32_t n_keys, uint
     return p.window > 0 && start >= int64_t(keys.end) ? Keys{0, 0} : keys;
 }
 
+// The mask at a key of a row that begins so many bytes from its start.
+__device__ __forceinline__ float mask_at(const DqAttend& p, uint64_t row, uint32_t key) {
+    return p.mask_type == DQ_TYPE_F32 ? at_bytes<float>(p.mask, row + 4ull * key) : half_to_float(at_bytes<uint16_t>(p.mask, row + 2ull * key));
+}
+
 // What is added to the score of (query of n_q, key): the mask in units of log2, or minus infinity. Keys from n_keys on are
 // not there; the tail's count from the last coded one.
 __device__ __forceinline__ float mask_of(const DqAttend& p, uint32_t stream, uint32_t query, uint32_t n_q, uint32_t key, uint32_t n_keys) {
@@ -125,9 +130,7 @@ __device__ __forceinline__ float mask_of(const DqAttend& p, uint32_t stream, uin
         if (p.window > 0 && key + int64_t(p.window) <= position) return NEVER;
     }
     if (p.mask == nullptr) return 0.0f;
-    uint64_t at = stream * p.mask_stream_stride + query * p.mask_query_stride;
-    float v = p.mask_type == DQ_TYPE_F32 ? at_bytes<float>(p.mask, at + 4ull * key) : half_to_float(at_bytes<uint16_t>(p.mask, at + 2ull * key));
-    return v * LOG2_E;
+    return mask_at(p, stream * p.mask_stream_stride + query * p.mask_query_stride, key) * LOG2_E;
 }
 
 // The linear part of a set. Records under a mask may name any set: whatever comes, the answer is within the tables.

@@ -101,7 +101,7 @@ __device__ __forceinline__ void attend_merge(const DqAttend& p) {
             if (again) sync_team();
             again = true;
 
-            // Phase 1: each warp its parts, relative to their maximum. A part that saw no key is zeros.
+            // Phase 1: each warp its parts, counted from the largest of their references. A part that saw no key is zeros.
             const uint64_t begin = first + (tail ? coded_parts(p) : source * p.n_splits);
             const uint32_t n = tail ? p.tail.parts : p.n_splits;
             float acc[CHANNELS] = {}, sum = 0.0f, of_warp = NEVER;
