@@ -1,6 +1,6 @@
 // Times of the calls on a CUDA device, beside a device copy in the same run: 32 query heads over 8, head_dim 128.
 // Every figure is the median over replays of a graph of calls whose records rotate, so that the L2 has none of them.
-//   bench_cuda [brief|rows|step]    fewer sizes; statistics, fits and encode alone; decode steps of small models alone
+//   bench_cuda [brief|rows|step]    fewer sizes; statistics, fits and encode alone; decode steps of whole models alone
 #include <decoquant.h>
 
 #include <algorithm>
@@ -10,6 +10,7 @@
 #include <functional>
 #include <random>
 #include <string>
+#include <utility>
 
 #include "cuda_checks.hpp"
 #include "cuda_memory.hpp"
@@ -287,8 +288,9 @@ void bench(Events& e, const char* name, uint32_t k_plan, uint32_t v_plan, double
             std::fflush(stdout);
         }
     }
-    for (uint32_t n : {512u, 2048u}) {
-        const uint32_t keys = 8 * n;
+    // Drafts that are verified, and prompts.
+    const std::pair<uint32_t, uint32_t> many[] = {{4, 16384}, {4, 131072}, {16, 16384}, {512, 4096}, {2048, 16384}};
+    for (const auto& [n, keys] : many) {
         limits.max_streams = 1, limits.max_queries = n, limits.max_kv = keys;
         fine(dq_workspace_size(codec, 0, &limits, &bytes), "workspace size");
         cuda::Buffer<uint8_t> scratch(bytes);
@@ -297,9 +299,9 @@ void bench(Events& e, const char* name, uint32_t k_plan, uint32_t v_plan, double
         auto args = sized<dq_attend_args>();
         args.n_q = n, args.n_kv = keys, args.sequences.kv_lengths = lengths.get(), args.store = t.store;
         args.q = tensor(q.get(), N_Q, DQ_F16), args.out = tensor(out.get(), N_Q, DQ_F16);
-        const double us = e.median(5, [&](int) { fine(dq_attend(codec, 0, &args, scratch.get(), bytes, e.stream), "prefill"); });
+        const double us = e.median(5, [&](int) { fine(dq_attend(codec, 0, &args, scratch.get(), bytes, e.stream), "attend"); });
         const double flops = 4.0 * D * N_Q * (double(n) * keys - double(n) * (n - 1) / 2);
-        std::printf("prefill, %u queries over %u keys: %.0f us, %.0f TFLOP/s, workspace %.0f MB\n", n, keys, us, flops / us / 1e6, bytes / 1e6);
+        std::printf("%u queries over %u keys: %.0f us, %.0f TFLOP/s, workspace %.0f MB\n", n, keys, us, flops / us / 1e6, bytes / 1e6);
     }
     dq_codec_destroy(codec);
     dq_context_destroy(context);
@@ -325,6 +327,7 @@ int main(int argc, char** argv) {
             bench_step(events, m, 104, 4);
             bench_step(events, m, 103, 3);
         }
+        bench_step(events, {"a model with 16 query heads to a KV head", 4, 64, 4, 128, {16384, 65536}}, 104, 4);
     }
     if (wish == "step") return 0;
     const Part part = wish == "rows" ? Part::Rows : wish == "brief" ? Part::Brief : Part::All;
