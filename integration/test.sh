@@ -46,7 +46,7 @@ cuda_tests() {
     cmake -S . -B build/package-cuda -G Ninja -DDECOQUANT_CUDA=ON -DDECOQUANT_TARGET_DIR="$PWD/target/cuda" &&
         cmake --build build/package-cuda &&
         cmake -S cpp_tests -B build/cpp_tests-cuda -G Ninja -DDECOQUANT_LIB="$PWD/target/cuda/release/libdecoquant.so" &&
-        cmake --build build/cpp_tests-cuda --target cuda cuda_tail bench_cuda stand_in &&
+        cmake --build build/cpp_tests-cuda --target cuda cuda_tail bench_cuda stand_in stand_in_sm90 &&
         ctest --test-dir build/cpp_tests-cuda --output-on-failure -R '^cuda_' &&
         EXTRA=-DDQ_INSTANCES_HOT sh kernels/tests/resources.sh
 }

@@ -71,10 +71,14 @@ __device__ __forceinline__ Levels<BITS> look_up_wide(const Tables& t, uint32_t u
              prmt(t.fine[BITS][0], Fine::word(0, 1), index), prmt(t.fine[BITS][1], Fine::word(1, 1), flipped_index)}};
 }
 
-// Eight codes of five or six bits: the four upper bits, and the lower ones at bit 0 of each nibble (with anything above).
+// Eight codes of five or six bits: the four upper bits, and the lower ones at bit 0 of each nibble (with anything above). First their
+// numbers in the table of fine parts.
+template <int BITS>
+__device__ __forceinline__ uint32_t wide_index(uint32_t upper, uint32_t low) { return pick_bits(low, upper, BITS == 5 ? 0x11111111u : 0x33333333u); }
+// And their levels.
 template <int BITS>
 __device__ __forceinline__ void look_up_wide_word(const Tables& t, uint32_t upper, uint32_t low, Levels<BITS>& first, Levels<BITS>& second) {
-    const uint32_t index = pick_bits(low, upper, BITS == 5 ? 0x11111111u : 0x33333333u);
+    const uint32_t index = wide_index<BITS>(upper, low);
     const uint32_t flipped = upper ^ OTHER_HALF, flipped_index = index ^ OTHER_HALF;
     first = look_up_wide<BITS>(t, upper, flipped, index, flipped_index);
     second = look_up_wide<BITS>(t, upper_half(upper), upper_half(flipped), upper_half(index), upper_half(flipped_index));

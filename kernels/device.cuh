@@ -21,6 +21,7 @@ constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 #ifdef DQ_EMU
 
 #define DQ_DYNAMIC_SHARED(name) uint8_t* name = emu::dynamic_shared()
+inline uint32_t dynamic_shared_bytes() { return uint32_t(emu::block()->shared_bytes); }
 #define DQ_UNROLL
 #define DQ_UNROLL_BY_8
 #define DQ_UNROLL_BY_4
@@ -88,7 +89,7 @@ inline void cp_async_16(void* shared, const void* global) { emu::start_copy(shar
 inline void cp_async_commit() { emu::commit_copies(); }
 template <int LEFT> inline void cp_async_wait() { emu::wait_copies(LEFT); }
 
-#ifdef DQ_EMU_BULK
+#ifdef DQ_EMU_SM90
 constexpr bool HAS_BULK_COPY = true;
 #else
 constexpr bool HAS_BULK_COPY = false;
@@ -99,6 +100,32 @@ inline void barrier_expect(uint64_t* b, uint32_t bytes) { emu::mbarrier_arrive(b
 inline void barrier_wait(uint64_t* b, uint32_t parity) { emu::mbarrier_wait(b, parity); }
 inline uint32_t barrier_arrive(uint64_t* b) { return emu::mbarrier_arrive(b); }
 inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* b) { emu::start_bulk_copy(shared, global, bytes, b); }
+
+// As an sm_90a has it: see below.
+#ifdef DQ_EMU_SM90
+constexpr bool HAS_GROUP_MMA = true;
+#else
+constexpr bool HAS_GROUP_MMA = false;
+#endif
+template <int LINE> struct GroupMatrix {
+    const uint8_t* at;
+    explicit GroupMatrix(const void* at) : at(static_cast<const uint8_t*>(at)) {}
+    GroupMatrix moved(uint32_t bytes) const { return GroupMatrix(at + bytes); }
+    static constexpr uint32_t swizzle(uint32_t line) { return LINE == 128 ? line % 8 * 16 : line / 2 % 4 * 16; }
+    emu::SharedLines lines() const { return {at, LINE, LINE == 128 ? 7u : 3u}; }
+};
+inline void group_fence() {}
+inline void group_commit() { emu::commit_group_mma(); }
+template <int LEFT> inline void group_wait(EMU_CALLER) { emu::wait_group_mma(LEFT, file, line); }
+template <class T> inline void group_arrive(T (&)[4]) {}
+inline void shared_for_groups() {}
+inline void group_sync(uint32_t group, EMU_CALLER) { emu::meet_group(group, file, line); }
+template <bool ADD, int LINE> inline void group_mma_s8(int32_t (&d)[4][4], const GroupMatrix<LINE>& a, const GroupMatrix<LINE>& b, EMU_CALLER) {
+    emu::start_group_mma({nullptr, d[0], 4, a.lines(), {}, b.lines(), ADD}, file, line);
+}
+template <int FROM, int N> inline void group_mma_f16(float (&d)[N][4], const uint32_t (&a)[4], const GroupMatrix<128>& b, EMU_CALLER) {
+    emu::start_group_mma({d[FROM], nullptr, 8, {}, {a[0], a[1], a[2], a[3]}, b.lines(), true}, file, line);
+}
 
 inline float half_to_float(uint16_t h) { return dq_half_bits_to_float(h); }
 inline uint16_t float_to_half(float f) { return dq_float_to_half_bits(f); }
@@ -120,7 +147,12 @@ inline void leave_waiting_to_others() { emu::leave_waiting_to_others(); }
 
 #else
 
-#define DQ_DYNAMIC_SHARED(name) extern __shared__ __align__(128) uint8_t name[]
+#define DQ_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) uint8_t name[]
+__device__ __forceinline__ uint32_t dynamic_shared_bytes() {
+    uint32_t bytes;
+    asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
+    return bytes;
+}
 #define DQ_UNROLL _Pragma("unroll")
 #define DQ_UNROLL_BY_8 _Pragma("unroll 8")
 #define DQ_UNROLL_BY_4 _Pragma("unroll 4")
@@ -187,7 +219,8 @@ __device__ __forceinline__ uint32_t in_register(uint32_t v) {
     return r;
 }
 
-// Before a wait: what is worked out there is not work behind it. The compiler would rather do it where it is used.
+// Before a wait: what is worked out there is not work behind it; the compiler would rather do it where it is used. And the other way
+// round: what follows from such a value is not worked out before, and kept, where it is seldom wanted or registers are few.
 __device__ __forceinline__ void work_out_here(uint32_t& v) { asm volatile("" : "+r"(v)); }
 __device__ __forceinline__ void work_out_here(float& v) { asm volatile("" : "+f"(v)); }
 __device__ __forceinline__ void work_out_here(uint64_t& v) { asm volatile("" : "+l"(v)); }
@@ -277,6 +310,85 @@ __device__ __forceinline__ void barrier_expect(uint64_t*, uint32_t) {}
 __device__ __forceinline__ void barrier_wait(uint64_t*, uint32_t) {}
 __device__ __forceinline__ uint32_t barrier_arrive(uint64_t*) { return 0; }
 __device__ __forceinline__ void bulk_copy(void*, const void*, uint32_t, uint64_t*) {}
+#endif
+
+// Matrix products of warp groups (compute capability 9.0, code for exactly that: sm_90a): four warps that follow each other, the first one's
+// number a multiple of four, multiply 64 rows by a matrix in shared memory, beside whatever else they do until `group_wait`. A warp has
+// the fragments of its sixteen rows, as those of the warps' own mma above: of the result n tiles of eight columns, of A, where it
+// is not in shared memory as well, four registers. Registers that the threads have written need a `group_fence` before the next
+// product; shared memory `shared_for_groups` by the threads that wrote it, ahead of the barrier that tells the others. All
+// four warps must come.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool HAS_GROUP_MMA = true;
+#elif !defined(__CUDA_ARCH__) && defined(DQ_HOST_OF_SM90A)
+constexpr bool HAS_GROUP_MMA = true;  // a host that launches such code
+#else
+constexpr bool HAS_GROUP_MMA = false;
+#endif
+// A matrix of lines of LINE bytes, 16-byte chunks of which are swizzled; it begins where a line's number is a multiple of eight, and eight
+// lines lie at a multiple of their size. A and B of s8: a line is a row or a column, 32 channels of it; B of f16: a line is one of
+// sixteen rows, 64 columns of it.
+template <int LINE> struct GroupMatrix {
+    static_assert(LINE == 128 || LINE == 64 || !HAS_GROUP_MMA, "");
+    uint64_t bits;
+    // Start, and from eight lines to the next, in units of 16 bytes; the kind of swizzle.
+    __device__ __forceinline__ explicit GroupMatrix(const void* at)
+        : bits(uint64_t(shared_address(at) >> 4) | 1ull << 16 | uint64_t(8 * LINE / 16) << 32 | uint64_t(LINE == 128 ? 1 : 2) << 62) {}
+    // One that begins so many bytes further on.
+    __device__ __forceinline__ GroupMatrix moved(uint32_t bytes) const {
+        GroupMatrix other = *this;
+        other.bits += bytes / 16;
+        return other;
+    }
+    // Chunk c of a line lies where, without swizzle, chunk c ^ (swizzle / 16) would.
+    __device__ static __forceinline__ uint32_t swizzle(uint32_t line) { return LINE == 128 ? line % 8 * 16 : line / 2 % 4 * 16; }
+};
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+__device__ __forceinline__ void group_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT>
+__device__ __forceinline__ void group_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
+// What the compiler must take for written here: results, behind their wait and ahead of the fence.
+__device__ __forceinline__ void group_arrive(int32_t (&d)[4]) { asm volatile("" : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]) :: "memory"); }
+__device__ __forceinline__ void group_arrive(float (&d)[4]) { asm volatile("" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) :: "memory"); }
+__device__ __forceinline__ void shared_for_groups() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Waits for the group's warps; groups are numbered from 0.
+__device__ __forceinline__ void group_sync(uint32_t group) { asm volatile("barrier.cta.sync.aligned %0, 128;" ::"r"(group + 1) : "memory"); }
+// d (+)= a b; b of 32 columns.
+template <bool ADD, int LINE>
+__device__ __forceinline__ void group_mma_s8(int32_t (&d)[4][4], const GroupMatrix<LINE>& a, const GroupMatrix<LINE>& b) {
+    asm volatile("{\n"
+                 ".reg .pred add;\n"
+                 "setp.ne.b32 add, %18, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, add;\n"
+                 "}"
+                 : "+r"(d[0][0]), "+r"(d[0][1]), "+r"(d[0][2]), "+r"(d[0][3]), "+r"(d[1][0]), "+r"(d[1][1]), "+r"(d[1][2]), "+r"(d[1][3]),
+                   "+r"(d[2][0]), "+r"(d[2][1]), "+r"(d[2][2]), "+r"(d[2][3]), "+r"(d[3][0]), "+r"(d[3][1]), "+r"(d[3][2]), "+r"(d[3][3])
+                 : "l"(a.bits), "l"(b.bits), "n"(ADD));
+}
+// n tiles FROM to FROM + 7 of d += a b.
+template <int FROM, int N>
+__device__ __forceinline__ void group_mma_f16(float (&d)[N][4], const uint32_t (&a)[4], const GroupMatrix<128>& b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+                 : "+f"(d[FROM + 0][0]), "+f"(d[FROM + 0][1]), "+f"(d[FROM + 0][2]), "+f"(d[FROM + 0][3]), "+f"(d[FROM + 1][0]),
+                   "+f"(d[FROM + 1][1]), "+f"(d[FROM + 1][2]), "+f"(d[FROM + 1][3]), "+f"(d[FROM + 2][0]), "+f"(d[FROM + 2][1]),
+                   "+f"(d[FROM + 2][2]), "+f"(d[FROM + 2][3]), "+f"(d[FROM + 3][0]), "+f"(d[FROM + 3][1]), "+f"(d[FROM + 3][2]),
+                   "+f"(d[FROM + 3][3]), "+f"(d[FROM + 4][0]), "+f"(d[FROM + 4][1]), "+f"(d[FROM + 4][2]), "+f"(d[FROM + 4][3]),
+                   "+f"(d[FROM + 5][0]), "+f"(d[FROM + 5][1]), "+f"(d[FROM + 5][2]), "+f"(d[FROM + 5][3]), "+f"(d[FROM + 6][0]),
+                   "+f"(d[FROM + 6][1]), "+f"(d[FROM + 6][2]), "+f"(d[FROM + 6][3]), "+f"(d[FROM + 7][0]), "+f"(d[FROM + 7][1]),
+                   "+f"(d[FROM + 7][2]), "+f"(d[FROM + 7][3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits));
+}
+#else
+__device__ __forceinline__ void group_fence() {}
+__device__ __forceinline__ void group_commit() {}
+template <int LEFT> __device__ __forceinline__ void group_wait() {}
+template <class T> __device__ __forceinline__ void group_arrive(T (&)[4]) {}
+__device__ __forceinline__ void shared_for_groups() {}
+__device__ __forceinline__ void group_sync(uint32_t) {}
+template <bool ADD, int LINE> __device__ __forceinline__ void group_mma_s8(int32_t (&)[4][4], const GroupMatrix<LINE>&, const GroupMatrix<LINE>&) {}
+template <int FROM, int N> __device__ __forceinline__ void group_mma_f16(float (&)[N][4], const uint32_t (&)[4], const GroupMatrix<128>&) {}
 #endif
 
 __device__ __forceinline__ float half_to_float(uint16_t h) { return __half2float(__ushort_as_half(h)); }

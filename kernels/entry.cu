@@ -17,7 +17,7 @@
         dq::attend_decode<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>, 2, dq::DECODE_STAGES>(p);                               \
     }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(32 * dq::PrefillTile<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>>::WARPS, 1) dq_prefill_##d##_##kp##_##vp##suffix(const DqAttend p) {        \
-        dq::attend_prefill<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>, dq::PrefillTile<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>>::ROW_TILES>(p);               \
+        dq::attend_prefill<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>>(p);                                    \
     }
 #define DQ_KERNELS(d, kp, vp)                                                                                         \
     DQ_ATTEND(, d, kp, vp, true)                                                                                      \
@@ -50,3 +50,5 @@ extern "C" __global__ void __launch_bounds__(32 * dq::TAIL_WARPS) dq_tail(const 
 extern "C" __global__ void __launch_bounds__(dq::OBSERVE_THREADS) dq_observe(const DqObserve p) { dq::observe(p); }
 extern "C" __global__ void __launch_bounds__(dq::OBSERVE_THREADS) dq_products(const DqObserve p) { dq::products(p); }
 extern "C" __global__ void __launch_bounds__(dq::OBSERVE_THREADS) dq_publish(const DqPublish p) { dq::publish(p); }
+// Tells the host whether the kernels for this architecture multiply matrices in warp groups, by the threads that it may be launched with.
+extern "C" __global__ void __launch_bounds__(dq::HAS_GROUP_MMA ? 128 : 32) dq_group_mma() {}

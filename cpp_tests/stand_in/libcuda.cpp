@@ -19,6 +19,7 @@ namespace {
 enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_IMAGE = 200, INVALID_CONTEXT = 201,
        NO_BINARY = 209, INVALID_HANDLE = 400, NOT_FOUND = 500, CAPTURE_UNSUPPORTED = 900 };
 using Handle = void*;
+constexpr int MOST_SHARED = 227 * 1024, MAX_THREADS_PER_BLOCK = 0;
 using Launch = std::function<void()>;
 
 struct Function {
@@ -34,9 +35,12 @@ template <class P, void (*kernel)(P)> void run(const emu::Launch& how, const voi
 template <class K, class V, void (*kernel)(DqAttend)> void run_prefill(const emu::Launch& how, const void* params) {
     DqAttend p;
     std::memcpy(&p, params, sizeof p);
-    const uint32_t need = dq::prefill_shared_bytes<K, V, dq::PrefillTile<K, V>::ROW_TILES>(p, how.block.x / 32);
+    using Tile = dq::PrefillTile<K, V>;
+    auto need = [&](uint32_t query_slots) { return dq::prefill_shared_bytes<K, V>(p, Tile::WARPS, query_slots); };
+    const uint32_t most = Tile::GROUPS ? dq::MOST_QUERY_SLOTS : 0;
     emu::launch(how, [&] {
-        if (how.shared_bytes < need) emu::die("less shared memory than attention of many queries needs");
+        if (Tile::GROUPS && how.block.x != 32 * Tile::WARPS) emu::die("a block of warp groups that has not all its warps");
+        if (how.shared_bytes != need(most) && (need(most) <= MOST_SHARED || how.shared_bytes != need(1))) emu::die("not the shared memory that attention of many queries needs");
         kernel(p);
     });
 }
@@ -61,7 +65,8 @@ std::map<std::string, Function>& functions() {
         DQ_INSTANCES(OTHERS) DQ_UNALIGNED_INSTANCES(UNALIGNED) {"dq_tail", {sizeof(DqAttend), run<DqAttend, dq_tail>}},
         {"dq_observe", {sizeof(DqObserve), run<DqObserve, dq_observe>}},
         {"dq_products", {sizeof(DqObserve), run<DqObserve, dq_products>}},
-        {"dq_publish", {sizeof(DqPublish), run<DqPublish, dq_publish>}}};
+        {"dq_publish", {sizeof(DqPublish), run<DqPublish, dq_publish>}},
+        {"dq_group_mma", {0, nullptr}}};
     return all;
 }
 
@@ -151,7 +156,7 @@ int cuDeviceGetAttribute(int* v, int attribute, int) {
         case 75: *v = 9; break;          // compute capability
         case 76: *v = 0; break;
         case 81: *v = 228 * 1024; break; // shared memory of a multiprocessor
-        case 97: *v = 227 * 1024; break; // and of a block
+        case 97: *v = MOST_SHARED; break; // and of a block
         default: return INVALID_VALUE;
     }
     return SUCCESS;
@@ -186,7 +191,11 @@ int cuModuleGetFunction(Handle* f, Handle, const char* name) {
     *f = &found->second;
     return SUCCESS;
 }
-int cuFuncGetAttribute(int* v, int, Handle) { ENTER("cuFuncGetAttribute"); *v = 0; return SUCCESS; }
+int cuFuncGetAttribute(int* v, int attribute, Handle f) {
+    ENTER("cuFuncGetAttribute");
+    *v = attribute == MAX_THREADS_PER_BLOCK && f == &functions()["dq_group_mma"] ? (dq::HAS_GROUP_MMA ? 128 : 32) : 0;
+    return SUCCESS;
+}
 int cuFuncSetAttribute(Handle, int, int) { ENTER("cuFuncSetAttribute"); return SUCCESS; }
 int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* n, Handle, int, size_t) { ENTER("cuOccupancy"); *n = 1; return SUCCESS; }
 struct LaunchConfig {

@@ -33,6 +33,37 @@ struct PendingCopy {
     unsigned bytes;
 };
 
+// Lines of so many bytes in shared memory, whose 16-byte chunks are swizzled: the address's bits from 4 on with those from 7 on,
+// within the mask.
+struct SharedLines {
+    const uint8_t* at = nullptr;
+    uint32_t line = 0, mask = 0;
+};
+
+// A matrix product of a warp group under way: its result of f32 or s32, n tiles of it, and what it is made of: A and B of s8 in shared
+// memory, 64 by 32 and 32 by 8 n, or A of f16 in registers, and B of 16 by 8 n.
+struct GroupMma {
+    float* sums;
+    int32_t* counts;
+    int n_tiles;
+    SharedLines a_lines;
+    uint32_t a[4];
+    SharedLines b;
+    bool add;
+    bool follows = false;  // one whose result it goes on with
+    uint32_t before[32] = {};
+    uint64_t seen = 0;  // a hash of the matrices in shared memory when it began
+    const char* file = nullptr;
+    int line = 0;
+    void* result() const { return counts != nullptr ? static_cast<void*>(counts) : sums; }
+};
+
+// Of the four warps of a group.
+struct GroupMeeting {
+    unsigned here = 0, round = 0;
+    int line = 0;
+};
+
 struct Thread {
     State state;
     unsigned id;
@@ -48,6 +79,9 @@ struct Thread {
     // cp.async of this thread: the open group and the committed ones, oldest first.
     std::vector<PendingCopy> open;
     std::vector<std::vector<PendingCopy>> groups;
+    // Products of its warp group, oldest first, and where each committed lot of them ends.
+    std::vector<GroupMma> products;
+    std::vector<size_t> product_groups;
     Context context;
     char* stack = nullptr;
 };
@@ -62,6 +96,7 @@ struct MBarrier {
 struct Block {
     std::vector<Thread> threads;
     std::map<void*, MBarrier> barriers;
+    std::map<unsigned, GroupMeeting> meetings;
     dim3 block_dim, grid_dim, index;
     unsigned live = 0, current = 0;
     // Of the whole launch: whether a thread spoke of the launches before and behind it, whether one waited for the one before or
@@ -102,6 +137,7 @@ inline void thread_main() {
     b.kernel();
     Thread& t = me();
     if (!t.open.empty() || !t.groups.empty()) die("a thread ends with copies under way");
+    if (!t.products.empty()) die("a thread ends with matrix products under way");
     if (!t.waited && !b.unwaited) b.unwaited = true, b.first_unwaited = {b.index, t.id};
     if (b.live == 1) {
         for (auto& barrier : b.barriers) if (!barrier.second.copies.empty()) die("a block ends with bulk copies under way");
@@ -161,6 +197,7 @@ inline std::vector<unsigned> turns_of(size_t n, Order order) {
 inline void run_block(Block& b, Order order, uint64_t& seed) {
     b.live = b.threads.size();
     b.barriers.clear();
+    b.meetings.clear();
     std::memset(b.shared, 0xCB, b.shared_bytes);
     for (unsigned i = 0; i < b.threads.size(); i++) {
         Thread& t = b.threads[i];
@@ -170,6 +207,8 @@ inline void run_block(Block& b, Order order, uint64_t& seed) {
         t.waited = false;
         t.open.clear();
         t.groups.clear();
+        t.products.clear();
+        t.product_groups.clear();
         prepare_context(t.context, t.stack, thread_main);
     }
     auto turns = turns_of(b.threads.size(), order);

@@ -1,10 +1,11 @@
 // Device code as plain C++17 on the CPU. Include this in place of the CUDA headers.
 //   types.h  f16, bf16, integer intrinsics        fiber.h  stacks and switches
 //   block.h  scheduler, launch, __syncthreads     warp.h   shuffles, votes, mma, ldmatrix
-//   async.h  cp.async, mbarrier, bulk copies
+//   async.h  cp.async, mbarrier, bulk copies      group.h  mma of warp groups
 #pragma once
 #include "async.h"
 #include "block.h"
+#include "group.h"
 #include "types.h"
 #include "warp.h"
 

@@ -30,7 +30,7 @@ struct Case {
 
 template <class K, bool MANY> __global__ void __launch_bounds__(dq::FOLD_THREADS) fold_kernel(const DqAttend p) { dq::fold_queries<K, MANY>(p); }
 template <class K, class V, int NT> __global__ void __launch_bounds__(256, NT == 1 ? 2 : 1) attend_kernel(const DqAttend p) { dq::attend_decode<K, V, NT, dq::DECODE_STAGES>(p); }
-template <class K, class V, int NT> __global__ void __launch_bounds__(32 * dq::PrefillTile<K, V>::WARPS) prefill_kernel(const DqAttend p) { dq::attend_prefill<K, V, NT>(p); }
+template <class K, class V> __global__ void __launch_bounds__(32 * dq::PrefillTile<K, V>::WARPS) prefill_kernel(const DqAttend p) { dq::attend_prefill<K, V>(p); }
 __global__ void __launch_bounds__(32 * dq::TAIL_WARPS) tail_kernel(const DqAttend p) { dq::attend_tail(p); }
 template <class V, bool MANY> __global__ void __launch_bounds__(MANY ? 32 * dq::MERGE_MANY_WARPS : 512) merge_kernel(const DqAttend p) { dq::attend_merge<V, MANY>(p); }
 
@@ -46,11 +46,12 @@ struct DeviceFactors {
     DqFactors params() const { return {heads.get(), means.get(), decode.get(), encode.get(), rotation.get(), max_dense, 0}; }
 };
 
-// PREFILL: by the kernel for many queries, that many warps to a block.
-template <int DK, int KP, int DV, int VP, int NT, bool ALIGNED, int PREFILL = 0>
+// MOST_WARPS: by the kernel for many queries, that many warps to a block, or as many as there must be.
+template <int DK, int KP, int DV, int VP, int NT, bool ALIGNED, int MOST_WARPS = 0>
 void run(const Case& c, std::mt19937_64& rng) {
     using K = dq::Side<DK, KP, ALIGNED>;
     using V = dq::Side<DV, VP, ALIGNED>;
+    constexpr int PREFILL = MOST_WARPS > 0 && dq::PrefillTile<K, V>::GROUPS ? dq::PrefillTile<K, V>::WARPS : MOST_WARPS;
     std::normal_distribution<double> normal;
     auto below = [&](uint64_t n) { return rng() % n; };
     auto l = ref::layout(c.n_kv, DK, KP, DV, VP);
@@ -227,8 +228,8 @@ void run(const Case& c, std::mt19937_64& rng) {
         rt::launch(tail_kernel, dim3((c.n_q * c.group + 3) / 4 * c.tail_parts, c.n_kv, c.n_streams), 32 * dq::TAIL_WARPS, 0, p);
     }
     if constexpr (PREFILL > 0) {
-        rt::launch(prefill_kernel<K, V, NT>, dim3(p.n_splits, c.n_kv * ((p.row_tiles + PREFILL - 1) / PREFILL), c.n_streams * p.v_transforms), 32 * PREFILL,
-                   dq::prefill_shared_bytes<K, V, NT>(p, PREFILL), p);
+        rt::launch(prefill_kernel<K, V>, dim3(p.n_splits, c.n_kv * ((p.row_tiles + PREFILL - 1) / PREFILL), c.n_streams * p.v_transforms), 32 * PREFILL,
+                   dq::prefill_shared_bytes<K, V>(p, PREFILL, c.n_splits > 1 || c.v_sets.dense ? 1 : 2), p);
     } else rt::launch(attend_kernel<K, V, NT>, dim3(p.n_splits, c.n_kv / p.heads_per_block * p.row_tiles, c.n_streams * p.v_transforms),
                32 * p.heads_per_block * p.key_warps, dq::attend_shared_bytes<K, V, NT, dq::DECODE_STAGES>(p), p);
     if (PREFILL && p.v_transforms == 1) {
@@ -323,17 +324,19 @@ const Case PREFILL_CASES[] = {
     {"chunk pairs",   2, 4, 1, 12, 133, 1, {2, 1}, {2, 0}, 2, false, 0, false, 0, 1},
     {"chunk far",     2, 4, 1, 12, 169, 1, {2, 1}, {2, 0}, 5, false, 0, false, 0, 1},
     {"chunk far, softcap", 2, 4, 1, 12, 169, 2, {2, 1}, {2, 0}, 4, true, 5, false, 0, 1},
+    // More rows than a block has.
+    {"chunk wide",    1, 4, 2, 70, 90, 1, {2, 1}, {2, 0}, 0, false, 0, false, 2, 1},
     {"chunk empty",   2, 4, 1, 12, 170, 1, {2, 1}, {2, 0}, 0, false, 0, false, 0, 1, 0, 0, 0, true},
 };
 
-template <int DK, int KP, int DV, int VP, int NT, int WARPS>
+template <int DK, int KP, int DV, int VP, int WARPS>
 void prefill_cases(std::mt19937_64& rng, int from, int to, const Case* cases = PREFILL_CASES) {
     for (int i = from; i < to; i++) {
         const Case& c = cases[i];
         using K = dq::Side<DK, KP, true>;
         using V = dq::Side<DV, VP, true>;
-        if (dq::planes_aligned<K, V>(c.n_kv)) run<DK, KP, DV, VP, NT, true, WARPS>(c, rng);
-        else if constexpr (K::can_be_unaligned() || V::can_be_unaligned()) run<DK, KP, DV, VP, NT, false, WARPS>(c, rng);
+        if (dq::planes_aligned<K, V>(c.n_kv)) run<DK, KP, DV, VP, 4, true, WARPS>(c, rng);
+        else if constexpr (K::can_be_unaligned() || V::can_be_unaligned()) run<DK, KP, DV, VP, 4, false, WARPS>(c, rng);
     }
 }
 

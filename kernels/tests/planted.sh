@@ -25,12 +25,12 @@ plant() {
     missed=1
 }
 
-BULK=-DDQ_EMU_BULK
+SM90=-DDQ_EMU_SM90
 plant "missing barrier after a tile's copies" attend.cuh '/cp_async_wait<STAGES - 2>/{n;d}'
-plant "a stage filled anew before all are done with it" attend.cuh 's/missing, 0) == 1/missing, 0) > 1/;/over already/d' attend_emu $BULK
+plant "a stage filled anew before all are done with it" attend.cuh 's/missing, 0) == 1/missing, 0) > 1/;/over already/d' attend_emu $SM90
 plant "wait one group short" attend.cuh 's/cp_async_wait<STAGES - 2>/cp_async_wait<STAGES - 1>/'
-plant "wait for the wrong phase" attend.cuh 's/index = 0, phase ^= 1/index = 0/' attend_emu $BULK
-plant "fewer bytes announced than copied" attend.cuh 's|barrier_expect(barriers + index, (to - from)|barrier_expect(barriers + index, (to - from - 1)|' attend_emu $BULK
+plant "wait for the wrong phase" attend.cuh 's/index = 0, phase ^= 1/index = 0/' attend_emu $SM90
+plant "fewer bytes announced than copied" attend.cuh 's|barrier_expect(barriers + index, (to - from)|barrier_expect(barriers + index, (to - from - 1)|' attend_emu $SM90
 plant "maximum over the wrong lanes" attend_warp.cuh '0,/ALL_LANES, v, 8/s//ALL_LANES, v, 4/'
 plant "tail not masked" attend_rows.cuh 's/if (key >= n_keys) return NEVER/if (key > n_keys) return NEVER/'
 plant "merge: earlier parts not rescaled" merge.cuh 's/sum \*= shrink;/;/'
@@ -45,22 +45,34 @@ plant "nibbles of the wrong keys" codes.cuh 's/even = prmt(e, e, 0x3120)/even = 
 plant "prefill: levels read before they are all there" attend_prefill.cuh '/^        __syncthreads();$/{N;s/^        __syncthreads();\n        copy_tile/        copy_tile/}'
 plant "prefill: stage overwritten while in use" attend_prefill.cuh 's/(tile \& 1) \* stage_bytes/0 * stage_bytes/'
 plant "prefill: levels overwritten while in use" attend_prefill.cuh 's/(tile \& 1) \* Tile::bytes/0 * Tile::bytes/'
-plant "prefill: earlier sums not rescaled" attend_prefill.cuh 's/sums_used \&\& e < DQ_MAX_SETS/false/'
-plant "prefill: scores count from nowhere" attend_prefill.cuh 's/late ? constant\[i\]\[h\] : constant\[i\]\[h\] - base(i, h)/constant[i][h]/'
-plant "prefill: far from 0 all the same" attend_prefill.cuh 's/ FAR = 4096.0f/ FAR = 1e30f/'
-plant "prefill: the mask of the next pair" attend_prefill.cuh 's/(first_key + 2 \* q);/(first_key + 2 * q + 2);/'
-plant "prefill: keys in other sets taken in with these" attend_prefill.cuh 's/ || !(together >> in_step \& 1)//'
-plant "prefill: products beyond f16" attend_prefill.cuh 's/heavy || (most \& 0xFFFF) > MOST_PRODUCT || most >> 16 > MOST_PRODUCT/heavy/'
-plant "prefill: sums beyond f32" attend_prefill.cuh 's/part\[i\]\[h\] >= MOST_WEIGHT || //'
-plant "prefill: scale of the key before" attend_prefill.cuh 's/(e % 2 == 0 ? scale.x : scale.y) \* step/scale.x * step/'
-plant "prefill: rows see what the last one sees" attend_prefill.cuh 's/key >= row.to/key >= seen_end/'
-plant "prefill: a chunk of the row before" attend_prefill.cuh 's/65536 \/ image.chunks + 1/65536 \/ image.chunks/'
+plant "prefill: earlier sums not rescaled" prefill_warp.cuh 's/sums_used \&\& e < DQ_MAX_SETS/false/'
+plant "prefill: scores count from nowhere" prefill_warp.cuh 's/ - (late ? 0.0f : base(h));/;/'
+plant "prefill: far from 0 all the same" prefill_warp.cuh 's/ FAR = 4096.0f/ FAR = 1e30f/'
+plant "prefill: the mask of the next pair" prefill_warp.cuh 's/(first_key + 2 \* q);/(first_key + 2 * q + 2);/'
+plant "prefill: keys in other sets taken in with these" prefill_warp.cuh 's/ || !(together >> in_step \& 1)//'
+plant "prefill: products beyond f16" prefill_warp.cuh 's/heavy || (most \& 0xFFFF) > MOST_PRODUCT || most >> 16 > MOST_PRODUCT/heavy/'
+plant "prefill: sums beyond f32" prefill_warp.cuh 's/ : MOST_WEIGHT)/ : -NEVER)/'
+plant "prefill: scale of the key before" prefill_warp.cuh 's/(e % 2 == 0 ? scale.x : scale.y) \* step/scale.x * step/'
+plant "prefill: rows see what the last one sees" prefill_warp.cuh 's/key >= row.to/key >= seen_end/'
+plant "prefill: another chunk" attend_prefill.cuh 's/16 \* chunks\[c\]/16 * chunks[c ^ 1]/'
+plant "prefill: slots of the tile before" attend_prefill.cuh 's/slots\[(tile \& 1) \* KEYS + t\]/slots[t]/'
+plant "prefill: a first half that is negative not made up for" prefill_levels.cuh 's/(Entries::at(k) < 0 ? -1 : 0)/0/'
+plant "prefill: scores of before where the reference moves" prefill_warp.cuh 's/s\[n\]\[e\] += (was_late/s[n][e] += 0.0f * (was_late/'
+plant "warp groups: products not waited for" prefill_warp.cuh '/group_wait<0>();/d' attend_emu $SM90
+plant "warp groups: the last sums not waited for" prefill_warp.cuh '/^        settle();$/d' attend_emu $SM90
+plant "warp groups: values of another panel" prefill_warp.cuh 's/matrix(8 \* k, 64 \* P)/matrix(8 * k, 0)/' attend_emu $SM90
+plant "warp groups: low bytes of queries left out" prefill_warp.cuh 's/add(Int<1>{}, \[\] {});/;/' attend_emu $SM90
+plant "warp groups: chunks as they come" prefill_levels.cuh 's/ ^ GroupMatrix<LINE>::swizzle(row)//' attend_emu $SM90
+plant "warp groups: queries of the linear part before last" prefill_warp.cuh 's/if (there) return;/return;/' attend_emu $SM90
+plant "warp groups: queries overwritten while others read them" prefill_warp.cuh '/nobody reads what was there any more/d' attend_emu $SM90
+plant "warp groups: queries read before they are all there" prefill_warp.cuh '/^        shared_for_groups();$/{n;d}' attend_emu $SM90
+plant "warp groups: a warp goes its own way" prefill_warp.cuh 's/see(first_together + TOGETHER - 1)/see(first_together + 16 * (threadIdx.x \/ 32 % 4))/' attend_emu $SM90
 plant "read past the last slot" attend.cuh 's/key < keys.end ? key : keys.end - 1/key/' attend_emu "-fsanitize=address"
 plant "blocks that the window has left are read" attend.cuh 's/key = key < keys.first ? keys.first : /key = /' attend_emu "-fsanitize=address"
-plant "blocks that the window has left are read, bulk copies" attend.cuh 's/const uint32_t from = keys.first > first_key.*/const uint32_t from = 0;/' attend_emu "-fsanitize=address $BULK"
+plant "blocks that the window has left are read, bulk copies" attend.cuh 's/const uint32_t from = keys.first > first_key.*/const uint32_t from = 0;/' attend_emu "-fsanitize=address $SM90"
 plant "queries of the sequence before" fold.cuh 's|(queries.first + query)|(uint64_t(stream) * p.n_q + query)|'
-plant "a stage waited for before its barrier is there" attend.cuh '/if constexpr (HAS_BULK_COPY) __syncthreads();/d' attend_emu $BULK
-plant "the other stages never asked for" attend.cuh 's/if (HAS_BULK_COPY \&\& warp == 0)/if (false)/' attend_emu $BULK
+plant "a stage waited for before its barrier is there" attend.cuh '/if constexpr (HAS_BULK_COPY) __syncthreads();/d' attend_emu $SM90
+plant "the other stages never asked for" attend.cuh 's/if (HAS_BULK_COPY \&\& warp == 0)/if (false)/' attend_emu $SM90
 plant "fold: a row's halves counted from another row's power of two" fold.cuh 's/exponents\[unit \* ROWS + q\]/exponents[unit * ROWS]/'
 plant "fold of many rows: the first round's rows in every round" fold.cuh 's/^        locate(first_unit);/        ;/'
 plant "fold of many rows: the next round's first piece never asked for" fold.cuh 's/if (next > 0 || (MANY \&\& .*) {/if (next > 0) {/'

@@ -209,6 +209,20 @@ impl Device {
         Ok(self.block_shared.saturating_sub(fixed.max(0) as usize))
     }
 
+    /// Whether the kernels that were loaded multiply matrices in warp groups: a kernel that does nothing tells it by the threads that
+    /// its blocks may have. The context is current.
+    pub fn group_mma(&self) -> Result<bool> {
+        const WARP_GROUP_THREADS: i32 = 128;
+        let Some(kernel) = self.kernel("dq_group_mma")? else { return Ok(false) };
+        let mut threads = 0;
+        // SAFETY: a kernel of this device.
+        let code = unsafe {
+            sys::cuFuncGetAttribute(&raw mut threads, sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK, kernel.0)
+        };
+        check(code, "threads of a kernel")?;
+        Ok(threads >= WARP_GROUP_THREADS)
+    }
+
     /// Blocks of a kernel that one multiprocessor runs at once.
     pub fn blocks_per_sm(&self, kernel: Kernel, threads: usize, shared: usize) -> Result<usize> {
         let mut blocks = 0;

@@ -21,8 +21,9 @@ const FOLD_HEADS: usize = 16;
 const FOLDED_ROW: usize = 64;
 const FOLD_THREADS: usize = 32 * FOLD_WARPS;
 const MOST_WARPS: usize = 8;
-/// Warps of a block of the kernel of many queries, at least: they share the look-ups.
-const LEAST_WARPS: usize = 4;
+/// Warps of a block of the kernel of many queries are a multiple of this: they share the look-ups, and some devices' tensor cores want
+/// them so.
+const WARP_GROUP: usize = 4;
 /// Warps of a block of the merge kernel, at most, and of the one for many rows.
 const MERGE_WARPS: usize = 16;
 const MERGE_MANY_WARPS: usize = 8;
@@ -35,6 +36,12 @@ const RUN_BYTES: usize = 8;
 const SEES_BYTES: usize = 16;
 /// Chunks of a row of its stages, at most.
 const MOST_CHUNKS: usize = 64;
+/// Bytes that a tile's levels are a multiple of, for warp groups.
+const SWIZZLED: usize = 1024;
+/// Rows of one of its warps.
+const PREFILL_ROWS: usize = 16;
+/// What it keeps of a key of a stage: its slot.
+const SLOT_BYTES: usize = 4;
 /// Floats of a part's sums: a weight per set and the maximum.
 const SUMS: usize = MAX_SETS + 1;
 /// Waves of blocks that keys are split into, at most.
@@ -42,7 +49,7 @@ const MOST_WAVES: usize = 4;
 
 /// Rows that each kernel of attention takes, least and most. Eight at a time are worth it even if all keys are read several times:
 /// to few rows, what a block of the kernel for many looks up is worth less than the look-ups (on an H200, 16,384 keys, group of four:
-/// 4 queries 26 us by the one and 81 by the other, 16 queries 72 and 92, 32 queries 130 and 86).
+/// 4 queries 26 us by the one and 81 by the other, 16 queries 72 and 92, 32 queries 130 and 86; with warp groups they meet at 13).
 const ATTEND_ROWS: [(usize, usize); 3] = [(0, 4), (5, 64), (65, usize::MAX)];
 
 /// The kernels of a layer and what is fixed about their launches.
@@ -83,6 +90,8 @@ struct Variant {
     prefill: bool,
     /// Tiles of four rows to a warp.
     nt: usize,
+    /// Warps of a block, at least, and at most.
+    least_warps: usize,
     most_warps: usize,
     /// Keys that a block takes in at a time.
     tile_keys: usize,
@@ -130,26 +139,42 @@ fn fold_shared(d: usize, k_groups: usize, units: usize) -> usize {
     (MAX_SETS + chunks + 8 * units) * (d + 8) * 2 + 4 * units * (d + 8) * 4 + FOLD_WARPS * k_groups * FOLDED_ROW
 }
 
-/// Warps of a block of the kernel of many queries, tiles of four rows to each, and keys of a tile, as attend_prefill.cuh's
-/// `PrefillTile`.
-fn prefill_cut(d: usize) -> (usize, usize, usize) {
-    match d {
-        ..=64 => (16, 4, 64),
-        ..=128 => (12, 4, 64),
-        _ => (8, 4, 32),
-    }
+/// How the kernel of many queries works on a device: with mma of warps, or of warp groups.
+#[derive(Debug, Clone, Copy)]
+struct PrefillCut {
+    /// Warps of a block, at most.
+    warps: usize,
+    /// With warp groups. Each block has all its warps then.
+    groups: bool,
+    /// Keys of a tile.
+    keys: usize,
+    /// Bytes of folded queries that a warp group keeps, once or twice.
+    query_slot: usize,
 }
 
-/// Bytes of its shared memory with so many warps, as attend_prefill.cuh's `prefill_shared_bytes`.
-fn prefill_shared(shape: &LayerShape, warps: usize) -> usize {
-    let (_, nt, keys) = prefill_cut(shape.k.head_dim);
+/// As prefill_levels.cuh's `PrefillTile`; `groups` says what the device can. Rows that are no whole panels have none.
+fn prefill_cut(d: usize, groups: bool) -> PrefillCut {
+    let groups = groups && (d == 64 || d % 128 == 0);
+    let (warps, keys) = match d {
+        ..=64 => (16, 64),
+        ..=128 => (if groups { 16 } else { 12 }, 64),
+        _ => (8, 32),
+    };
+    PrefillCut { warps, groups, keys, query_slot: if groups { 2 * WARP_GROUP * PREFILL_ROWS * d } else { 0 } }
+}
+
+/// Bytes of its shared memory with so many warps and slots of queries, as attend_prefill.cuh's `PrefillShared`.
+fn prefill_shared(shape: &LayerShape, cut: &PrefillCut, warps: usize, query_slots: usize) -> usize {
+    let (d_k, d_v, keys) = (shape.k.head_dim, shape.v.head_dim, cut.keys);
     let planes = shape.k.planes.iter().chain(&shape.v.planes).map(|p| (p.offset, p.head_bytes));
     let parts: Vec<_> = planes.chain([(shape.k.headers_offset, 2), (shape.v.headers_offset, 2)]).collect();
     let chunks_of = |head: usize| parts.iter().map(|&(at, bytes)| ((at + head * bytes) % 16 + bytes).div_ceil(16)).sum::<usize>();
     let chunks = if shape.n_kv_heads == 1 { shape.slot_bytes / 16 } else { (0..shape.n_kv_heads).map(chunks_of).max().expect("a head") };
-    // Levels of keys are bytes in an odd number of chunks, those of values f16 with eight of nothing behind; two scales, two sets.
-    let of_key = (shape.k.head_dim / 16 | 1) * 16 + 2 * (shape.v.head_dim + 8) + 2 * 4 + 1;
-    2 * keys * ((chunks | 1) * 16 + of_key) + warps * 4 * nt * (SEES_BYTES + MAX_SETS * 4) + 2 * MOST_CHUNKS
+    // Levels of keys are bytes, those of values f16: in panels, or each row in an odd number of chunks. Two scales, two sets.
+    let levels = if cut.groups { d_k + 2 * d_v } else { ((d_k / 16 | 1) + (d_v / 8 | 1)) * 16 };
+    let tile = (keys * (levels + 2 * 4 + 1)).next_multiple_of(if cut.groups { SWIZZLED } else { 16 });
+    let of_rows = warps * PREFILL_ROWS * (SEES_BYTES + MAX_SETS * 4) + warps / WARP_GROUP * query_slots * cut.query_slot;
+    2 * (keys * ((chunks | 1) * 16 + SLOT_BYTES) + tile) + of_rows + 2 * MOST_CHUNKS
 }
 
 /// Codes of 32 channels of a tier are a group.
@@ -262,21 +287,29 @@ impl LayerKernels {
         };
         let blocks = device.sms * device.blocks_per_sm(kernel, 32 * heads_per_block * key_warps, shared)?;
         let tile_keys = KEYS_PER_WARP * key_warps;
-        Ok(Variant { kernel, prefill: false, nt, most_warps: MOST_WARPS, tile_keys, heads_per_block, key_warps, shared, blocks })
+        Ok(Variant { kernel, prefill: false, nt, least_warps: 1, most_warps: MOST_WARPS, tile_keys, heads_per_block, key_warps, shared, blocks })
     }
 
     fn prefill(device: &Device, shape: &LayerShape, kernel: Kernel) -> Result<Variant> {
-        let (warps, nt, tile_keys) = prefill_cut(shape.k.head_dim);
-        // Each warp has sums of its own: some shapes have room for fewer of them on devices with 99 KB.
-        let cuts = [warps, MOST_WARPS, LEAST_WARPS].map(|warps| (warps, prefill_shared(shape, warps)));
+        let cut = prefill_cut(shape.k.head_dim, device.group_mma()?);
+        let shared = |warps, slots| (warps, prefill_shared(shape, &cut, warps, slots));
+        // Warp groups keep queries of two linear parts where there is room. Each warp has sums of its own: without groups some shapes have
+        // room for fewer of them on devices with 99 KB.
+        let cuts = if cut.groups {
+            vec![shared(cut.warps, 2), shared(cut.warps, 1)]
+        } else {
+            [cut.warps, MOST_WARPS, WARP_GROUP].map(|warps| shared(warps, 0)).to_vec()
+        };
         let Some(&(most_warps, shared)) = cuts.iter().find(|c| c.1 <= device.block_shared) else {
             return Err(Error::unsupported(format!(
                 "attention of many queries needs {} bytes of shared memory; this device has {}",
-                cuts[2].1, device.block_shared
+                cuts[cuts.len() - 1].1, device.block_shared
             )));
         };
         let blocks = device.sms * device.blocks_per_sm(kernel, 32 * most_warps, shared)?;
-        Ok(Variant { kernel, prefill: true, nt, most_warps, tile_keys, heads_per_block: 1, key_warps: 1, shared, blocks })
+        let least_warps = if cut.groups { most_warps } else { WARP_GROUP };
+        let nt = PREFILL_ROWS / 4;
+        Ok(Variant { kernel, prefill: true, nt, least_warps, most_warps, tile_keys: cut.keys, heads_per_block: 1, key_warps: 1, shared, blocks })
     }
 
     /// Whether rows of so many tokens have a block each.
@@ -322,7 +355,7 @@ impl Variant {
 
     /// Warps of a block.
     fn warps(&self, rows: usize) -> usize {
-        if self.prefill { self.row_tiles(rows).clamp(LEAST_WARPS, self.most_warps) } else { self.heads_per_block * self.key_warps }
+        if self.prefill { self.row_tiles(rows).next_multiple_of(WARP_GROUP).clamp(self.least_warps, self.most_warps) } else { self.heads_per_block * self.key_warps }
     }
 
     /// Blocks for one split of the keys.
@@ -560,6 +593,17 @@ mod tests {
                 assert!(sharers >= MAX_TRANSFORMS && (sharers == MAX_TRANSFORMS || sharers * kv_heads <= 396));
             }
         }
+    }
+
+    #[test]
+    fn warp_groups_take_whole_panels() {
+        for d in [80, 96, 192] {
+            let (with, without) = (prefill_cut(d, true), prefill_cut(d, false));
+            assert!(!with.groups && with.warps == without.warps && with.query_slot == 0);
+        }
+        assert!([64, 128, 256].iter().all(|&d| prefill_cut(d, true).groups && !prefill_cut(d, false).groups));
+        // High and low bytes of 64 queries.
+        assert_eq!((prefill_cut(128, true).warps, prefill_cut(128, true).query_slot), (16, 16384));
     }
 
     #[test]
