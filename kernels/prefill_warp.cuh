@@ -389,7 +389,7 @@ struct PrefillWarp {
             bool heavy = false;
             weigh(a, part, most, s, tile, at);
             DQ_UNROLL
-            for (int h = 0; h < 2; h++) heavy |= part[h] > (m[h] == NEVER ? 0.0f : MOST_WEIGHT);
+            for (int h = 0; h < 2; h++) heavy |= m[h] == NEVER ? sees_any(s, h) : part[h] > MOST_WEIGHT;
             if (round == MOST_ROUNDS || !__any_sync(ALL_LANES, heavy || (most & 0xFFFF) > MOST_PRODUCT || most >> 16 > MOST_PRODUCT)) break;
             raise(s, tile, at);
         }
@@ -414,6 +414,14 @@ struct PrefillWarp {
         };
         if (late) of([&](float score, int h) { return exp2_fast(score - base(h)); });
         else of([&](float score, int) { return exp2_fast(score); });
+    }
+
+    // Whether a row that has seen nothing sees one of these keys: however small its score, whose weight from 0 on may be none.
+    __device__ __forceinline__ bool sees_any(const float (&s)[N][4], int h) const {
+        float highest = NEVER;
+        DQ_UNROLL
+        for (int n = 0; n < N; n++) highest = fmaxf(highest, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+        return highest > NEVER;
     }
 
     // Waits for a warp group's products.

@@ -55,9 +55,9 @@ int main(int argc, char** argv) {
     all_cases<256, 4, 256, 3>(rng, 0, 4, TAIL_CASES);
 #endif
     rng.seed(30 + order);
-    prefill_cases<128, 4, 128, 4, 3>(rng, 5, 8);
-    prefill_cases<64, 4, 64, 4, 16>(rng, 8, 9);
-    prefill_cases<128, 4, 128, 4, 3>(rng, 9, 10);
+    prefill_cases<128, 4, 128, 4, 3>(rng, 5, 10);
+    prefill_cases<64, 4, 64, 4, 16>(rng, 10, 11);
+    prefill_cases<128, 4, 128, 4, 3>(rng, 11, 12);
     rng.seed(20 + order);
     all_cases<128, 4, 128, 4>(rng, 0, 4, TAIL_CASES);
     prefill_cases<128, 4, 128, 4, 3>(rng, 4, 5, TAIL_CASES);

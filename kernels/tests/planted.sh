@@ -51,11 +51,12 @@ plant "prefill: far from 0 all the same" prefill_warp.cuh 's/ FAR = 4096.0f/ FAR
 plant "prefill: the mask of the next pair" prefill_warp.cuh 's/(first_key + 2 \* q);/(first_key + 2 * q + 2);/'
 plant "prefill: keys in other sets taken in with these" prefill_warp.cuh 's/ || !(together >> in_step \& 1)//'
 plant "prefill: products beyond f16" prefill_warp.cuh 's/heavy || (most \& 0xFFFF) > MOST_PRODUCT || most >> 16 > MOST_PRODUCT/heavy/'
-plant "prefill: sums beyond f32" prefill_warp.cuh 's/ : MOST_WEIGHT)/ : -NEVER)/'
+plant "prefill: sums beyond f32" prefill_warp.cuh 's/part\[h\] > MOST_WEIGHT/false/'
 plant "prefill: scale of the key before" prefill_warp.cuh 's/(e % 2 == 0 ? scale.x : scale.y) \* step/scale.x * step/'
 plant "prefill: rows see what the last one sees" prefill_warp.cuh 's/key >= row.to/key >= seen_end/'
 plant "prefill: another chunk" attend_prefill.cuh 's/16 \* chunks\[c\]/16 * chunks[c ^ 1]/'
 plant "prefill: slots of the tile before" attend_prefill.cuh 's/slots\[(tile \& 1) \* KEYS + t\]/slots[t]/'
+plant "prefill: a row that sees low scores only" prefill_warp.cuh 's/sees_any(s, h)/part[h] > 0.0f/'
 plant "prefill: a first half that is negative not made up for" prefill_levels.cuh 's/(Entries::at(k) < 0 ? -1 : 0)/0/'
 plant "prefill: scores of before where the reference moves" prefill_warp.cuh 's/s\[n\]\[e\] += (was_late/s[n][e] += 0.0f * (was_late/'
 plant "warp groups: products not waited for" prefill_warp.cuh '/group_wait<0>();/d' attend_emu $SM90
