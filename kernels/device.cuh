@@ -111,7 +111,6 @@ template <int LINE> struct GroupMatrix {
     const uint8_t* at;
     explicit GroupMatrix(const void* at) : at(static_cast<const uint8_t*>(at)) {}
     GroupMatrix moved(uint32_t bytes) const { return GroupMatrix(at + bytes); }
-    static constexpr uint32_t swizzle(uint32_t line) { return LINE == 128 ? line % 8 * 16 : line / 2 % 4 * 16; }
     emu::SharedLines lines() const { return {at, LINE, LINE == 128 ? 7u : 3u}; }
 };
 inline void group_fence() {}
@@ -340,8 +339,6 @@ template <int LINE> struct GroupMatrix {
         other.bits += bytes / 16;
         return other;
     }
-    // Chunk c of a line lies where, without swizzle, chunk c ^ (swizzle / 16) would.
-    __device__ static __forceinline__ uint32_t swizzle(uint32_t line) { return LINE == 128 ? line % 8 * 16 : line / 2 % 4 * 16; }
 };
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 __device__ __forceinline__ void group_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -442,6 +439,9 @@ __device__ __forceinline__ void leave_waiting_to_others() {}
 
 // a / b, without the division where b is one, as it mostly is where this stands: short kernels begin with several of them.
 __device__ __forceinline__ uint32_t quotient(uint32_t a, uint32_t b) { return b == 1 ? a : a / b; }
+
+// Of a `GroupMatrix`: chunk c of a line lies where, without swizzle, chunk c ^ (this / 16) would.
+template <int LINE> __device__ __forceinline__ uint32_t chunk_swizzle(uint32_t line) { return LINE == 128 ? line % 8 * 16 : line / 2 % 4 * 16; }
 
 // A compile-time number and a loop over such numbers: `for_each<4>([&](auto i) { ... decltype(i)::value ... })`.
 template <int N> struct Int { static constexpr int value = N; };

@@ -17,7 +17,7 @@ struct LevelRows {
     __device__ static __forceinline__ uint32_t at(uint32_t row, uint32_t place) {
         const uint32_t byte = place * SIZE;
         if constexpr (!GROUPS) return row * STRIDE + byte;
-        else return line(row, byte) + (byte % LINE ^ GroupMatrix<LINE>::swizzle(row));
+        else return line(row, byte) + (byte % LINE ^ chunk_swizzle<LINE>(row));
     }
     // Where the matrix of the rows from this one, a multiple of eight, and the places from this one on begins.
     __device__ static __forceinline__ uint32_t matrix(uint32_t row, uint32_t place) {
@@ -26,6 +26,14 @@ struct LevelRows {
 
   private:
     __device__ static __forceinline__ uint32_t line(uint32_t row, uint32_t byte) { return (byte / LINE * ROWS + row) * LINE; }
+};
+
+// Rows of queries of a warp.
+constexpr int PREFILL_ROWS = 16;
+
+// Folded queries of a warp group, of one linear part, in shared memory: high bytes, and behind these low ones.
+template <class K> struct QueryRows : LevelRows<K::D, 1, 4 * PREFILL_ROWS, true> {
+    static constexpr int slot = 2 * QueryRows::bytes;
 };
 
 // What a block has, whose size is that of the larger side. IN_GROUPS: whether mma are those of warp groups, four warps that do all things
@@ -38,7 +46,7 @@ struct PrefillTile {
     static constexpr bool GROUPS = IN_GROUPS;
     static constexpr int D = K::D > V::D ? K::D : V::D;
     // What the registers of a multiprocessor have room for: a row's output, and for mma of warps its query. Rows of a warp.
-    static constexpr int WARPS = D <= 64 ? 16 : D <= 128 ? (GROUPS ? 16 : 12) : 8, ROWS = 16;
+    static constexpr int WARPS = D <= 64 ? 16 : D <= 128 ? (GROUPS ? 16 : 12) : 8, ROWS = PREFILL_ROWS;
     // Threads of a block; of mma of warps there may be fewer.
     __device__ static __forceinline__ uint32_t threads() { return GROUPS ? 32 * WARPS : blockDim.x; }
     // Keys whose levels are looked up at once.
@@ -48,9 +56,8 @@ struct PrefillTile {
     // Bytes of a tile's levels, scales and sets, and where they begin.
     static constexpr int values = KeyLevels::bytes, scales = values + ValueLevels::bytes, sets = scales + 2 * KEYS * 4;
     static constexpr int alignment = GROUPS ? 1024 : 16, bytes = (sets + KEYS + alignment - 1) / alignment * alignment;
-    // Folded queries of a warp group, of one linear part, in shared memory: high bytes, then low ones.
-    using QueryRows = LevelRows<K::D, 1, 4 * ROWS, true>;
-    static constexpr int query_slot = GROUPS ? 2 * QueryRows::bytes : 0;
+    // Bytes of a warp group's folded queries, of one linear part.
+    static constexpr int query_slot = GROUPS ? QueryRows<K>::slot : 0;
     // Chunks of a row in a stage, at most: each part of it may begin and end within one.
     static constexpr int MOST_CHUNKS = 64;
     static constexpr int chunks = (K::row_bytes + V::row_bytes) / 16 + 2 * (K::planes() + V::planes() + 2);

@@ -43,8 +43,7 @@ template <class K, bool GROUPS> struct PrefillQuery {
 };
 // Those of a warp group, in shared memory: where there is room of the last two linear parts, since most keys are in two.
 template <class K> struct PrefillQuery<K, true> {
-    using Tile = PrefillTile<K, K, true>;
-    using Rows = typename Tile::QueryRows;
+    using Rows = QueryRows<K>;
     static constexpr int STEPS = folded_steps<K>();
     uint8_t* slots;
     uint32_t more;  // slots but one
@@ -52,7 +51,7 @@ template <class K> struct PrefillQuery<K, true> {
     int lane, first_row;
 
     __device__ __forceinline__ PrefillQuery(uint8_t* of_groups, uint32_t n_slots, uint32_t warp, int lane)
-        : slots(of_groups + warp / 4 * n_slots * Tile::query_slot), more(n_slots - 1), group(warp / 4), slot(0), held(DQ_MAX_TRANSFORMS), other(DQ_MAX_TRANSFORMS), lane(lane), first_row(warp % 4 * Tile::ROWS) {}
+        : slots(of_groups + warp / 4 * n_slots * Rows::slot), more(n_slots - 1), group(warp / 4), slot(0), held(DQ_MAX_TRANSFORMS), other(DQ_MAX_TRANSFORMS), lane(lane), first_row(warp % 4 * PREFILL_ROWS) {}
     __device__ __forceinline__ void enter(uint32_t part, const uint4* folded) {
         if (held == part) return;
         const bool there = more != 0 && other == part;
@@ -63,15 +62,15 @@ template <class K> struct PrefillQuery<K, true> {
         DQ_UNROLL_BY_1
         for (int j = 0; j < 2 * STEPS; j++) {
             const uint4 a = folded[32 * j];
-            uint8_t* to = slots + slot * Tile::query_slot + j % 2 * Rows::bytes;
+            uint8_t* to = slots + slot * Rows::slot + j % 2 * Rows::bytes;
             auto put = [&](int below, int further, uint32_t word) { *reinterpret_cast<uint32_t*>(to + Rows::at(row + below, j / 2 * 32 + further + 4 * q)) = word; };
             put(0, 0, a.x), put(8, 0, a.y), put(0, 16, a.z), put(8, 16, a.w);
         }
         shared_for_groups();
         group_sync(group);
     }
-    // High bytes of 32 channels, and how far behind them the low ones lie.
-    __device__ __forceinline__ GroupMatrix<Rows::LINE> matrix() const { return GroupMatrix<Rows::LINE>(slots + slot * Tile::query_slot); }
+    // Where they begin.
+    __device__ __forceinline__ GroupMatrix<Rows::LINE> matrix() const { return GroupMatrix<Rows::LINE>(slots + slot * Rows::slot); }
 };
 
 // A warp's rows, an m tile of sixteen, and what they have seen.
@@ -229,7 +228,7 @@ struct PrefillWarp {
                 group_fence();
                 DQ_UNROLL
                 for (int j = 0; j < STEPS; j++) {
-                    const auto a = rows.moved(BYTE * Tile::QueryRows::bytes + Tile::QueryRows::matrix(0, 32 * j)), b = keys.moved(Tile::KeyLevels::matrix(0, 32 * j));
+                    const auto a = rows.moved(BYTE * QueryRows<K>::bytes + QueryRows<K>::matrix(0, 32 * j)), b = keys.moved(Tile::KeyLevels::matrix(0, 32 * j));
                     if (BYTE == 0 && j == 0) group_mma_s8<false>(dots, a, b);
                     else group_mma_s8<true>(dots, a, b);
                 }

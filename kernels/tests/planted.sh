@@ -63,7 +63,7 @@ plant "warp groups: products not waited for" prefill_warp.cuh '/group_wait<0>();
 plant "warp groups: the last sums not waited for" prefill_warp.cuh '/^        settle();$/d' attend_emu $SM90
 plant "warp groups: values of another panel" prefill_warp.cuh 's/matrix(8 \* k, 64 \* P)/matrix(8 * k, 0)/' attend_emu $SM90
 plant "warp groups: low bytes of queries left out" prefill_warp.cuh 's/add(Int<1>{}, \[\] {});/;/' attend_emu $SM90
-plant "warp groups: chunks as they come" prefill_levels.cuh 's/ ^ GroupMatrix<LINE>::swizzle(row)//' attend_emu $SM90
+plant "warp groups: chunks as they come" prefill_levels.cuh 's/ ^ chunk_swizzle<LINE>(row)//' attend_emu $SM90
 plant "warp groups: queries of the linear part before last" prefill_warp.cuh 's/if (there) return;/return;/' attend_emu $SM90
 plant "warp groups: queries overwritten while others read them" prefill_warp.cuh '/nobody reads what was there any more/d' attend_emu $SM90
 plant "warp groups: queries read before they are all there" prefill_warp.cuh '/^        shared_for_groups();$/{n;d}' attend_emu $SM90

@@ -55,6 +55,15 @@ unsafe impl Send for Kernel {}
 // SAFETY: as above.
 unsafe impl Sync for Kernel {}
 
+impl Kernel {
+    fn attribute(self, attribute: sys::CUfunction_attribute, what: &str) -> Result<usize> {
+        let mut value = 0;
+        // SAFETY: only `Device::kernel` makes one, from a module that stays loaded while the device lives.
+        check(unsafe { sys::cuFuncGetAttribute(&raw mut value, attribute, self.0) }, what)?;
+        Ok(value.max(0) as usize)
+    }
+}
+
 fn check(code: Code, what: &str) -> Result<()> {
     let kind = match code {
         Code::CUDA_SUCCESS => return Ok(()),
@@ -200,26 +209,16 @@ impl Device {
 
     /// Bytes of shared memory that a block of a kernel may have beside what the kernel declares.
     pub fn dynamic_shared(&self, kernel: Kernel) -> Result<usize> {
-        let mut fixed = 0;
-        // SAFETY: a kernel of this device.
-        let code = unsafe {
-            sys::cuFuncGetAttribute(&raw mut fixed, sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, kernel.0)
-        };
-        check(code, "shared memory of a kernel")?;
-        Ok(self.block_shared.saturating_sub(fixed.max(0) as usize))
+        let fixed = kernel.attribute(sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, "shared memory of a kernel")?;
+        Ok(self.block_shared.saturating_sub(fixed))
     }
 
     /// Whether the kernels that were loaded multiply matrices in warp groups: a kernel that does nothing tells it by the threads that
     /// its blocks may have. The context is current.
     pub fn group_mma(&self) -> Result<bool> {
-        const WARP_GROUP_THREADS: i32 = 128;
+        const WARP_GROUP_THREADS: usize = 128;
         let Some(kernel) = self.kernel("dq_group_mma")? else { return Ok(false) };
-        let mut threads = 0;
-        // SAFETY: a kernel of this device.
-        let code = unsafe {
-            sys::cuFuncGetAttribute(&raw mut threads, sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK, kernel.0)
-        };
-        check(code, "threads of a kernel")?;
+        let threads = kernel.attribute(sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK, "threads of a kernel")?;
         Ok(threads >= WARP_GROUP_THREADS)
     }
 
