@@ -4,6 +4,7 @@
 #include "attend_prefill.cuh"
 #include "dequantize.cuh"
 #include "encode.cuh"
+#include "fold_rows.cuh"
 #include "instances.h"
 #include "merge.cuh"
 #include "observe.cuh"
@@ -22,10 +23,10 @@
 #define DQ_KERNELS(d, kp, vp)                                                                                         \
     DQ_ATTEND(, d, kp, vp, true)                                                                                      \
     extern "C" __global__ void __launch_bounds__(dq::FOLD_THREADS, (d) <= 128 ? 0 : 1) dq_fold_##d##_##kp##_##vp(const DqAttend p) {                   \
-        dq::fold_queries<dq::Side<d, kp, true>, false>(p);                                                            \
+        dq::fold_queries<dq::Side<d, kp, true>>(p);                                                                   \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(dq::FOLD_THREADS, (d) <= 128 ? 3 : 1) dq_fold_many_##d##_##kp##_##vp(const DqAttend p) { \
-        dq::fold_queries<dq::Side<d, kp, true>, true>(p);                                                             \
+    extern "C" __global__ void __launch_bounds__(dq::FOLD_ROWS_THREADS, dq::fold_rows_blocks(d)) dq_fold_many_##d##_##kp##_##vp(const DqAttend p) { \
+        dq::fold_rows<dq::Side<d, kp, true>>(p);                                                                      \
     }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(512) dq_merge_##d##_##kp##_##vp(const DqAttend p) {                  \
         dq::attend_merge<dq::Side<d, vp, true>, false>(p);                                                            \

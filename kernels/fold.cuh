@@ -7,19 +7,17 @@
 // A row is (query, query head of the group). An n tile holds four rows: column 2 r of the fragment is the high byte of
 // row r, column 2 r + 1 the low one, so that both parts of a score land in one thread.
 //
-// Of many rows the kernel behind has rows of its mma where that one has columns, and takes four n tiles together: A fragments.
+// Of many rows the kernel behind has rows of its mma where that one has columns, and takes four n tiles together: A fragments,
+// which fold_rows.cuh writes.
 //
 //   folded         [stream][kv head][transform][n tile][group of 32 channels][lane][2] u32; of many rows
 //                  [stream][kv head][transform][four n tiles][step of 32 channels][high, low byte][lane][4] u32
 //   folded_scales  [stream][kv head][transform][4 * n tiles]
 //   constants      [stream][kv head][set][4 * n tiles]
 //
-// A unit is one n tile of one stream. A block has one linear part of a KV head and `fold_units` units at a time, a power of two;
-// FOLD_THREADS threads. Two kernels, which share the work out in two ways; the grid's second and third dimension are one number:
-//   of few rows   (kv head * DQ_MAX_TRANSFORMS, run of fold_units units): a run to a block. Those whose linear part no set names
-//                 have nothing to do.
-//   of many rows  (kv head, block): about as many blocks as run at once. Those of a head share the units of all linear parts that
-//                 sets name, each round after round with the same matrix. Only the device knows how many parts these are.
+// A unit is one n tile of one stream. A block has one linear part of a KV head and a run of `fold_units` units, a power of two;
+// FOLD_THREADS threads. Grid: (kv head * DQ_MAX_TRANSFORMS, run), the second and third dimension one number. Blocks whose linear part
+// no set names have nothing to do.
 // The matrix goes to shared memory once and from there into tensor cores, f16 as it is: a query is the sum of two f16 (22 bits),
 // which are columns of the mma next to each other, as the two bytes are later. The means of the head's sets are one more tile of
 // rows. Warps share the latents, then the rows.
@@ -113,14 +111,7 @@ __device__ __forceinline__ uint32_t folded_place(int channel) {
     const KPosition k = k_position(tier.channels, channel - tier.first);
     return (tier.groups_before + k.group) * FOLDED_ROW + k.q * 8 + k.reg * 4 + k.byte;
 }
-// The same for A fragments, whose channels are in the order in which words of planes give them, 32 to a step.
-template <class K>
-__device__ __forceinline__ uint32_t folded_row_place(int channel) {
-    const TierOf tier = tier_of<K>(channel);
-    const int at = channel - tier.first, upper = at >= tier.channels / 2 ? 1 : 0, low = at - upper * (tier.channels / 2);
-    const int place = tier.first + low / 4 * 8 + low % 4 * 2 + upper, k = place % 32;
-    return place / 32 * FOLDED_ROW + k % 16 / 4 * 8 + k / 16 * 4 + k % 4;
-}
+// Of A fragments: steps of 32 channels.
 template <class K> __host__ __device__ constexpr int folded_steps() { return (K::D + 31) / 32; }
 
 // A row's elements, channel lane + 32 k to each; zeros where there is no row.
@@ -139,43 +130,25 @@ __device__ __forceinline__ void load_pieces(uint32_t (&bits)[(D + 31) / 32], con
     }
 }
 
-// What a block folds: units first ... end - 1 of all streams, of few rows fold_units of them at most, over one linear part.
-struct FoldShare {
-    uint32_t transform, first, end;
-};
-__device__ __forceinline__ FoldShare share_of_few(const DqAttend& p, const SetList& sets, uint32_t run) {
-    const uint32_t transform = blockIdx.x % DQ_MAX_TRANSFORMS, units = p.n_streams * p.fold_tiles, first = run * p.fold_units;
-    return {transform, first, names_transform(sets, transform) ? units : 0};
-}
-__device__ __forceinline__ FoldShare share_of_many(const DqAttend& p, const SetList& sets, uint32_t block) {
-    uint32_t named = named_transforms(sets);
-    const uint32_t blocks = gridDim.y * gridDim.z / __popc(named), nth = block / blocks, rank = block - nth * blocks;
-    for (uint32_t i = 0; i < nth; i++) named &= named - 1;
-    // As even as it goes.
-    const uint32_t units = p.n_streams * p.fold_tiles, each = units / blocks, more = units - each * blocks;
-    const uint32_t first = rank * each + (rank < more ? rank : more), end = first + each + (rank < more ? 1 : 0);
-    return {uint32_t(__ffs(named) - 1), first, named != 0 ? end : 0};
-}
-
-template <class K, bool MANY>
+template <class K>
 __device__ __forceinline__ void fold_queries(const DqAttend& p) {
-    constexpr int D = K::D, ROWS = 4, CHUNK = FOLD_CHUNK<K>, STAGES = FOLD_STAGES<K>, STRIDE = D + 8, PIECES = (D + 31) / 32, AT_ONCE = MANY ? 4 : 2;
+    constexpr int D = K::D, ROWS = 4, CHUNK = FOLD_CHUNK<K>, STAGES = FOLD_STAGES<K>, STRIDE = D + 8, PIECES = (D + 31) / 32, AT_ONCE = 2;
     constexpr bool BUTTERFLIES = (D & (D - 1)) == 0;
     DQ_DYNAMIC_SHARED(shared);
     __shared__ uint32_t exponents[FOLD_WARPS * ROWS];  // of the power of two that a row's halves count from
-    const uint32_t n_tiles = p.fold_tiles, room = p.fold_units;
+    const uint32_t n_tiles = p.fold_tiles;
+    const int units = p.fold_units, n_rows = units * ROWS;
     uint16_t (*means)[STRIDE] = reinterpret_cast<uint16_t (*)[STRIDE]>(shared);
     uint16_t (*matrix)[STRIDE] = means + DQ_MAX_SETS;
     uint16_t (*halves)[STRIDE] = matrix + STAGES * CHUNK;
-    float (*rows)[STRIDE] = reinterpret_cast<float (*)[STRIDE]>(halves + 2 * ROWS * room);
+    float (*rows)[STRIDE] = reinterpret_cast<float (*)[STRIDE]>(halves + 2 * ROWS * units);
     const int t = threadIdx.x, warp = t >> 5, lane = t & 31, g = lane >> 2, q = lane & 3;
-    uint8_t* fragments = reinterpret_cast<uint8_t*>(rows + ROWS * room) + warp * (K::groups * FOLDED_ROW);
+    uint8_t* fragments = reinterpret_cast<uint8_t*>(rows + ROWS * units) + warp * (K::groups * FOLDED_ROW);
     // Nothing to do for a linear part that no set names; the rotation has one always. A place for others.
-    const uint32_t head = MANY ? blockIdx.x : blockIdx.x / DQ_MAX_TRANSFORMS, block = blockIdx.z * gridDim.y + blockIdx.y;
+    const uint32_t head = blockIdx.x / DQ_MAX_TRANSFORMS, transform = blockIdx.x % DQ_MAX_TRANSFORMS;
     const SetList sets(p.k.heads[head]);
-    const FoldShare share = MANY ? share_of_many(p, sets, block) : share_of_few(p, sets, block);
-    if (share.first >= share.end) return leave_waiting_to_others();
-    const uint32_t transform = share.transform;
+    const uint32_t first_unit = (blockIdx.z * gridDim.y + blockIdx.y) * units;
+    if (!names_transform(sets, transform) || first_unit >= p.n_streams * n_tiles) return leave_waiting_to_others();
 
     // Phase 1: matrix and means start on their way before more is known, since memory is far away; the kernel ahead may still be
     // at work.
@@ -208,196 +181,170 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     DQ_UNROLL
     for (int k = 0; k < PIECES; k++) {
         const int c = lane + 32 * k < D ? lane + 32 * k : D - 1;
-        place[k] = MANY ? folded_row_place<K>(c) : folded_place<K>(c), worth[k] = folded_worth<K>(c, transform);
+        place[k] = folded_place<K>(c), worth[k] = folded_worth<K>(c, transform);
         negative[k] = 0;
         if constexpr (BUTTERFLIES) negative[k] = turns ? rotation_sign<D>(p.k.rotation, 0, c) : 0;
         work_out_here(place[k]), work_out_here(worth[k]), work_out_here(negative[k]);
     }
-    // A lane knows where one of the round's rows is.
-    uint32_t stream, row, query;
-    uint64_t of_head;
-    auto locate = [&](uint32_t first_unit) {
-        const uint32_t lane_unit = first_unit + lane / ROWS;
-        stream = quotient(lane_unit, n_tiles), row = (lane_unit - stream * n_tiles) * ROWS + q, query = row / p.group;
-        of_head = (head * p.group + row - query * p.group) * p.q.head_stride;
-    };
-    locate(share.first);
+    // A lane knows where one of the rows is.
+    const uint32_t lane_unit = first_unit + lane / ROWS, stream = quotient(lane_unit, n_tiles);
+    uint32_t row = (lane_unit - stream * n_tiles) * ROWS + q, query = row / p.group;
+    uint64_t of_head = (head * p.group + row - query * p.group) * p.q.head_stride;
     work_out_here(row), work_out_here(query), work_out_here(of_head);
     wait_for_previous_kernel();
     // Attend has a way to go before it floods the memory.
     start_next_kernel();
     const float factor = fold_factor(p);
-    uint32_t chunk = 0;  // over all rounds
+    uint32_t chunk = 0;
+    auto stream_of = [&](int unit) { return quotient(first_unit + unit, n_tiles); };
+    auto tile_of = [&](int unit) { return first_unit + unit - stream_of(unit) * n_tiles; };
+    auto exists = [&](int unit) { return stream_of(unit) < p.n_streams; };
 
-    for (uint32_t first_unit = share.first;;) {
-        const uint32_t left = share.end - first_unit;
-        const int units = MANY && left < room ? left : room, n_rows = units * ROWS;
-        // Of many rows a round is mostly of one stream: no division then.
-        const uint32_t first_stream = MANY ? quotient(first_unit, n_tiles) : 0, end_of_first = first_stream * n_tiles + n_tiles;
-        auto stream_of = [&](int unit) { return MANY && first_unit + unit < end_of_first ? first_stream : quotient(first_unit + unit, n_tiles); };
-        auto tile_of = [&](int unit) { return first_unit + unit - stream_of(unit) * n_tiles; };
-        auto exists = [&](int unit) { return MANY || stream_of(unit) < p.n_streams; };
-
-        // Phase 2: the rows' halves, and the rows themselves where butterflies take the matrix's place. A warp takes a whole row, the
-        // loads of several at a time. Rows that do not exist are zero.
-        uint64_t row_at = ABSENT_ROW;
-        if (lane < n_rows && (MANY || stream < p.n_streams)) {
-            const Queries queries = queries_of(p, stream);
-            if (row < queries.count * p.group) row_at = (queries.first + query) * p.q.token_stride + of_head;
+    // Phase 2: the rows' halves, and the rows themselves where butterflies take the matrix's place. A warp takes a whole row, the
+    // loads of several at a time. Rows that do not exist are zero.
+    uint64_t row_at = ABSENT_ROW;
+    if (lane < n_rows && stream < p.n_streams) {
+        const Queries queries = queries_of(p, stream);
+        if (row < queries.count * p.group) row_at = (queries.first + query) * p.q.token_stride + of_head;
+    }
+    DQ_UNROLL_BY_1
+    for (int from = warp; from < n_rows; from += AT_ONCE * FOLD_WARPS) {
+        uint32_t bits[AT_ONCE][PIECES];
+        DQ_UNROLL
+        for (int a = 0; a < AT_ONCE; a++) {
+            const int row = from + a * FOLD_WARPS;
+            if (row >= n_rows) break;
+            load_pieces<D>(bits[a], p.q, __shfl_sync(ALL_LANES, row_at, row), lane);
         }
-        DQ_UNROLL_BY_1
-        for (int from = warp; from < n_rows; from += AT_ONCE * FOLD_WARPS) {
-            uint32_t bits[AT_ONCE][PIECES];
+        DQ_UNROLL
+        for (int a = 0; a < AT_ONCE; a++) {
+            const int row = from + a * FOLD_WARPS;
+            if (row >= n_rows) break;
+            float x[PIECES], largest = 0.0f;
+            element_values(x, p.q, bits[a]);
             DQ_UNROLL
-            for (int a = 0; a < AT_ONCE; a++) {
-                const int row = from + a * FOLD_WARPS;
-                if (row >= n_rows) break;
-                load_pieces<D>(bits[a], p.q, __shfl_sync(ALL_LANES, row_at, row), lane);
-            }
-            DQ_UNROLL
-            for (int a = 0; a < AT_ONCE; a++) {
-                const int row = from + a * FOLD_WARPS;
-                if (row >= n_rows) break;
-                float x[PIECES], largest = 0.0f;
-                element_values(x, p.q, bits[a]);
-                DQ_UNROLL
-                for (int k = 0; k < PIECES; k++) x[k] *= factor, largest = fmaxf(largest, fabsf(x[k]));
-                const uint32_t exponent = exponent_of(__reduce_max_sync(ALL_LANES, __float_as_uint(largest)));
-                if (lane == 0) exponents[row] = exponent;
-                DQ_UNROLL
-                for (int k = 0; k < PIECES; k++) {
-                    const int c = lane + 32 * k;
-                    if (D % 32 != 0 && c >= D) break;
-                    const float small = x[k] * __uint_as_float((254 - exponent) << 23);
-                    const uint16_t upper = float_to_half(small);
-                    halves[2 * row][c] = upper;
-                    halves[2 * row + 1][c] = float_to_half((small - half_to_float(upper)) * LOWER_HALF);
-                    if (turns) rows[row][c] = x[k];
-                }
-            }
-        }
-        if (turns) cp_async_wait<0>();
-        else cp_async_wait<STAGES - 1>();
-        __syncthreads();
-
-        // Phase 3: products of sixteen latents or means (rows g and g + 8 of the mma) with a unit's queries: q', and the constants
-        // q . mean. Columns 2 r and 2 r + 1 are the upper and the lower half of row r.
-        auto products = [&](float (&sum)[2], int unit, int first, auto&& a, auto steps) {
-            // B of two steps at a time; of an odd number the last has something of nobody's behind it.
-            const uint16_t* column = &halves[2 * ROWS * unit + (lane & 7)][(lane >> 3) * 8 + first];
-            float acc[4] = {};
-            DQ_UNROLL
-            for (int i = 0; i < decltype(steps)::value; i += 2) {
-                uint32_t two[4];
-                ldmatrix(two, column + 16 * i);
-                DQ_UNROLL
-                for (int j = 0; j < 2 && i + j < decltype(steps)::value; j++) {
-                    const uint32_t b[2] = {two[2 * j], two[2 * j + 1]};
-                    mma_f16(acc, a[i + j], b);
-                }
-            }
-            const float worth_of_row = __uint_as_float(exponents[unit * ROWS + q] << 23);
-            DQ_UNROLL
-            for (int i = 0; i < 2; i++) sum[i] = (acc[2 * i] + acc[2 * i + 1] * (1.0f / LOWER_HALF)) * worth_of_row;
-        };
-        // A warp has the same latents of all units, its part of the matrix in registers; warps that are left over share the units.
-        constexpr int TILES = D / 16, SHARERS = TILES < FOLD_WARPS ? FOLD_WARPS / TILES : 1;
-        for (int first = 0; first < D && !turns; first += CHUNK, chunk++) {
-            if (STAGES > 1 && chunk > 0) {
-                cp_async_wait<0>();
-                __syncthreads();
-                // Where the chunk before was, since all are done with that. The next round begins with the first one again.
-                const int next = first + CHUNK < D ? first + CHUNK : 0;
-                if (next > 0 || (MANY && first_unit + units < share.end)) {
-                    copy_chunk(next, chunk + 1);
-                    cp_async_commit();
-                }
-            }
-            for (int latent = warp % TILES * 16; latent < D && warp / TILES < SHARERS; latent += FOLD_WARPS * 16) {
-                const uint16_t* source = &matrix[chunk % STAGES * CHUNK + (lane >> 4) * 8 + (lane & 7)][(lane >> 3 & 1) * 8 + latent];
-                uint32_t a[CHUNK / 16][4];
-                DQ_UNROLL
-                for (int i = 0; i < CHUNK / 16; i++) ldmatrix_trans(a[i], source + 16 * i * STRIDE);
-                DQ_UNROLL_BY_1
-                for (int unit = warp / TILES; unit < units; unit += SHARERS) {
-                    float sum[2];
-                    products(sum, unit, first, a, Int<CHUNK / 16>{});
-                    float* to = &rows[unit * ROWS + q][latent + g];
-                    to[0] = first > 0 ? to[0] + sum[0] : sum[0], to[8] = first > 0 ? to[8] + sum[1] : sum[1];
-                }
-            }
-        }
-        // Of all sets that share this linear part; absent ones count to the rotation.
-        DQ_UNROLL_BY_1
-        for (int unit = FOLD_WARPS - 1 - warp; unit < units && exists(unit); unit += FOLD_WARPS) {
-            const uint16_t* source = &means[(lane >> 3 & 1) * 8 + (lane & 7)][(lane >> 4) * 8];
-            uint32_t a[D / 16][4];
-            DQ_UNROLL
-            for (int i = 0; i < D / 16; i++) ldmatrix(a[i], source + 16 * i);
-            float sum[2];
-            products(sum, unit, 0, a, Int<D / 16>{});
-            DQ_UNROLL
-            for (int i = 0; i < 2; i++) {
-                const uint32_t e = g + 8 * i;
-                if (!sets.is_over(e, transform)) continue;
-                const uint64_t at = ((uint64_t(stream_of(unit)) * p.n_kv_heads + head) * DQ_MAX_SETS + e) * n_tiles + tile_of(unit);
-                p.constants[at * ROWS + q] = sets.present >> e & 1 ? sum[i] : 0.0f;
-            }
-        }
-        __syncthreads();
-
-        // Phase 4: a warp to a row: its levels, the step from the largest, the bytes.
-        DQ_UNROLL_BY_1
-        for (int row = warp; row < n_rows && exists(row / ROWS); row += FOLD_WARPS) {
-            float v[PIECES], largest = 0.0f;
-            DQ_UNROLL
-            for (int k = 0; k < PIECES; k++) v[k] = lane + 32 * k < D ? rows[row][lane + 32 * k] : 0.0f;
-            if constexpr (BUTTERFLIES) {
-                if (turns) {
-                    DQ_UNROLL
-                    for (int k = 0; k < PIECES; k++) v[k] = with_sign(v[k], negative[k]);
-                    butterflies<D>(v, lane);
-                }
-            }
-            DQ_UNROLL
-            for (int k = 0; k < PIECES; k++) v[k] *= worth[k], largest = fmaxf(largest, fabsf(v[k]));
-            largest = warp_max(largest);
-            const float inverse = largest > 0.0f ? FOLD_RANGE / largest : 0.0f;
-            // Groups of a tier that are not full have channels that do not exist.
-            for (int i = lane; K::groups * 32 != D && i < K::groups * FOLDED_ROW / 4; i += 32) reinterpret_cast<uint32_t*>(fragments)[i] = 0;
-            __syncwarp();
+            for (int k = 0; k < PIECES; k++) x[k] *= factor, largest = fmaxf(largest, fabsf(x[k]));
+            const uint32_t exponent = exponent_of(__reduce_max_sync(ALL_LANES, __float_as_uint(largest)));
+            if (lane == 0) exponents[row] = exponent;
             DQ_UNROLL
             for (int k = 0; k < PIECES; k++) {
-                if (lane + 32 * k >= D) break;
-                const int whole = __float2int_rn(v[k] * inverse), high = (whole + 128) >> 8, low = whole - 256 * high;
-                fragments[place[k]] = uint8_t(high);
-                fragments[place[k] + FOLDED_ROW / 2] = uint8_t(low);
+                const int c = lane + 32 * k;
+                if (D % 32 != 0 && c >= D) break;
+                const float small = x[k] * __uint_as_float((254 - exponent) << 23);
+                const uint16_t upper = float_to_half(small);
+                halves[2 * row][c] = upper;
+                halves[2 * row + 1][c] = float_to_half((small - half_to_float(upper)) * LOWER_HALF);
+                if (turns) rows[row][c] = x[k];
             }
-            __syncwarp();
-            const int unit = row / ROWS, r = row % ROWS;
-            const uint32_t tile = tile_of(unit);
-            if constexpr (MANY) {
-                // Words of (step, high or low, q, half of the step), of row g or g + 8 of an m tile.
-                const uint32_t row = tile % 4 * ROWS + r;
-                uint32_t* out = reinterpret_cast<uint32_t*>(p.folded + folded_tile<K>(p, stream_of(unit), head, transform, tile - tile % 4, n_tiles)) + row % 8 * 16 + row / 8;
-                for (int i = lane; i < folded_steps<K>() * FOLDED_ROW / 4; i += 32) out[i / 8 * 128 + i % 8 * 2] = reinterpret_cast<const uint32_t*>(fragments)[i];
-            } else {
-                uint8_t* out = p.folded + folded_tile<K>(p, stream_of(unit), head, transform, tile, n_tiles) + r * FOLDED_ROW;
-                for (int i = lane; i < K::groups * FOLDED_ROW / 16; i += 32) {
-                    const int group = i / (FOLDED_ROW / 16);
-                    *reinterpret_cast<uint4*>(out + group * 256 + i % (FOLDED_ROW / 16) * 16) = reinterpret_cast<const uint4*>(fragments)[i];
-                }
-            }
-            const uint64_t at = ((uint64_t(stream_of(unit)) * p.n_kv_heads + head) * DQ_MAX_TRANSFORMS + transform) * n_tiles + tile_of(unit);
-            if (lane == 0) p.folded_scales[at * ROWS + r] = largest / FOLD_RANGE;
-            __syncwarp();
         }
+    }
+    if (turns) cp_async_wait<0>();
+    else cp_async_wait<STAGES - 1>();
+    __syncthreads();
 
-        first_unit += units;
-        if (!MANY || first_unit == share.end) return;
-        // No barrier here: what the next round writes before its first one, all were done with at the last one, or it is the warp's
-        // own rows.
-        locate(first_unit);
+    // Phase 3: products of sixteen latents or means (rows g and g + 8 of the mma) with a unit's queries: q', and the constants
+    // q . mean. Columns 2 r and 2 r + 1 are the upper and the lower half of row r.
+    auto products = [&](float (&sum)[2], int unit, int first, auto&& a, auto steps) {
+        // B of two steps at a time; of an odd number the last has something of nobody's behind it.
+        const uint16_t* column = &halves[2 * ROWS * unit + (lane & 7)][(lane >> 3) * 8 + first];
+        float acc[4] = {};
+        DQ_UNROLL
+        for (int i = 0; i < decltype(steps)::value; i += 2) {
+            uint32_t two[4];
+            ldmatrix(two, column + 16 * i);
+            DQ_UNROLL
+            for (int j = 0; j < 2 && i + j < decltype(steps)::value; j++) {
+                const uint32_t b[2] = {two[2 * j], two[2 * j + 1]};
+                mma_f16(acc, a[i + j], b);
+            }
+        }
+        const float worth_of_row = __uint_as_float(exponents[unit * ROWS + q] << 23);
+        DQ_UNROLL
+        for (int i = 0; i < 2; i++) sum[i] = (acc[2 * i] + acc[2 * i + 1] * (1.0f / LOWER_HALF)) * worth_of_row;
+    };
+    // A warp has the same latents of all units, its part of the matrix in registers; warps that are left over share the units.
+    constexpr int TILES = D / 16, SHARERS = TILES < FOLD_WARPS ? FOLD_WARPS / TILES : 1;
+    for (int first = 0; first < D && !turns; first += CHUNK, chunk++) {
+        if (STAGES > 1 && chunk > 0) {
+            cp_async_wait<0>();
+            __syncthreads();
+            // Where the chunk before was, since all are done with that.
+            if (first + CHUNK < D) {
+                copy_chunk(first + CHUNK, chunk + 1);
+                cp_async_commit();
+            }
+        }
+        for (int latent = warp % TILES * 16; latent < D && warp / TILES < SHARERS; latent += FOLD_WARPS * 16) {
+            const uint16_t* source = &matrix[chunk % STAGES * CHUNK + (lane >> 4) * 8 + (lane & 7)][(lane >> 3 & 1) * 8 + latent];
+            uint32_t a[CHUNK / 16][4];
+            DQ_UNROLL
+            for (int i = 0; i < CHUNK / 16; i++) ldmatrix_trans(a[i], source + 16 * i * STRIDE);
+            DQ_UNROLL_BY_1
+            for (int unit = warp / TILES; unit < units; unit += SHARERS) {
+                float sum[2];
+                products(sum, unit, first, a, Int<CHUNK / 16>{});
+                float* to = &rows[unit * ROWS + q][latent + g];
+                to[0] = first > 0 ? to[0] + sum[0] : sum[0], to[8] = first > 0 ? to[8] + sum[1] : sum[1];
+            }
+        }
+    }
+    // Of all sets that share this linear part; absent ones count to the rotation.
+    DQ_UNROLL_BY_1
+    for (int unit = FOLD_WARPS - 1 - warp; unit < units && exists(unit); unit += FOLD_WARPS) {
+        const uint16_t* source = &means[(lane >> 3 & 1) * 8 + (lane & 7)][(lane >> 4) * 8];
+        uint32_t a[D / 16][4];
+        DQ_UNROLL
+        for (int i = 0; i < D / 16; i++) ldmatrix(a[i], source + 16 * i);
+        float sum[2];
+        products(sum, unit, 0, a, Int<D / 16>{});
+        DQ_UNROLL
+        for (int i = 0; i < 2; i++) {
+            const uint32_t e = g + 8 * i;
+            if (!sets.is_over(e, transform)) continue;
+            const uint64_t at = ((uint64_t(stream_of(unit)) * p.n_kv_heads + head) * DQ_MAX_SETS + e) * n_tiles + tile_of(unit);
+            p.constants[at * ROWS + q] = sets.present >> e & 1 ? sum[i] : 0.0f;
+        }
+    }
+    __syncthreads();
+
+    // Phase 4: a warp to a row: its levels, the step from the largest, the bytes.
+    DQ_UNROLL_BY_1
+    for (int row = warp; row < n_rows && exists(row / ROWS); row += FOLD_WARPS) {
+        float v[PIECES], largest = 0.0f;
+        DQ_UNROLL
+        for (int k = 0; k < PIECES; k++) v[k] = lane + 32 * k < D ? rows[row][lane + 32 * k] : 0.0f;
+        if constexpr (BUTTERFLIES) {
+            if (turns) {
+                DQ_UNROLL
+                for (int k = 0; k < PIECES; k++) v[k] = with_sign(v[k], negative[k]);
+                butterflies<D>(v, lane);
+            }
+        }
+        DQ_UNROLL
+        for (int k = 0; k < PIECES; k++) v[k] *= worth[k], largest = fmaxf(largest, fabsf(v[k]));
+        largest = warp_max(largest);
+        const float inverse = largest > 0.0f ? FOLD_RANGE / largest : 0.0f;
+        // Groups of a tier that are not full have channels that do not exist.
+        for (int i = lane; K::groups * 32 != D && i < K::groups * FOLDED_ROW / 4; i += 32) reinterpret_cast<uint32_t*>(fragments)[i] = 0;
+        __syncwarp();
+        DQ_UNROLL
+        for (int k = 0; k < PIECES; k++) {
+            if (lane + 32 * k >= D) break;
+            const int whole = __float2int_rn(v[k] * inverse), high = (whole + 128) >> 8, low = whole - 256 * high;
+            fragments[place[k]] = uint8_t(high);
+            fragments[place[k] + FOLDED_ROW / 2] = uint8_t(low);
+        }
+        __syncwarp();
+        const int unit = row / ROWS, r = row % ROWS;
+        const uint32_t tile = tile_of(unit);
+        uint8_t* out = p.folded + folded_tile<K>(p, stream_of(unit), head, transform, tile, n_tiles) + r * FOLDED_ROW;
+        for (int i = lane; i < K::groups * FOLDED_ROW / 16; i += 32) {
+            const int group = i / (FOLDED_ROW / 16);
+            *reinterpret_cast<uint4*>(out + group * 256 + i % (FOLDED_ROW / 16) * 16) = reinterpret_cast<const uint4*>(fragments)[i];
+        }
+        const uint64_t at = ((uint64_t(stream_of(unit)) * p.n_kv_heads + head) * DQ_MAX_TRANSFORMS + transform) * n_tiles + tile_of(unit);
+        if (lane == 0) p.folded_scales[at * ROWS + r] = largest / FOLD_RANGE;
+        __syncwarp();
     }
 }
 

@@ -58,6 +58,8 @@ int main(int argc, char** argv) {
     prefill_cases<128, 4, 128, 4, 3>(rng, 5, 10);
     prefill_cases<64, 4, 64, 4, 16>(rng, 10, 11);
     prefill_cases<128, 4, 128, 4, 3>(rng, 11, 12);
+    prefill_cases<64, 103, 64, 3, 3>(rng, 12, 16);
+    prefill_cases<256, 4, 256, 4, 4>(rng, 12, 13);
     rng.seed(20 + order);
     all_cases<128, 4, 128, 4>(rng, 0, 4, TAIL_CASES);
     prefill_cases<128, 4, 128, 4, 3>(rng, 4, 5, TAIL_CASES);

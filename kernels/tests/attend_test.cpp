@@ -3,6 +3,7 @@
 #include <functional>
 
 #include "../attend_prefill.cuh"
+#include "../fold_rows.cuh"
 #include "../host.h"
 #include "../merge.cuh"
 #include "../tail.cuh"
@@ -26,9 +27,12 @@ struct Case {
     uint32_t tail_type = 0;
     uint32_t tail_parts = 0;
     bool empty_values = false;  // some keys that weigh far more than others have values of scale zero
+    uint32_t q_type = DQ_TYPE_F32;
+    uint32_t q_apart = 0;       // elements between heads of queries
 };
 
-template <class K, bool MANY> __global__ void __launch_bounds__(dq::FOLD_THREADS) fold_kernel(const DqAttend p) { dq::fold_queries<K, MANY>(p); }
+template <class K> __global__ void __launch_bounds__(dq::FOLD_THREADS) fold_kernel(const DqAttend p) { dq::fold_queries<K>(p); }
+template <class K> __global__ void __launch_bounds__(dq::FOLD_ROWS_THREADS, dq::fold_rows_blocks(K::D)) fold_rows_kernel(const DqAttend p) { dq::fold_rows<K>(p); }
 template <class K, class V, int NT> __global__ void __launch_bounds__(256, NT == 1 ? 2 : 1) attend_kernel(const DqAttend p) { dq::attend_decode<K, V, NT, dq::DECODE_STAGES>(p); }
 template <class K, class V> __global__ void __launch_bounds__(32 * dq::PrefillTile<K, V>::WARPS) prefill_kernel(const DqAttend p) { dq::attend_prefill<K, V>(p); }
 __global__ void __launch_bounds__(32 * dq::TAIL_WARPS) tail_kernel(const DqAttend p) { dq::attend_tail(p); }
@@ -45,6 +49,22 @@ struct DeviceFactors {
         : heads(f.heads), means(f.means), decode(f.decode), encode(f.encode_table()), rotation(f.rotation_bits), max_dense(f.max_dense) {}
     DqFactors params() const { return {heads.get(), means.get(), decode.get(), encode.get(), rotation.get(), max_dense, 0}; }
 };
+
+// Writes an element; returns what it is worth.
+double in_type(uint8_t* to, uint32_t type, double value) {
+    float v = float(value);
+    uint32_t u;
+    std::memcpy(&u, &v, 4);
+    if (type == DQ_TYPE_F16) u = ref::to_half(v);
+    if (type == DQ_TYPE_BF16) u >>= 16;
+    std::memcpy(to, &u, type == DQ_TYPE_F32 ? 4 : 2);
+    if (type == DQ_TYPE_F16) return ref::half_value(uint16_t(u));
+    if (type == DQ_TYPE_BF16) {
+        u <<= 16;
+        std::memcpy(&v, &u, 4);
+    }
+    return v;
+}
 
 // MOST_WARPS: by the kernel for many queries, that many warps to a block, or as many as there must be.
 template <int DK, int KP, int DV, int VP, int NT, bool ALIGNED, int MOST_WARPS = 0>
@@ -84,9 +104,12 @@ void run(const Case& c, std::mt19937_64& rng) {
     std::vector<int32_t> starts{0};
     for (uint32_t s = 0; s < c.n_streams; s++) starts.push_back(starts.back() + (c.paged < 2 || s == 0 ? c.n_q : s + 1 == c.n_streams));
     const uint32_t n_tokens = starts.back();
-    std::vector<float> q(size_t(n_tokens) * n_heads * DK);
+    ref::Vec q(size_t(n_tokens) * n_heads * DK);
     for (auto& x : q) x = float(normal(rng)) * 0.6f;
     if (c.hostile) for (int i = 0; i < DK; i += 7) q[i] *= 30;
+    const size_t q_size = c.q_type == DQ_TYPE_F32 ? 4 : 2, q_row = (DK + c.q_apart) * q_size;
+    std::vector<uint8_t> q_bytes(n_tokens * n_heads * q_row);
+    for (size_t i = 0; i < q.size(); i++) q[i] = in_type(&q_bytes[i / DK * q_row + i % DK * q_size], c.q_type, q[i]);
     // Masks; in the f16 case, padded strides.
     const uint32_t mask_row = c.n_keys + c.tail + 3, all_keys = c.n_keys + c.tail;
     std::vector<float> mask(size_t(n_tokens) * mask_row, 0.0f);
@@ -128,21 +151,7 @@ void run(const Case& c, std::mt19937_64& rng) {
         // In the type of the tail; rows 2 elements apart in excess.
         const size_t size = c.tail_type == DQ_TYPE_F32 ? 4 : 2, row = size_t(c.n_kv) * d;
         std::vector<uint8_t> bytes(tail_rows * (row + 2) * size + 16);
-        for (size_t i = 0; i < rows.size(); i++) {
-            const float v = float(rows[i]);
-            uint32_t u;
-            std::memcpy(&u, &v, 4);
-            if (c.tail_type == DQ_TYPE_F16) u = ref::to_half(v);
-            if (c.tail_type == DQ_TYPE_BF16) u >>= 16;
-            std::memcpy(&bytes[(i / row * (row + 2) + i % row) * size], &u, size);
-            if (c.tail_type == DQ_TYPE_F16) rows[i] = ref::half_value(uint16_t(u));
-            if (c.tail_type == DQ_TYPE_BF16) {
-                u <<= 16;
-                float back;
-                std::memcpy(&back, &u, 4);
-                rows[i] = back;
-            }
-        }
+        for (size_t i = 0; i < rows.size(); i++) rows[i] = in_type(&bytes[(i / row * (row + 2) + i % row) * size], c.tail_type, rows[i]);
         return std::make_pair(rows, bytes);
     };
     const auto tail_k = tail_side(DK, 1), tail_v = tail_side(DV, 1);
@@ -170,13 +179,14 @@ void run(const Case& c, std::mt19937_64& rng) {
     // Device side.
     DeviceFactors dk(kf), dv(vf);
     rt::Buffer<uint8_t> d_store(store);
-    rt::Buffer<float> d_q(q), d_mask(mask), d_sinks(sinks), d_out(size_t(n_tokens) * n_heads * DV);
+    rt::Buffer<uint8_t> d_q(q_bytes);
+    rt::Buffer<float> d_mask(mask), d_sinks(sinks), d_out(size_t(n_tokens) * n_heads * DV);
     rt::Buffer<uint16_t> d_mask_half(mask_half);
     rt::Buffer<int32_t> d_table(table), d_lengths(lengths), d_starts(starts);
     DqAttend p{};
     p.store = {d_store.get(), stride, n_slots};
     p.k = dk.params(), p.v = dv.params();
-    p.q = {d_q.get(), uint64_t(n_heads) * DK * 4, DK * 4, DQ_TYPE_F32, 0};
+    p.q = {d_q.get(), n_heads * q_row, q_row, c.q_type, 0};
     p.out = {d_out.get(), uint64_t(n_heads) * DV * 4, DV * 4, DQ_TYPE_F32, 0};
     if (c.mask) {
         uint32_t size = c.mask % 2 == 0 ? 2 : 4;
@@ -218,11 +228,10 @@ void run(const Case& c, std::mt19937_64& rng) {
     p.fold_tiles = n_tiles;
     if (PREFILL) {
         // Several rounds to a block, the last one not full; a number of blocks that not every number of linear parts divides.
-        p.fold_units = 2;
-        rt::launch(fold_kernel<K, true>, dim3(c.n_kv, 5, 2), dq::FOLD_THREADS, dq::fold_shared_bytes<K>(p.fold_units), p);
+        rt::launch(fold_rows_kernel<K>, dim3(c.n_kv, 5), dq::FOLD_ROWS_THREADS, dq::fold_rows_shared_bytes<K>(), p);
     } else {
         p.fold_units = c.n_streams * n_tiles > 8 ? 8 : c.n_streams == 3 ? 4 : c.n_streams;
-        rt::launch(fold_kernel<K, false>, dim3(c.n_kv * DQ_MAX_TRANSFORMS, (c.n_streams * n_tiles + p.fold_units - 1) / p.fold_units), dq::FOLD_THREADS,
+        rt::launch(fold_kernel<K>, dim3(c.n_kv * DQ_MAX_TRANSFORMS, (c.n_streams * n_tiles + p.fold_units - 1) / p.fold_units), dq::FOLD_THREADS,
                    dq::fold_shared_bytes<K>(p.fold_units), p);
     }
     if (c.tail) {
@@ -330,6 +339,11 @@ const Case PREFILL_CASES[] = {
     // More rows than a block has.
     {"chunk wide",    1, 4, 2, 70, 90, 1, {2, 1}, {2, 0}, 0, false, 0, false, 2, 1},
     {"chunk empty",   2, 4, 1, 12, 170, 1, {2, 1}, {2, 0}, 0, false, 0, false, 0, 1, 0, 0, 0, true},
+    // Queries of other types, and not where a load of four elements may be.
+    {"chunk half",    2, 4, 2, 19, 90, 1, {2, 1}, {2, 0}, 1, false, 0, true, 0, 1, 0, 0, 0, false, DQ_TYPE_F16},
+    {"chunk bf16",    2, 4, 1, 12, 90, 1, {2, 2}, {2, 0}, 0, false, 0, true, 2, 1, 0, 0, 0, false, DQ_TYPE_BF16},
+    {"chunk half, apart", 1, 3, 2, 13, 90, 1, {2, 1}, {2, 0}, 0, false, 0, false, 0, 1, 0, 0, 0, false, DQ_TYPE_F16, 1},
+    {"chunk apart",   1, 3, 2, 13, 90, 1, {2, 1}, {2, 0}, 0, false, 0, true, 0, 1, 0, 0, 0, false, DQ_TYPE_F32, 1},
 };
 
 template <int DK, int KP, int DV, int VP, int WARPS>

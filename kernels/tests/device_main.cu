@@ -175,7 +175,7 @@ void bench(const char* name, Timer& timer, double copy, bool mixed, bool brief) 
                 constexpr uint32_t AT_ONCE = dq::MERGE_AT_ONCE<V>;
                 uint32_t merge_threads = 32 * std::min(16u, (splits + AT_ONCE - 1) / AT_ONCE);
                 double all = timer.median(calls, [&](int i, cudaStream_t s) {
-                    fold_kernel<K, false><<<dim3(N_KV * DQ_MAX_TRANSFORMS, streams), dq::FOLD_THREADS, dq::fold_shared_bytes<K>(p.fold_units), s>>>(at(i));
+                    fold_kernel<K><<<dim3(N_KV * DQ_MAX_TRANSFORMS, streams), dq::FOLD_THREADS, dq::fold_shared_bytes<K>(p.fold_units), s>>>(at(i));
                     attend(i, s);
                     merge_kernel<V, false><<<streams * N_KV * GROUP, merge_threads, dq::merge_shared_bytes<V>(merge_threads), s>>>(at(i));
                 });
@@ -217,11 +217,11 @@ void bench_prefill(Timer& timer, uint32_t n, uint32_t keys) {
     p.out = {out.get(), uint64_t(N_KV) * GROUP * D * 4, D * 4, DQ_TYPE_F32, 0};
     p.block_table = table.get(), p.lengths = lengths.get(), p.table_stride = keys / 16, p.block_shift = 4, p.causal = 1;
     p.n_kv_heads = N_KV, p.group = GROUP, p.n_streams = 1, p.n_q = n, p.n_kv = keys, p.scale = 0.088f;
-    p.v_transforms = 1, p.heads_per_block = p.key_warps = p.n_splits = 1, p.row_tiles = n_tiles / 4, p.fold_tiles = n_tiles, p.fold_units = 8;
+    p.v_transforms = 1, p.heads_per_block = p.key_warps = p.n_splits = 1, p.row_tiles = n_tiles / 4, p.fold_tiles = n_tiles;
     p.folded = folded.get(), p.folded_scales = scales.get(), p.constants = constants.get(), p.partial = partial.get(), p.partial_sums = sums.get();
     const uint32_t warps = dq::PrefillTile<S, S>::WARPS, shared = dq::prefill_shared_bytes<S, S>(p, warps, 1);
     rt::check(cudaFuncSetAttribute(prefill_kernel<S, S>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
-    auto fold = [&](int, cudaStream_t s) { fold_kernel<S, true><<<dim3(N_KV, 48), dq::FOLD_THREADS, dq::fold_shared_bytes<S>(p.fold_units), s>>>(p); };
+    auto fold = [&](int, cudaStream_t s) { fold_rows_kernel<S><<<dim3(N_KV, 49), dq::FOLD_ROWS_THREADS, dq::fold_rows_shared_bytes<S>(), s>>>(p); };
     auto attend = [&](int, cudaStream_t s) { prefill_kernel<S, S><<<dim3(1, N_KV * ((p.row_tiles + warps - 1) / warps), 1), 32 * warps, shared, s>>>(p); };
     const unsigned merge_threads = 32 * dq::MERGE_MANY_WARPS;
     auto merge = [&](int, cudaStream_t s) { merge_kernel<S, true><<<dim3(66, N_KV), merge_threads, dq::merge_shared_bytes<S>(merge_threads), s>>>(p); };

@@ -20,6 +20,8 @@ const FOLD_HEADS: usize = 16;
 /// Bytes that a row has in each group of its unit's fragments.
 const FOLDED_ROW: usize = 64;
 const FOLD_THREADS: usize = 32 * FOLD_WARPS;
+/// Warps of a block of the one for many rows, each with a tile of sixteen rows of a stream.
+const FOLD_ROWS_WARPS: usize = 4;
 const MOST_WARPS: usize = 8;
 /// Warps of a block of the kernel of many queries are a multiple of this: they share the look-ups, and some devices' tensor cores want
 /// them so.
@@ -75,9 +77,10 @@ pub struct LayerKernels {
     /// Tokens up to which each row has a block of its own.
     few: usize,
     k_groups: usize,
-    /// Units that a block of the fold kernels takes at a time, at most: a power of two.
+    /// Units that a block of the fold kernel takes, at most: a power of two.
     fold_units: usize,
-    /// Blocks of the one for many rows that run at once.
+    /// Bytes of shared memory of the one for many rows, and blocks of it that run at once.
+    fold_many_shared: usize,
     fold_blocks: usize,
     /// And of merge for many rows.
     merge_blocks: usize,
@@ -133,10 +136,15 @@ fn encode_few_cut(shape: &LayerShape) -> (usize, usize) {
     (of(&shape.k).max(of(&shape.v)), if d <= 128 { 1 } else { d / FEW_LATENTS })
 }
 
-/// Bytes of shared memory of a block of the fold kernel, as fold.cuh's `fold_shared_bytes`.
-fn fold_shared(d: usize, k_groups: usize, units: usize) -> usize {
+/// Bytes of shared memory of a block of the fold kernel for many rows, as fold_rows.cuh's `fold_rows_shared_bytes`: means, matrix.
+fn fold_many_shared(d: usize) -> usize {
     let chunks = if d <= 128 { d } else { 2 * 64 };
-    (MAX_SETS + chunks + 8 * units) * (d + 8) * 2 + 4 * units * (d + 8) * 4 + FOLD_WARPS * k_groups * FOLDED_ROW
+    (MAX_SETS + chunks) * (d + 8) * 2
+}
+
+/// And of the one for few, as fold.cuh's `fold_shared_bytes`.
+fn fold_shared(d: usize, k_groups: usize, units: usize) -> usize {
+    fold_many_shared(d) + 8 * units * (d + 8) * 2 + 4 * units * (d + 8) * 4 + FOLD_WARPS * k_groups * FOLDED_ROW
 }
 
 /// How the kernel of many queries works on a device: with mma of warps, or of warp groups.
@@ -227,7 +235,7 @@ impl LayerKernels {
         let fits = encode_few_shared <= device.dynamic_shared(encode_few)?;
         let (fold, fold_many) = (find(format!("dq_fold_{d}_{k}_{v}"))?, find(format!("dq_fold_many_{d}_{k}_{v}"))?);
         let k_groups = groups(&shape.k);
-        let fold_room = device.dynamic_shared(fold)?.min(device.dynamic_shared(fold_many)?);
+        let fold_room = device.dynamic_shared(fold)?;
         let Some(fold_units) = (0..=FOLD_WARPS.ilog2()).rev().map(|i| 1 << i).find(|&n| fold_shared(d, k_groups, n) <= fold_room) else {
             return Err(absent("fold that fits this device"));
         };
@@ -254,7 +262,8 @@ impl LayerKernels {
             },
             k_groups,
             fold_units,
-            fold_blocks: at_once(fold_many, FOLD_THREADS, fold_shared(d, k_groups, fold_units))?,
+            fold_many_shared: fold_many_shared(d),
+            fold_blocks: at_once(fold_many, 32 * FOLD_ROWS_WARPS, fold_many_shared(d))?,
             merge_blocks: at_once(merge_many, merge_many_threads, merge_shared(shape.v.head_dim, merge_many_threads))?,
             v_transforms: if shape.v.gauge == Gauge::Attention { MAX_TRANSFORMS } else { 1 },
         })
@@ -416,10 +425,10 @@ fn lay(arena: &mut Arena, kernels: &LayerKernels, d_v: usize, c: Counts) -> Piec
     }
 }
 
-/// Blocks to a KV head that share the units of all its linear parts, of which the device knows the number: as many as run at once,
-/// but no more than there is work for, and at least one to each part.
-fn fold_sharers(units: usize, at_a_time: usize, at_once: usize, kv_heads: usize) -> usize {
-    (at_once / kv_heads).min(units.div_ceil(at_a_time) * MAX_TRANSFORMS).max(MAX_TRANSFORMS)
+/// Blocks to a KV head that share the tiles of sixteen rows of all its linear parts, of which the device knows the number: as many as run
+/// at once, but no more than there is work for, and at least one to each part.
+fn fold_sharers(tiles: usize, at_once: usize, kv_heads: usize) -> usize {
+    (at_once / kv_heads).min(tiles.div_ceil(FOLD_ROWS_WARPS) * MAX_TRANSFORMS).max(MAX_TRANSFORMS)
 }
 
 /// Parts of each row's result over a tail; `tiles` counts (stream, KV head, four rows).
@@ -523,14 +532,19 @@ pub fn plan_attend(
     p.fold_tiles = n_tiles as u32;
     p.fold_units = units as u32;
 
-    let (fold, fold_grid) = if v.prefill {
-        let sharers = fold_sharers(streams * n_tiles, units, kernels.fold_blocks, shape.n_kv_heads);
-        (kernels.fold_many, (shape.n_kv_heads, sharers, 1))
+    let fold = if v.prefill {
+        let sharers = fold_sharers(streams * row_tiles, kernels.fold_blocks, shape.n_kv_heads);
+        Launch { kernel: kernels.fold_many, grid: (shape.n_kv_heads, sharers, 1), threads: 32 * FOLD_ROWS_WARPS, shared: kernels.fold_many_shared }
     } else {
         // Runs of units, over two dimensions of the grid: one alone ends at 65,535.
         let runs = (streams * n_tiles).div_ceil(units);
         let run_rows = runs.div_ceil(MOST_BLOCKS_Y);
-        (kernels.fold, (shape.n_kv_heads * MAX_TRANSFORMS, runs.div_ceil(run_rows), run_rows))
+        Launch {
+            kernel: kernels.fold,
+            grid: (shape.n_kv_heads * MAX_TRANSFORMS, runs.div_ceil(run_rows), run_rows),
+            threads: FOLD_THREADS,
+            shared: fold_shared(shape.k.head_dim, kernels.k_groups, units),
+        }
     };
 
     let y = if v.prefill {
@@ -549,12 +563,7 @@ pub fn plan_attend(
         None => (kernels.merge, (heads * rows, 1, 1), merge_threads(shape.v.head_dim, most_parts, kernels.v_transforms)),
     };
     Ok(AttendPlan {
-        fold: Launch {
-            kernel: fold,
-            grid: fold_grid,
-            threads: FOLD_THREADS,
-            shared: fold_shared(shape.k.head_dim, kernels.k_groups, units),
-        },
+        fold,
         tail: (tail_parts > 0).then_some(Launch {
             kernel: kernels.tail,
             grid: (of_four * tail_parts, shape.n_kv_heads, streams),
@@ -583,13 +592,13 @@ mod tests {
     #[test]
     fn fold_of_many_rows_has_a_block_for_each_linear_part() {
         // 512 queries of 32 heads over 8, 3 blocks to each of 132 multiprocessors: one wave.
-        assert_eq!(fold_sharers(512, 8, 396, 8), 49);
+        assert_eq!(fold_sharers(128, 396, 8), 49);
         // No more blocks than have a full turn each if all linear parts are named.
-        assert_eq!(fold_sharers(9, 8, 396, 8), 2 * MAX_TRANSFORMS);
+        assert_eq!(fold_sharers(5, 396, 8), 2 * MAX_TRANSFORMS);
         // The kernel divides by the number of parts: it may not get fewer blocks than there are parts.
         for kv_heads in [1, 8, 64, 1000] {
-            for units in [1, 7, 100_000] {
-                let sharers = fold_sharers(units, 2, 396, kv_heads);
+            for tiles in [1, 7, 100_000] {
+                let sharers = fold_sharers(tiles, 396, kv_heads);
                 assert!(sharers >= MAX_TRANSFORMS && (sharers == MAX_TRANSFORMS || sharers * kv_heads <= 396));
             }
         }
