@@ -1,12 +1,13 @@
 // Attention of many queries over coded slots: a whole prefill chunk, or decode with more rows to a KV head than one warp
-// takes. Here arithmetic is what counts, not bytes. So the block's warps look the levels of a tile of keys up once, together
-// (prefill_levels.cuh). From there on it is flash attention, rows of queries as rows of the mma, 32 keys at a time.
+// takes. Here arithmetic is what counts, not bytes. So the levels of a tile of keys are looked up once for all rows of a block
+// (prefill_tiles.cuh). From there on it is flash attention, rows of queries as rows of the mma (prefill_warp.cuh).
 //
-// Block: one KV head, PrefillTile::WARPS warps of sixteen rows, or fewer without warp groups.
+// Block: one KV head, PrefillTile::WARPS warps of sixteen rows. With warp groups, one more group looks levels up, a few tiles ahead of the
+// others, and gives them its registers. Without, all warps look levels up, one tile ahead, and there may be fewer of them.
 // Grid: (split of the keys, KV head * blocks of rows, stream * v_transforms).
 //
 // Shared memory:
-//   levels   [2]: of keys s8, of values f16, as `LevelRows` has them; word w of a tier (`plane_word`) is the eight places from
+//   levels   [BUFFERS]: of keys s8, of values f16, as `LevelRows` has them; word w of a tier (`plane_word`) is the eight places from
 //            8 w on, its first quad before its second one. Then scales f32 [K, V][KEYS], sets u8 [KEYS]: of K in the lower half of
 //            a byte, of V in the upper one
 //   queries  of each warp group, where there are mma of these: one `query_slot` or two
@@ -14,26 +15,35 @@
 //   rows     [warp][16] what a row sees
 //   slots    u32 [2][KEYS] of the keys
 //   sums     f32 [warp][set][16]
+//   barriers [BUFFERS] `LevelBarriers`, for warp groups
 //   chunks   u16 [chunks of a row]: where in a record they come from
 #pragma once
-#include "prefill_warp.cuh"
+#include "prefill_tiles.cuh"
 
 namespace dq {
 
-// Where things are in shared memory. A warp group has its folded queries in so many slots.
-constexpr uint32_t MOST_QUERY_SLOTS = 2;
-template <class Tile> struct PrefillShared {
-    uint32_t query_slots, queries, stages, rows, slots_of_keys, sums, chunks, bytes;
-    __host__ __device__ PrefillShared(uint32_t row_chunks, uint32_t warps, uint32_t slots) : query_slots(slots) {
-        queries = 2 * Tile::bytes;
-        stages = queries + warps / 4 * slots * Tile::query_slot;
-        rows = stages + 2 * Tile::KEYS * padded_row(row_chunks);
-        slots_of_keys = rows + warps * Tile::ROWS * uint32_t(sizeof(Sees));
-        sums = slots_of_keys + 2 * Tile::KEYS * 4;
-        chunks = sums + warps * Tile::ROWS * DQ_MAX_SETS * 4;
-        bytes = chunks + 2 * Tile::MOST_CHUNKS;
+// A group looks levels up for the others: of tiles `first` ... source.end_tile - 1.
+template <class Source, class Tile>
+__device__ __forceinline__ void work_ahead(const Source& source, uint32_t first, uint8_t* levels, const LevelBarriers& barriers) {
+    source.copy(first);
+    BufferTurn<Tile> turn(true);
+    for (uint32_t tile = first; tile < source.end_tile; tile++, turn.next()) {
+        // The tile is in its stage, and nobody reads the other stage any more.
+        cp_async_wait<0>();
+        group_sync(Tile::WARPS / 4);
+        source.copy(tile + 1);
+        source.locate(tile + 2);
+        const LevelBarriers of_tile = barriers.of(turn.buffer);
+        uint8_t* to = levels + turn.buffer * Tile::bytes;
+        of_tile.wait(LevelBarriers::KEYS_DONE, turn.parity);
+        const uint32_t next = source.look_up_keys(tile, to);
+        of_tile.arrive(LevelBarriers::KEYS_THERE);
+        of_tile.wait(LevelBarriers::VALUES_DONE, turn.parity);
+        source.look_up_values(tile, to, next);
+        of_tile.arrive(LevelBarriers::VALUES_THERE);
     }
-};
+    cp_async_wait<0>();
+}
 
 template <class K, class V>
 __device__ __forceinline__ void attend_prefill(const DqAttend& p) {
@@ -43,7 +53,7 @@ __device__ __forceinline__ void attend_prefill(const DqAttend& p) {
     constexpr int ROWS = Warp::ROWS, KEYS = Tile::KEYS;
 
     // Phase 1: what this block and warp work on.
-    const uint32_t t = threadIdx.x, warps = Tile::threads() >> 5;
+    const uint32_t t = threadIdx.x, warps = Tile::row_warps();
     const uint32_t warp = __shfl_sync(ALL_LANES, t >> 5, 0);  // in a uniform register
     const int lane = t & 31;
     const uint32_t row_blocks = (p.row_tiles + warps - 1) / warps, head = blockIdx.y / row_blocks, row_block = blockIdx.y % row_blocks;
@@ -59,108 +69,90 @@ __device__ __forceinline__ void attend_prefill(const DqAttend& p) {
     const uint32_t share = (tiles + p.n_splits - 1) / p.n_splits, end_share = blockIdx.x * share + share;
     const uint32_t first_tile = before + blockIdx.x * share, end_tile = before + (end_share < tiles ? end_share : tiles);
     const uint32_t first_together = row_tile * ROWS / Warp::TOGETHER * Warp::TOGETHER;
-    const bool idle = first_together >= n_rows || !names_transform(SetList(p.v.heads[head]), v_transform);
+    const bool names = names_transform(SetList(p.v.heads[head]), v_transform), idle = first_together >= n_rows || !names;
 
     RowImage<K, V> image;
     image.lay_out(p.n_kv_heads, head, 1, head, nullptr);
-    const uint32_t stride = padded_row(image.chunks), stage_bytes = KEYS * stride;
     PrefillShared<Tile> at(image.chunks, warps, MOST_QUERY_SLOTS);
     if (at.bytes > dynamic_shared_bytes()) at = PrefillShared<Tile>(image.chunks, warps, 1);
-    uint8_t *levels = shared, *stages = shared + at.stages;
-    Sees* rows = reinterpret_cast<Sees*>(shared + at.rows);
-    uint32_t* slots = reinterpret_cast<uint32_t*>(shared + at.slots_of_keys);  // no device has room for 2^32
-    float* sums = reinterpret_cast<float*>(shared + at.sums);
-    uint16_t* chunks = reinterpret_cast<uint16_t*>(shared + at.chunks);
-    if (t == 0) {
-        Run runs[MOST_RUNS];
-        RowImage<K, V> again;
-        again.lay_out(p.n_kv_heads, head, 1, head, runs);
-        for (uint32_t r = 0; r < again.runs; r++) {
-            for (uint32_t c = 0; c < runs[r].chunks; c++) chunks[runs[r].to + c] = uint16_t(runs[r].source + c);
-        }
-    }
-
-    // Phase 2: slots, a thread to each; then copies, a warp or half a warp to a row.
-    auto locate_tile = [&](uint32_t tile) {
-        const uint32_t t = thread_here();
-        if (t >= KEYS || tile >= end_tile) return;
-        uint32_t key = tile * KEYS + t;
-        key = key < keys.first ? keys.first : key < keys.end ? key : keys.end - 1;
-        slots[(tile & 1) * KEYS + t] = uint32_t(slot_of(p, stream, key));
+    uint8_t* levels = shared;
+    const TileSource<K, V, Tile> source(p, stream, keys, end_tile, image, shared, at);
+    if (t == 0) source.list_chunks(head);
+    auto state_of_warp = [&] {
+        Sees* sees = reinterpret_cast<Sees*>(shared + at.rows) + warp * ROWS;
+        float* sums = reinterpret_cast<float*>(shared + at.sums) + warp * DQ_MAX_SETS * ROWS;
+        return Warp(p, stream, head, row_tile < p.row_tiles ? row_tile : 0, first_together, v_transform, n_keys, warp, lane, shared + at.queries, at.query_slots, sums, sees);
     };
-    auto copy_tile = [&](uint32_t tile) {
-        const uint32_t* from = slots + (tile & 1) * KEYS;
-        uint8_t* stage = stages + (tile & 1) * stage_bytes;
-        auto copy = [&](auto sharers) {
-            constexpr uint32_t SHARERS = decltype(sharers)::value;
-            const uint32_t t = thread_here();
-            for (uint32_t c = t % SHARERS; c < image.chunks; c += SHARERS) {
-                const uint8_t* source = p.store.data + 16 * chunks[c];
-                DQ_UNROLL
-                for (uint32_t row = t / SHARERS; row < KEYS; row += Tile::threads() / SHARERS) cp_async_16(stage + row * stride + 16 * c, source + from[row] * p.store.stride);
+    auto finish = [&](Warp& state) {
+        if (row_tile < p.row_tiles) state.finish(results_of<V>(p, stream, head, row_tile * ROWS, v_transform * p.n_splits + blockIdx.x), n_rows);
+    };
+
+    if constexpr (Tile::GROUPS) {
+        // Phase 2: barriers; from here on the groups go their own ways.
+        const LevelBarriers barriers{reinterpret_cast<uint64_t*>(shared + at.barriers)};
+        const bool works_ahead = warp >= Tile::WARPS;
+        if (t == 0) {
+            const uint32_t busy = (end_row - first_row + Warp::TOGETHER - 1) / Warp::TOGETHER;
+            for (int b = 0; b < Tile::BUFFERS; b++) barriers.of(b).init(busy);
+        }
+        if (works_ahead) source.locate(first_tile), source.locate(first_tile + 1);
+        __syncthreads();
+        start_next_kernel();
+        if (works_ahead) {
+            group_give_registers<Tile::FEW_REGISTERS>();
+            if (names) work_ahead<TileSource<K, V, Tile>, Tile>(source, first_tile, levels, barriers);
+            return wait_for_previous_kernel();
+        }
+
+        // Phase 3: scores, softmax and weighted sums of the tiles, as they come; the part's result.
+        group_take_registers<Tile::MANY_REGISTERS>();
+        Warp state = state_of_warp();
+        wait_for_previous_kernel();
+        if (!idle) {
+            state.start();
+            BufferTurn<Tile> turn(false);
+            for (uint32_t tile = first_tile; tile < end_tile; tile++, turn.next()) {
+                state.take_from_others(levels + turn.buffer * Tile::bytes, tile * KEYS, barriers.of(turn.buffer), turn.parity);
             }
-        };
-        if (tile < end_tile) {
-            if (image.chunks > 16) copy(Int<32>{});
-            else copy(Int<16>{});
+            state.settle();
         }
-        cp_async_commit();
-    };
-    locate_tile(first_tile);
-    locate_tile(first_tile + 1);
-    __syncthreads();
-    copy_tile(first_tile);
-    start_next_kernel();
-    const Tables tables(false);
-    Warp state(p, stream, head, row_tile < p.row_tiles ? row_tile : 0, first_together, v_transform, n_keys, warp, lane, shared + at.queries, at.query_slots, sums + warp * DQ_MAX_SETS * ROWS, rows + warp * ROWS);
-
-    // Phase 3: levels, scales and sets of a tile, by the block.
-    auto look_up_tile = [&](uint32_t tile) {
-        if (tile >= end_tile) return;
-        const uint8_t* stage = stages + (tile & 1) * stage_bytes;
-        uint8_t* to = levels + (tile & 1) * Tile::bytes;
-        const uint32_t next = look_up_rows<K, Tile>(stage, stride, image.k_planes, tables, 0, [&](uint32_t key, uint32_t place, uint32_t a, uint32_t b) {
-            *reinterpret_cast<uint2*>(to + Tile::KeyLevels::at(key, place)) = make_uint2(a, b);
-        });
-        const uint32_t last = look_up_rows<V, Tile>(stage, stride, image.v_planes, tables, next, [&](uint32_t key, uint32_t place, uint32_t a, uint32_t b) {
-            const uint2 first = halves_of(a), second = halves_of(b);
-            *reinterpret_cast<uint4*>(to + Tile::values + Tile::ValueLevels::at(key, place)) = make_uint4(first.x, first.y, second.x, second.y);
-        });
-        for (uint32_t key = counted_from(thread_here(), last, Tile::threads()); key < KEYS; key += Tile::threads()) {
-            const uint8_t* row = stage + key * stride;
-            const uint32_t k_header = shared_half(row + image.k_headers), v_header = shared_half(row + image.v_headers);
-            float* scales = reinterpret_cast<float*>(to + Tile::scales);
-            scales[key] = small_scale(k_header & 0xFFF0) * SCALE_UP, scales[KEYS + key] = small_scale(v_header & 0xFFF0) * SCALE_UP;
-            to[Tile::sets + key] = uint8_t(header_set(k_header) | header_set(v_header) << 4);
-        }
-        if constexpr (Warp::GROUPS) shared_for_groups();
-    };
-    cp_async_wait<0>();
-    __syncthreads();
-    copy_tile(first_tile + 1);
-    locate_tile(first_tile + 2);
-    look_up_tile(first_tile);
-    wait_for_previous_kernel();
-    state.start();
-    const bool looks_first = warp >> 2 & 1;
-    for (uint32_t tile = first_tile; tile < end_tile; tile++) {
-        // Phase 4: the next tile is in its stage and this one has its levels; nobody reads the other stage or the other levels any
-        // more.
+        finish(state);
+    } else {
+        // Phase 2: slots and copies of the first tiles, levels of the first one.
+        source.locate(first_tile);
+        source.locate(first_tile + 1);
+        __syncthreads();
+        source.copy(first_tile);
+        start_next_kernel();
+        Warp state = state_of_warp();
         cp_async_wait<0>();
         __syncthreads();
-        copy_tile(tile + 2);
-        locate_tile(tile + 3);
+        source.copy(first_tile + 1);
+        source.locate(first_tile + 2);
+        auto levels_of = [&](uint32_t tile) { return levels + (tile & 1) * Tile::bytes; };
+        source.look_up(first_tile, levels_of(first_tile));
+        wait_for_previous_kernel();
+        state.start();
+        const bool looks_first = warp >> 2 & 1;
+        for (uint32_t tile = first_tile; tile < end_tile; tile++) {
+            // Phase 3: the next tile is in its stage and this one has its levels; nobody reads the other stage or the other levels any
+            // more.
+            cp_async_wait<0>();
+            __syncthreads();
+            source.copy(tile + 2);
+            source.locate(tile + 3);
 
-        // Phase 5: scores, softmax, weighted sums, and levels of the next tile. Some warps begin with the one, some with the other, so
-        // that tensor cores and look-ups share the time.
-        if (looks_first) look_up_tile(tile + 1);
-        if (!idle) state.take(levels + (tile & 1) * Tile::bytes, tile * KEYS);
-        if (!looks_first) look_up_tile(tile + 1);
+            // Phase 4: scores, softmax, weighted sums, and levels of the next tile. Some warps begin with the one, some with the other, so
+            // that tensor cores and look-ups share the time.
+            if (looks_first) source.look_up(tile + 1, levels_of(tile + 1));
+            if (!idle) state.take(levels_of(tile), tile * KEYS);
+            if (!looks_first) source.look_up(tile + 1, levels_of(tile + 1));
+        }
+        cp_async_wait<0>();
+
+        // Phase 5: the part's result.
+        finish(state);
     }
-    cp_async_wait<0>();
-
-    // Phase 6: the part's result.
-    if (row_tile < p.row_tiles) state.finish(results_of<V>(p, stream, head, row_tile * ROWS, v_transform * p.n_splits + blockIdx.x), n_rows);
 }
 
 // Bytes of dynamic shared memory of a block, whichever its head: src/cuda/launch.rs says the same.

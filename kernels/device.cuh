@@ -119,9 +119,11 @@ template <int LEFT> inline void group_wait(EMU_CALLER) { emu::wait_group_mma(LEF
 template <class T> inline void group_arrive(T (&)[4]) {}
 inline void shared_for_groups() {}
 inline void group_sync(uint32_t group, EMU_CALLER) { emu::meet_group(group, file, line); }
-template <bool ADD, int LINE> inline void group_mma_s8(int32_t (&d)[4][4], const GroupMatrix<LINE>& a, const GroupMatrix<LINE>& b, EMU_CALLER) {
-    emu::start_group_mma({nullptr, d[0], 4, a.lines(), {}, b.lines(), ADD}, file, line);
+template <bool ADD, int N, int LINE> inline void group_mma_s8(int32_t (&d)[N][4], const GroupMatrix<LINE>& a, const GroupMatrix<LINE>& b, EMU_CALLER) {
+    emu::start_group_mma({nullptr, d[0], N, a.lines(), {}, b.lines(), ADD}, file, line);
 }
+template <int REGISTERS> inline void group_give_registers() {}
+template <int REGISTERS> inline void group_take_registers() {}
 template <int FROM, int N> inline void group_mma_f16(float (&d)[N][4], const uint32_t (&a)[4], const GroupMatrix<128>& b, EMU_CALLER) {
     emu::start_group_mma({d[FROM], nullptr, 8, {}, {a[0], a[1], a[2], a[3]}, b.lines(), true}, file, line);
 }
@@ -221,6 +223,7 @@ __device__ __forceinline__ uint32_t in_register(uint32_t v) {
 // Before a wait: what is worked out there is not work behind it; the compiler would rather do it where it is used. And the other way
 // round: what follows from such a value is not worked out before, and kept, where it is seldom wanted or registers are few.
 __device__ __forceinline__ void work_out_here(uint32_t& v) { asm volatile("" : "+r"(v)); }
+__device__ __forceinline__ void work_out_here(int& v) { asm volatile("" : "+r"(v)); }
 __device__ __forceinline__ void work_out_here(float& v) { asm volatile("" : "+f"(v)); }
 __device__ __forceinline__ void work_out_here(uint64_t& v) { asm volatile("" : "+l"(v)); }
 
@@ -351,7 +354,26 @@ __device__ __forceinline__ void group_arrive(float (&d)[4]) { asm volatile("" : 
 __device__ __forceinline__ void shared_for_groups() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Waits for the group's warps; groups are numbered from 0.
 __device__ __forceinline__ void group_sync(uint32_t group) { asm volatile("barrier.cta.sync.aligned %0, 128;" ::"r"(group + 1) : "memory"); }
-// d (+)= a b; b of 32 columns.
+// Keeps so many registers of a thread and leaves the others to groups that take more, up to so many.
+template <int REGISTERS>
+__device__ __forceinline__ void group_give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
+template <int REGISTERS>
+__device__ __forceinline__ void group_take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
+// d (+)= a b; b of 32 or 64 columns.
+template <bool ADD, int LINE>
+__device__ __forceinline__ void group_mma_s8(int32_t (&d)[8][4], const GroupMatrix<LINE>& a, const GroupMatrix<LINE>& b) {
+    asm volatile("{\n"
+                 ".reg .pred add;\n"
+                 "setp.ne.b32 add, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, add;\n"
+                 "}"
+                 : "+r"(d[0][0]), "+r"(d[0][1]), "+r"(d[0][2]), "+r"(d[0][3]), "+r"(d[1][0]), "+r"(d[1][1]), "+r"(d[1][2]), "+r"(d[1][3]),
+                   "+r"(d[2][0]), "+r"(d[2][1]), "+r"(d[2][2]), "+r"(d[2][3]), "+r"(d[3][0]), "+r"(d[3][1]), "+r"(d[3][2]), "+r"(d[3][3]),
+                   "+r"(d[4][0]), "+r"(d[4][1]), "+r"(d[4][2]), "+r"(d[4][3]), "+r"(d[5][0]), "+r"(d[5][1]), "+r"(d[5][2]), "+r"(d[5][3]),
+                   "+r"(d[6][0]), "+r"(d[6][1]), "+r"(d[6][2]), "+r"(d[6][3]), "+r"(d[7][0]), "+r"(d[7][1]), "+r"(d[7][2]), "+r"(d[7][3])
+                 : "l"(a.bits), "l"(b.bits), "n"(ADD));
+}
 template <bool ADD, int LINE>
 __device__ __forceinline__ void group_mma_s8(int32_t (&d)[4][4], const GroupMatrix<LINE>& a, const GroupMatrix<LINE>& b) {
     asm volatile("{\n"
@@ -384,7 +406,9 @@ template <int LEFT> __device__ __forceinline__ void group_wait() {}
 template <class T> __device__ __forceinline__ void group_arrive(T (&)[4]) {}
 __device__ __forceinline__ void shared_for_groups() {}
 __device__ __forceinline__ void group_sync(uint32_t) {}
-template <bool ADD, int LINE> __device__ __forceinline__ void group_mma_s8(int32_t (&)[4][4], const GroupMatrix<LINE>&, const GroupMatrix<LINE>&) {}
+template <bool ADD, int N, int LINE> __device__ __forceinline__ void group_mma_s8(int32_t (&)[N][4], const GroupMatrix<LINE>&, const GroupMatrix<LINE>&) {}
+template <int REGISTERS> __device__ __forceinline__ void group_give_registers() {}
+template <int REGISTERS> __device__ __forceinline__ void group_take_registers() {}
 template <int FROM, int N> __device__ __forceinline__ void group_mma_f16(float (&)[N][4], const uint32_t (&)[4], const GroupMatrix<128>&) {}
 #endif
 

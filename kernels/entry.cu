@@ -17,7 +17,7 @@
     extern "C" __global__ void __launch_bounds__(256, 1) dq_attend_##d##_##kp##_##vp##_n2##suffix(const DqAttend p) {    \
         dq::attend_decode<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>, 2, dq::DECODE_STAGES>(p);                               \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(32 * dq::PrefillTile<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>>::WARPS, 1) dq_prefill_##d##_##kp##_##vp##suffix(const DqAttend p) {        \
+    extern "C" __global__ void __launch_bounds__(dq::PrefillTile<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>>::THREADS, 1) dq_prefill_##d##_##kp##_##vp##suffix(const DqAttend p) {        \
         dq::attend_prefill<dq::Side<d, kp, aligned>, dq::Side<d, vp, aligned>>(p);                                    \
     }
 #define DQ_KERNELS(d, kp, vp)                                                                                         \

@@ -148,7 +148,8 @@ __device__ __forceinline__ void fold_queries(const DqAttend& p) {
     const uint32_t head = blockIdx.x / DQ_MAX_TRANSFORMS, transform = blockIdx.x % DQ_MAX_TRANSFORMS;
     const SetList sets(p.k.heads[head]);
     const uint32_t first_unit = (blockIdx.z * gridDim.y + blockIdx.y) * units;
-    if (!names_transform(sets, transform) || first_unit >= p.n_streams * n_tiles) return leave_waiting_to_others();
+    const uint32_t end = names_transform(sets, transform) ? p.n_streams * n_tiles : 0;
+    if (first_unit >= end) return leave_waiting_to_others();
 
     // Phase 1: matrix and means start on their way before more is known, since memory is far away; the kernel ahead may still be
     // at work.

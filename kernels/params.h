@@ -83,7 +83,7 @@ typedef struct DqAttend {
     uint32_t row_tiles;           /* tiles of 4 NT rows (query, query head) over n_q * group */
     uint32_t v_transforms;        /* 1 where all sets of V are rotations, else DQ_MAX_TRANSFORMS */
     uint32_t fold_tiles;          /* tiles of 4 rows of a stream, as many as row_tiles has */
-    uint32_t fold_units;          /* of them, over all streams, that a block of the fold takes at a time: 1, 2, 4 or 8 */
+    uint32_t fold_units;          /* of them, over all streams, that a block of the fold of few rows takes: 1, 2, 4 or 8 */
     /* Workspace, see attend.cuh. */
     uint8_t* folded;
     float* folded_scales;

@@ -31,6 +31,29 @@ struct LevelRows {
 // Rows of queries of a warp.
 constexpr int PREFILL_ROWS = 16;
 
+// Where a warp group looks levels up for others: barriers of a buffer's keys (and scales and sets), and of its values. They are there, and
+// all are done with them. Each lane arrives for what it has itself written or read.
+struct LevelBarriers {
+    enum { KEYS_THERE, KEYS_DONE, VALUES_THERE, VALUES_DONE, COUNT };
+    uint64_t* at;
+    __device__ __forceinline__ LevelBarriers of(uint32_t buffer) const { return {at + COUNT * buffer}; }
+    __device__ __forceinline__ void init(uint32_t groups) const {
+        barrier_init(at + KEYS_THERE, 128), barrier_init(at + KEYS_DONE, 128 * groups);
+        barrier_init(at + VALUES_THERE, 128), barrier_init(at + VALUES_DONE, 128 * groups);
+    }
+    __device__ __forceinline__ void arrive(int which) const { barrier_arrive(at + which); }
+    __device__ __forceinline__ void wait(int which, uint32_t parity) const { barrier_wait(at + which, parity); }
+};
+// Whose turn it is of the buffers, and which phase of its barriers the next one is: of being there, or of being done with, which for the first
+// tiles is over before it began.
+template <class Tile> struct BufferTurn {
+    uint32_t buffer = 0, parity;
+    __device__ __forceinline__ explicit BufferTurn(bool ahead) : parity(ahead) {}
+    __device__ __forceinline__ void next() {
+        if (++buffer == Tile::BUFFERS) buffer = 0, parity ^= 1;
+    }
+};
+
 // Folded queries of a warp group, of one linear part, in shared memory: high bytes, and behind these low ones.
 template <class K> struct QueryRows : LevelRows<K::D, 1, 4 * PREFILL_ROWS, true> {
     static constexpr int slot = 2 * QueryRows::bytes;
@@ -46,11 +69,17 @@ struct PrefillTile {
     static constexpr bool GROUPS = IN_GROUPS;
     static constexpr int D = K::D > V::D ? K::D : V::D;
     // What the registers of a multiprocessor have room for: a row's output, and for mma of warps its query. Rows of a warp.
-    static constexpr int WARPS = D <= 64 ? 16 : D <= 128 ? (GROUPS ? 16 : 12) : 8, ROWS = PREFILL_ROWS;
-    // Threads of a block; of mma of warps there may be fewer.
-    __device__ static __forceinline__ uint32_t threads() { return GROUPS ? 32 * WARPS : blockDim.x; }
-    // Keys whose levels are looked up at once.
-    static constexpr int KEYS = D <= 128 ? 64 : 32;
+    static constexpr int WARPS = D <= 64 && !GROUPS ? 16 : D <= 128 ? 12 : 8, ROWS = PREFILL_ROWS;
+    // Threads of a block, at most: where there are warp groups one more looks levels up, for which otherwise all do.
+    static constexpr int THREADS = 32 * (WARPS + (GROUPS ? 4 : 0));
+    // Registers of a thread that looks levels up, and of the others.
+    static constexpr int FEW_REGISTERS = D <= 128 ? 56 : 72, MANY_REGISTERS = D <= 128 ? 152 : 216;
+    static_assert(!GROUPS || 4 * FEW_REGISTERS + WARPS * MANY_REGISTERS <= THREADS / 32 * (65536 / THREADS / 8 * 8), "or some wait for ever");
+    // Warps that have rows, of this block, and threads that look levels up.
+    __device__ static __forceinline__ uint32_t row_warps() { return GROUPS ? WARPS : blockDim.x >> 5; }
+    __device__ static __forceinline__ uint32_t workers() { return GROUPS ? 128 : blockDim.x; }
+    // Keys whose levels are looked up at once, tiles of them that have a place in shared memory, and keys that a warp takes in at a time.
+    static constexpr int KEYS = D <= 128 ? 64 : 32, BUFFERS = GROUPS && D <= 128 ? 3 : 2, STEP = GROUPS ? KEYS : 32;
     using KeyLevels = LevelRows<K::D, 1, KEYS, GROUPS>;
     using ValueLevels = LevelRows<V::D, 2, KEYS, GROUPS>;
     // Bytes of a tile's levels, scales and sets, and where they begin.
@@ -119,48 +148,60 @@ __device__ __forceinline__ uint2 halves_of(uint32_t bytes) {
     return make_uint2(subtract_halves(prmt(biased, both, 0x4140), excess), subtract_halves(prmt(biased, both, 0x4342), excess));
 }
 
-// This thread's number. What follows from it is worked out anew behind each of these: registers are too few to keep it, and where it
-// would be kept instead is further away.
-__device__ __forceinline__ uint32_t thread_here() {
-    uint32_t thread = threadIdx.x;
-    work_out_here(thread);
-    return thread;
-}
+// This thread's number of those that look levels up. Where they do nothing else it has a register. Elsewhere what follows from it is
+// worked out anew behind each `here`: registers are too few to keep it, and where it would be kept instead is further away.
+template <class Tile> struct Worker {
+    uint32_t number;
+    __device__ __forceinline__ Worker() : number(threadIdx.x % 128) { work_out_here(number); }
+    __device__ __forceinline__ uint32_t here() const {
+        if constexpr (Tile::GROUPS) return number;
+        uint32_t thread = threadIdx.x;
+        work_out_here(thread);
+        return thread;
+    }
+};
 // A thread's number of so many, counted from thread `first` on.
 __device__ __forceinline__ uint32_t counted_from(uint32_t thread, uint32_t first, uint32_t threads) {
     return thread < first ? thread + threads - first : thread - first;
 }
 
-// Levels of a side's rows in a stage, by all threads: a thread has one word of each so many rows. `put(key, place, first quad, second
+// Levels of a side's rows in a stage, by all that look them up: a thread has one word of each so many rows. `put(key, place, first quad, second
 // quad)`. `first` is the thread that begins; returns the one that is next, so that tiers of few words do not all go to the same
 // threads.
 template <class S, class Tile, class Put>
-__device__ __forceinline__ uint32_t look_up_rows(const uint8_t* stage, uint32_t stride, const uint32_t* planes, const Tables& tables, uint32_t first, Put&& put) {
-    const uint32_t threads = Tile::threads(), here = thread_here();
+__device__ __forceinline__ uint32_t look_up_rows(const Worker<Tile>& worker, const uint8_t* stage, uint32_t stride, const uint32_t* planes, const Tables& tables, uint32_t first, Put&& put) {
+    const uint32_t threads = Tile::workers(), here = worker.here();
     for_each<S::tiers>([&](auto tier) {
         constexpr int T = decltype(tier)::value, N = S::channels(T), BITS = S::bits(T), P = S::plane_index(T, 0), WORDS = N / 8;
         const uint32_t thread = counted_from(here, first, threads), w = thread % WORDS, at_a_time = threads / WORDS;
         const uint8_t* row = stage + thread / WORDS * stride;
-        auto look_up = [&](uint32_t key) {
-            uint32_t low = 0, quads[2];
-            const uint32_t upper = plane_word<S::aligned, N, plane_bits(BITS, 0)>(row + planes[P], w);
+        auto load = [&](uint32_t& upper, uint32_t& low) {
+            upper = plane_word<S::aligned, N, plane_bits(BITS, 0)>(row + planes[P], w);
             if constexpr (BITS == 8) low = plane_word<S::aligned, N, 8>(row + planes[P] + N / 2, w);
             if constexpr (planes_of(BITS) == 2) low = plane_word<S::aligned, N, plane_bits(BITS, 1)>(row + planes[P + 1], w);
-            word_bytes<BITS>(tables, upper, low, quads[0], quads[1]);
-            put(key, S::first(T) + 8 * w, quads[0], quads[1]);
             row += at_a_time * stride;
         };
-        if constexpr (Tile::GROUPS) {
-            // All is known but the thread: no loop.
+        auto look_up = [&](uint32_t key, uint32_t upper, uint32_t low) {
+            uint32_t quads[2];
+            word_bytes<BITS>(tables, upper, low, quads[0], quads[1]);
+            put(key, S::first(T) + 8 * w, quads[0], quads[1]);
+        };
+        if constexpr (Tile::GROUPS && 128 % WORDS == 0 && Tile::KEYS * WORDS % 128 == 0) {
+            // All is known but the thread: no loop; and words are on their way together, since the compiler leaves loads behind what
+            // is stored.
+            constexpr int TURNS = Tile::KEYS * WORDS / 128;
+            uint32_t upper[TURNS], low[TURNS] = {};
             DQ_UNROLL
-            for (uint32_t i = 0; i < (Tile::KEYS + at_a_time - 1) / at_a_time; i++) {
-                const uint32_t key = thread / WORDS + i * at_a_time;
-                if (thread >= at_a_time * WORDS || key >= Tile::KEYS) break;
-                look_up(key);
-            }
+            for (int i = 0; i < TURNS; i++) load(upper[i], low[i]);
+            DQ_UNROLL
+            for (int i = 0; i < TURNS; i++) look_up(thread / WORDS + i * (128 / WORDS), upper[i], low[i]);
         } else {
             DQ_UNROLL_BY_1
-            for (uint32_t key = thread / WORDS; key < Tile::KEYS && thread < at_a_time * WORDS; key += at_a_time) look_up(key);
+            for (uint32_t key = thread / WORDS; key < Tile::KEYS && thread < at_a_time * WORDS; key += at_a_time) {
+                uint32_t upper, low = 0;
+                load(upper, low);
+                look_up(key, upper, low);
+            }
         }
         first = (first + Tile::KEYS * WORDS) % threads;
     });

@@ -1,5 +1,5 @@
-// Attention of many queries, what a warp does with a tile's levels: scores, softmax, weighted sums, of sixteen rows of queries and 32 keys
-// at a time.
+// Attention of many queries, what a warp does with a tile's levels: scores, softmax, weighted sums, of sixteen rows of queries and 32 or 64
+// keys at a time.
 //
 // Where there are mma of warp groups, four warps (64 rows) take their steps together: all that these depend on is the same for
 // the four. Fragments of rows are those of a warp's mma, and levels are read from shared memory by the tensor cores.
@@ -13,8 +13,46 @@
 
 namespace dq {
 
-// n tiles of eight keys that a warp takes in at a time.
-constexpr int STEP_TILES = KEYS_PER_WARP / 8;
+// Which keys of a step: a bit for each.
+template <int KEYS> struct KeyMask {
+    uint32_t words[KEYS / 32];
+    __device__ __forceinline__ static KeyMask all() {
+        KeyMask mask;
+        DQ_UNROLL
+        for (int w = 0; w < KEYS / 32; w++) mask.words[w] = ALL_LANES;
+        return mask;
+    }
+    // Those whose byte is `sets`, of bytes in shared memory that the lanes have loaded.
+    __device__ __forceinline__ static KeyMask of(const uint32_t (&bytes)[KEYS / 32], uint32_t sets) {
+        KeyMask mask;
+        DQ_UNROLL
+        for (int w = 0; w < KEYS / 32; w++) mask.words[w] = __ballot_sync(ALL_LANES, bytes[w] == sets);
+        return mask;
+    }
+    __device__ __forceinline__ KeyMask both(const KeyMask& other) const {
+        KeyMask mask;
+        DQ_UNROLL
+        for (int w = 0; w < KEYS / 32; w++) mask.words[w] = words[w] & other.words[w];
+        return mask;
+    }
+    __device__ __forceinline__ void remove(const KeyMask& other) {
+        DQ_UNROLL
+        for (int w = 0; w < KEYS / 32; w++) words[w] &= ~other.words[w];
+    }
+    __device__ __forceinline__ bool any() const { return KEYS == 32 ? words[0] != 0 : (words[0] | words[KEYS / 32 - 1]) != 0; }
+    __device__ __forceinline__ bool is_all() const { return KEYS == 32 ? words[0] == ALL_LANES : (words[0] & words[KEYS / 32 - 1]) == ALL_LANES; }
+    // The first one; there is one.
+    __device__ __forceinline__ int first() const { return KEYS == 32 || words[0] != 0 ? __ffs(words[0]) - 1 : 31 + __ffs(words[KEYS / 32 - 1]); }
+    // Of each 32 those from this one on, counted from it.
+    __device__ __forceinline__ KeyMask from(uint32_t key) const {
+        KeyMask mask;
+        DQ_UNROLL
+        for (int w = 0; w < KEYS / 32; w++) mask.words[w] = words[w] >> key;
+        return mask;
+    }
+    // `key` is known when compiled.
+    __device__ __forceinline__ bool has(int key) const { return words[key / 32] >> (key % 32) & 1; }
+};
 
 // What a row of queries sees, as far as lengths and window say, and its query's row of the mask, in bytes.
 struct alignas(16) Sees {
@@ -77,8 +115,9 @@ template <class K> struct PrefillQuery<K, true> {
 template <class K, class V>
 struct PrefillWarp {
     using Tile = PrefillTile<K, V>;
-    static constexpr int ROWS = Tile::ROWS, STEPS = folded_steps<K>(), TILES = V::D / 8, N = STEP_TILES;
+    static constexpr int ROWS = Tile::ROWS, STEPS = folded_steps<K>(), TILES = V::D / 8, STEP = Tile::STEP, N = STEP / 8;
     static constexpr bool GROUPS = Tile::GROUPS;
+    using Together = KeyMask<STEP>;
     // Rows that take each step together.
     static constexpr int TOGETHER = GROUPS ? 4 * ROWS : ROWS;
     // A weight times its value's scale is at most 2^14, as f16, and 2^7 where it is the largest; a lane's part of a step's weights is less
@@ -94,24 +133,31 @@ struct PrefillWarp {
 
     const DqAttend& p;
     const uint32_t stream, head, row_tile, v_transform;
-    const int lane, g, q;
+    int lane, g, q;
     float* sums;       // shared, [set][ROWS], this warp's own: weights of earlier runs of keys, for the means of value sets
     const Sees* sees;  // likewise, [ROWS]
     // Where in a tile's levels (of mma of warps) and scales the lane begins.
     uint32_t of_keys, of_values, of_scales;
-    uint32_t k_set, v_set;
-    bool counted;  // whether values in this set are this block's
+    // Sets of keys and, four bits further up, of values; NOT_COUNTED where values in that set are not this block's.
+    uint32_t sets;
+    static constexpr uint32_t NOT_COUNTED = 0x100;
     PrefillQuery<K, GROUPS> query;
     // Of the rows g and g + 8. Weights count from exp2(m), where m follows the largest of score + log2(scale of the value). `from` is what
     // a score has besides its product: the set's constant, less m unless that is taken off late.
     float step[2], from[2], m[2], sum[2], acc[TILES][4];
     bool late, sums_used;
+    // Of levels that others look up: barriers of the tile's buffer, which phase of them it is, and those of the tile before, whose values
+    // may still be read by products under way.
+    LevelBarriers levels, before;
+    uint32_t parity;
+    bool releases;
     // Keys that all rows that take their steps together see, but for a mask, and behind which none sees any.
     uint32_t seen_from, seen_to, seen_end;
     uint32_t mask_pairs;  // a mask of f16, two keys to an aligned word
 
     __device__ __forceinline__ PrefillWarp(const DqAttend& p, uint32_t stream, uint32_t head, uint32_t row_tile, uint32_t first_together, uint32_t v_transform, uint32_t n_keys, uint32_t warp, int lane, uint8_t* queries, uint32_t query_slots, float* sums, Sees* rows)
-        : p(p), stream(stream), head(head), row_tile(row_tile), v_transform(v_transform), lane(lane), g(lane >> 2), q(lane & 3), sums(sums), sees(rows), query(queries, query_slots, warp, lane), late(p.softcap > 0.0f), sums_used(false) {
+        : p(p), stream(stream), head(head), row_tile(row_tile), v_transform(v_transform), lane(lane), g(lane >> 2), q(lane & 3), sums(sums), sees(rows), query(queries, query_slots, warp, lane), late(p.softcap > 0.0f), sums_used(false), releases(false) {
+        if constexpr (GROUPS) work_out_here(this->lane);  // or it is read anew each time, which is far away
         of_keys = Tile::KeyLevels::at(lane & 7, (lane >> 3) * 16);
         of_values = Tile::values + Tile::ValueLevels::at((lane >> 3 & 1) * 8 + (lane & 7), (lane >> 4) * 8);
         of_scales = Tile::scales + 8 * q;
@@ -138,16 +184,20 @@ struct PrefillWarp {
         mask_pairs = p.mask != nullptr && p.mask_type == DQ_TYPE_F16 && ((reinterpret_cast<uintptr_t>(p.mask) | p.mask_stream_stride | p.mask_query_stride) & 3) == 0;
         __syncwarp();
         // Most rows are in the newest sets.
-        k_set = header_set(load_fresh(&p.k.heads[head].newest)), v_set = header_set(load_fresh(&p.v.heads[head].newest));
+        sets = header_set(load_fresh(&p.k.heads[head].newest)) | header_set(load_fresh(&p.v.heads[head].newest)) << 4;
     }
 
     // The linear part of a set, past the L1: all warps of a group must read the same.
     __device__ __forceinline__ static uint32_t fresh_transform(const DqHeadSets& sets, uint32_t set) { return load_fresh(&sets.transform[set]) & (DQ_MAX_TRANSFORMS - 1); }
-    __device__ __forceinline__ void look_at_values() { counted = p.v_transforms == 1 || fresh_transform(p.v.heads[head], v_set) == v_transform; }
+    __device__ __forceinline__ uint32_t k_set() const { return sets & 15; }
+    __device__ __forceinline__ uint32_t v_set() const { return sets >> 4 & 15; }
+    __device__ __forceinline__ void look_at_values() {
+        if (p.v_transforms > 1 && fresh_transform(p.v.heads[head], v_set()) != v_transform) sets |= NOT_COUNTED;
+    }
 
     // Queries, their scales and constants for the set of keys.
     __device__ __forceinline__ void look_at_keys() {
-        const uint32_t n_tiles = p.row_tiles * (ROWS / 4), transform = fresh_transform(p.k.heads[head], k_set), row = row_tile * ROWS + g;
+        const uint32_t n_tiles = p.row_tiles * (ROWS / 4), transform = fresh_transform(p.k.heads[head], k_set()), row = row_tile * ROWS + g;
         query.enter(transform, reinterpret_cast<const uint4*>(p.folded + folded_tile<K>(p, stream, head, transform, row_tile * (ROWS / 4), n_tiles)) + lane);
         const uint64_t of_head = uint64_t(stream) * p.n_kv_heads + head;
         DQ_UNROLL
@@ -158,7 +208,7 @@ struct PrefillWarp {
     }
     // From what scores count, after `m`, `late` or the constants have changed.
     __device__ __forceinline__ void count_from_here() {
-        uint32_t set = k_set;
+        uint32_t set = k_set();
         work_out_here(set);  // or where constants are is worked out where nobody asks for it
         const uint64_t at = ((uint64_t(stream) * p.n_kv_heads + head) * DQ_MAX_SETS + set) * (p.row_tiles * ROWS) + row_tile * ROWS + g;
         DQ_UNROLL
@@ -171,16 +221,12 @@ struct PrefillWarp {
     }
 
     // Goes on with keys of other sets.
-    __device__ __forceinline__ void enter_sets(uint32_t keys, uint32_t values) {
-        if (keys != k_set) {
-            k_set = keys;
-            look_at_keys();
-        }
-        if (values != v_set) {
-            flush_sums();
-            v_set = values;
-            look_at_values();
-        }
+    __device__ __forceinline__ void enter_sets(uint32_t now) {
+        const uint32_t changed = sets ^ now;
+        if (changed & 0xF0) flush_sums();
+        sets = changed & 0xF0 ? now : now | (sets & NOT_COUNTED);
+        if (changed & 0x0F) look_at_keys();
+        if (changed & 0xF0) look_at_values();
     }
 
     // Moves the running sums of weights to the set they belong to.
@@ -189,7 +235,7 @@ struct PrefillWarp {
         for (int h = 0; h < 2; h++) {
             float whole = sum[h] + __shfl_xor_sync(ALL_LANES, sum[h], 1);
             whole += __shfl_xor_sync(ALL_LANES, whole, 2);
-            if (q == 0) sums[v_set * ROWS + 8 * h + g] += whole;
+            if (q == 0) sums[v_set() * ROWS + 8 * h + g] += whole;
             sum[h] = 0.0f;
         }
         sums_used = true;
@@ -199,22 +245,34 @@ struct PrefillWarp {
     // Takes a tile in.
     __device__ __forceinline__ void take(const uint8_t* tile, uint32_t first_key) {
         DQ_UNROLL_BY_1
-        for (int at = 0; at < Tile::KEYS && first_key + at < seen_end; at += KEYS_PER_WARP) {
+        for (int at = 0; at < Tile::KEYS && first_key + at < seen_end; at += STEP) {
             // Mostly all at once; else the keys in the sets of those before, then those of one pair of sets after the other.
             DQ_UNROLL_BY_1
-            for (uint32_t left = ALL_LANES; left != 0;) {
-                const uint32_t mine = tile[Tile::sets + at + lane];
-                uint32_t together = __ballot_sync(ALL_LANES, mine == (k_set | v_set << 4)) & left;
-                if (together == 0) {
-                    const uint32_t sets = __shfl_sync(ALL_LANES, mine, __ffs(left) - 1);
-                    together = __ballot_sync(ALL_LANES, mine == sets) & left;
-                    enter_sets(sets & 15, sets >> 4);
+            for (Together left = Together::all(); left.any();) {
+                uint32_t mine[STEP / 32];
+                DQ_UNROLL
+                for (int w = 0; w < STEP / 32; w++) mine[w] = tile[Tile::sets + at + 32 * w + lane];
+                Together together = Together::of(mine, sets & 0xFF).both(left);
+                if (!together.any()) {
+                    const uint32_t other = __shfl_sync(ALL_LANES, uint32_t(tile[Tile::sets + at + left.first()]), 0);
+                    together = Together::of(mine, other).both(left);
+                    enter_sets(other);
                 }
-                left &= ~together;
-                if (p.v_transforms == 1 || counted) take_step(tile, at, first_key + at, together);
+                left.remove(together);
+                if (sets < NOT_COUNTED) take_step(tile, at, first_key + at, together);
             }
         }
-        settle();
+    }
+
+    // Takes a tile in that others look up, once it is there.
+    __device__ __forceinline__ void take_from_others(const uint8_t* tile, uint32_t first_key, const LevelBarriers& of_tile, uint32_t of_phase) {
+        levels = of_tile, parity = of_phase;
+        levels.wait(LevelBarriers::KEYS_THERE, parity);
+        take(tile, first_key);
+        levels.arrive(LevelBarriers::KEYS_DONE);
+        if (releases) settle();
+        levels.wait(LevelBarriers::VALUES_THERE, parity);
+        before = levels, releases = true;
     }
 
     // Products of the queries with the keys from `at` on, in units of the row's step and the key's scale; meanwhile something else.
@@ -326,9 +384,18 @@ struct PrefillWarp {
         return {key < row.to ? mask_at(p, row.mask, key) : 0.0f, key + 1 < row.to ? mask_at(p, row.mask, key + 1) : 0.0f};
     }
 
-    // Minus infinity for the scores of keys that nobody sees, or that are not among `together`; the mask for others. False where there
-    // are no others.
-    __device__ __forceinline__ bool hide(float (&s)[N][4], const Mask& mask, uint32_t first_key, uint32_t together) const {
+    // Minus infinity for the scores of keys that are not among `together`: where sets are mixed, in many steps.
+    __device__ __forceinline__ void hide_others(float (&s)[N][4], const Together& together) const {
+        const Together of_lane = together.from(2 * q);
+        DQ_UNROLL
+        for (int n = 0; n < N; n++) {
+            DQ_UNROLL
+            for (int e = 0; e < 4; e++) s[n][e] = of_lane.has(8 * n + e % 2) ? s[n][e] : NEVER;
+        }
+    }
+
+    // The same for keys that nobody sees, the mask for others. False where there are no others.
+    __device__ __forceinline__ bool hide(float (&s)[N][4], const Mask& mask, uint32_t first_key) const {
         bool visible = false;
         DQ_UNROLL
         for (int h = 0; h < 2; h++) {
@@ -340,9 +407,9 @@ struct PrefillWarp {
                 else if (p.mask != nullptr) added = mask_pair(row, first_key + 8 * n + 2 * q);
                 DQ_UNROLL
                 for (int e = 0; e < 2; e++) {
-                    const uint32_t in_step = 8 * n + 2 * q + e, key = first_key + in_step;
+                    const uint32_t key = first_key + 8 * n + 2 * q + e;
                     const float of_key = e == 0 ? added.x : added.y;
-                    const bool hidden = of_key == NEVER || key < row.from || key >= row.to || !(together >> in_step & 1);
+                    const bool hidden = of_key == NEVER || key < row.from || key >= row.to;
                     // A hidden key's record may hold anything; its score must not come through as NaN.
                     float& score = s[n][2 * h + e];
                     score = hidden ? NEVER : __fmaf_rn(of_key, LOG2_E, score);
@@ -353,9 +420,9 @@ struct PrefillWarp {
         return __any_sync(ALL_LANES, visible);
     }
 
-    __device__ __forceinline__ void take_step(const uint8_t* tile, int at, uint32_t first_key, uint32_t together) {
+    __device__ __forceinline__ void take_step(const uint8_t* tile, int at, uint32_t first_key, const Together& together) {
         Mask mask;
-        mask.there = mask_pairs && first_key + KEYS_PER_WARP <= seen_end;
+        mask.there = mask_pairs && first_key + STEP <= seen_end;
         work_out_here(mask.there);
         int32_t dots[N][4];
         products(dots, tile, at, [&] {
@@ -363,14 +430,16 @@ struct PrefillWarp {
         });
         float s[N][4];
         scores(s, dots, tile, at);
-        bool visible = true, plain = together == ALL_LANES && first_key >= seen_from && first_key + KEYS_PER_WARP <= seen_to;
+        bool visible = true, plain = first_key >= seen_from && first_key + STEP <= seen_to;
         if (p.mask != nullptr) {
             if (mask.there) mask.arrive();
             plain &= mask.there && !__any_sync(ALL_LANES, mask.any() != 0);
         }
-        if (!plain) {
+        const bool mixed = !together.is_all();
+        if (!plain || mixed) {
+            if (mixed) hide_others(s, together);
             work_out_here(first_key);  // or all that follows from it, of steps that hide nothing, too
-            visible = hide(s, mask, first_key, together);
+            if (!plain) visible = hide(s, mask, first_key);
         }
 
         // Weights, and as A fragments their products with the values' scales: of these and of the sums the largest says whether
@@ -429,6 +498,8 @@ struct PrefillWarp {
             group_wait<0>();
             DQ_UNROLL
             for (int n = 0; n < TILES; n++) group_arrive(acc[n]);
+            if (releases) before.arrive(LevelBarriers::VALUES_DONE);
+            releases = false;
         }
     }
 
@@ -437,6 +508,7 @@ struct PrefillWarp {
         if constexpr (GROUPS) {
             DQ_UNROLL
             for (int n = 0; n < TILES; n++) group_arrive(acc[n]);
+            levels.wait(LevelBarriers::VALUES_THERE, parity);
             group_fence();
             const GroupMatrix<128> values(tile + Tile::values + Tile::ValueLevels::matrix(at, 0));
             DQ_UNROLL

@@ -39,7 +39,7 @@ template <class K, class V, void (*kernel)(DqAttend)> void run_prefill(const emu
     auto need = [&](uint32_t query_slots) { return dq::prefill_shared_bytes<K, V>(p, Tile::WARPS, query_slots); };
     const uint32_t most = Tile::GROUPS ? dq::MOST_QUERY_SLOTS : 0;
     emu::launch(how, [&] {
-        if (Tile::GROUPS && how.block.x != 32 * Tile::WARPS) emu::die("a block of warp groups that has not all its warps");
+        if (Tile::GROUPS && how.block.x != Tile::THREADS) emu::die("a block of warp groups that has not all its warps");
         if (how.shared_bytes != need(most) && (need(most) <= MOST_SHARED || how.shared_bytes != need(1))) emu::die("not the shared memory that attention of many queries needs");
         kernel(p);
     });

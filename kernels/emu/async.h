@@ -40,12 +40,15 @@ inline void mbarrier_init(void* at, unsigned count) {
     block()->barriers[at] = MBarrier{count, count, 0, 0, {}};
 }
 
-// Arrivals that were missing before this one.
+// Arrivals that were missing before this one. Whoever has arrived is held up for some rounds, so that those who wait for that go on
+// while what it does next is not there yet.
 inline unsigned mbarrier_arrive(void* at, unsigned bytes = 0) {
     MBarrier& b = mbarrier(at);
     if (b.pending == 0) die("more arrivals at an mbarrier than its count");
     b.expected += bytes;
-    return b.pending--;
+    const unsigned missing = b.pending--;
+    for (int round = 0; round < 16; round++) me().state = State::Spins, yield();
+    return missing;
 }
 
 inline void start_bulk_copy(void* to, const void* from, unsigned bytes, void* barrier) {

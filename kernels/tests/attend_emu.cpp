@@ -19,6 +19,7 @@ int main(int argc, char** argv) {
     // The fold takes the matrix in pieces.
     all_cases<256, 103, 256, 3>(rng, 1, 2);
     prefill_cases<256, 103, 256, 3, 2>(rng, 0, 1);
+    prefill_cases<256, 103, 256, 3, 2>(rng, 2, 3);
     // Narrow records: the joined results of warps that share a head are larger than their stages.
     run<64, 102, 64, 2, 2, false>({"narrow", 2, 8, 1, 1, 700, 2, {2, 1}, {4, 0}, 1, true, 0, false, 0, 8}, rng);
     run<64, 102, 64, 2, 2, true>({"narrow", 4, 8, 1, 1, 700, 2, {2, 1}, {4, 0}, 1, true, 0, false, 0, 8}, rng);
@@ -60,6 +61,8 @@ int main(int argc, char** argv) {
     prefill_cases<128, 4, 128, 4, 3>(rng, 11, 12);
     prefill_cases<64, 103, 64, 3, 3>(rng, 12, 16);
     prefill_cases<256, 4, 256, 4, 4>(rng, 12, 13);
+    prefill_cases<128, 4, 128, 4, 12>(rng, 16, 17);
+    prefill_cases<256, 4, 256, 4, 8>(rng, 17, 18);
     rng.seed(20 + order);
     all_cases<128, 4, 128, 4>(rng, 0, 4, TAIL_CASES);
     prefill_cases<128, 4, 128, 4, 3>(rng, 4, 5, TAIL_CASES);

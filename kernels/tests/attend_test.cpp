@@ -34,7 +34,7 @@ struct Case {
 template <class K> __global__ void __launch_bounds__(dq::FOLD_THREADS) fold_kernel(const DqAttend p) { dq::fold_queries<K>(p); }
 template <class K> __global__ void __launch_bounds__(dq::FOLD_ROWS_THREADS, dq::fold_rows_blocks(K::D)) fold_rows_kernel(const DqAttend p) { dq::fold_rows<K>(p); }
 template <class K, class V, int NT> __global__ void __launch_bounds__(256, NT == 1 ? 2 : 1) attend_kernel(const DqAttend p) { dq::attend_decode<K, V, NT, dq::DECODE_STAGES>(p); }
-template <class K, class V> __global__ void __launch_bounds__(32 * dq::PrefillTile<K, V>::WARPS) prefill_kernel(const DqAttend p) { dq::attend_prefill<K, V>(p); }
+template <class K, class V> __global__ void __launch_bounds__(dq::PrefillTile<K, V>::THREADS, 1) prefill_kernel(const DqAttend p) { dq::attend_prefill<K, V>(p); }
 __global__ void __launch_bounds__(32 * dq::TAIL_WARPS) tail_kernel(const DqAttend p) { dq::attend_tail(p); }
 template <class V, bool MANY> __global__ void __launch_bounds__(MANY ? 32 * dq::MERGE_MANY_WARPS : 512) merge_kernel(const DqAttend p) { dq::attend_merge<V, MANY>(p); }
 
@@ -238,7 +238,8 @@ void run(const Case& c, std::mt19937_64& rng) {
         rt::launch(tail_kernel, dim3((c.n_q * c.group + 3) / 4 * c.tail_parts, c.n_kv, c.n_streams), 32 * dq::TAIL_WARPS, 0, p);
     }
     if constexpr (PREFILL > 0) {
-        rt::launch(prefill_kernel<K, V>, dim3(p.n_splits, c.n_kv * ((p.row_tiles + PREFILL - 1) / PREFILL), c.n_streams * p.v_transforms), 32 * PREFILL,
+        rt::launch(prefill_kernel<K, V>, dim3(p.n_splits, c.n_kv * ((p.row_tiles + PREFILL - 1) / PREFILL), c.n_streams * p.v_transforms),
+                   dq::PrefillTile<K, V>::GROUPS ? dq::PrefillTile<K, V>::THREADS : 32 * PREFILL,
                    dq::prefill_shared_bytes<K, V>(p, PREFILL, c.n_splits > 1 || c.v_sets.dense ? 1 : 2), p);
     } else rt::launch(attend_kernel<K, V, NT>, dim3(p.n_splits, c.n_kv / p.heads_per_block * p.row_tiles, c.n_streams * p.v_transforms),
                32 * p.heads_per_block * p.key_warps, dq::attend_shared_bytes<K, V, NT, dq::DECODE_STAGES>(p), p);
@@ -344,6 +345,10 @@ const Case PREFILL_CASES[] = {
     {"chunk bf16",    2, 4, 1, 12, 90, 1, {2, 2}, {2, 0}, 0, false, 0, true, 2, 1, 0, 0, 0, false, DQ_TYPE_BF16},
     {"chunk half, apart", 1, 3, 2, 13, 90, 1, {2, 1}, {2, 0}, 0, false, 0, false, 0, 1, 0, 0, 0, false, DQ_TYPE_F16, 1},
     {"chunk apart",   1, 3, 2, 13, 90, 1, {2, 1}, {2, 0}, 0, false, 0, true, 0, 1, 0, 0, 0, false, DQ_TYPE_F32, 1},
+    // More tiles than have a place at once, and of each some rows see nothing.
+    {"chunk long",    1, 1, 1, 190, 460, 1, {2, 1}, {2, 0}, 0, false, 0, true, 1, 1},
+    // The first rows see nothing of as many tiles at the end as have a place.
+    {"chunk ends",    1, 1, 1, 128, 320, 1, {2, 1}, {2, 0}, 0, false, 0, false, 1, 1},
 };
 
 template <int DK, int KP, int DV, int VP, int WARPS>

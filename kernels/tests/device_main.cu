@@ -222,7 +222,7 @@ void bench_prefill(Timer& timer, uint32_t n, uint32_t keys) {
     const uint32_t warps = dq::PrefillTile<S, S>::WARPS, shared = dq::prefill_shared_bytes<S, S>(p, warps, 1);
     rt::check(cudaFuncSetAttribute(prefill_kernel<S, S>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared");
     auto fold = [&](int, cudaStream_t s) { fold_rows_kernel<S><<<dim3(N_KV, 49), dq::FOLD_ROWS_THREADS, dq::fold_rows_shared_bytes<S>(), s>>>(p); };
-    auto attend = [&](int, cudaStream_t s) { prefill_kernel<S, S><<<dim3(1, N_KV * ((p.row_tiles + warps - 1) / warps), 1), 32 * warps, shared, s>>>(p); };
+    auto attend = [&](int, cudaStream_t s) { prefill_kernel<S, S><<<dim3(1, N_KV * ((p.row_tiles + warps - 1) / warps), 1), dq::PrefillTile<S, S>::THREADS, shared, s>>>(p); };
     const unsigned merge_threads = 32 * dq::MERGE_MANY_WARPS;
     auto merge = [&](int, cudaStream_t s) { merge_kernel<S, true><<<dim3(66, N_KV), merge_threads, dq::merge_shared_bytes<S>(merge_threads), s>>>(p); };
     const double a = timer.median(5, fold), b = timer.median(5, attend), c = timer.median(5, merge);

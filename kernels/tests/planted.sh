@@ -42,25 +42,25 @@ plant "earlier sums not rescaled" attend_warp.cuh 's/if (sums_used) {/if (false)
 plant "constant of the wrong set" attend_warp.cuh 's/if (set != k_set) {/if (set > k_set) {/'
 plant "low byte of the query dropped" fold.cuh 's/uint8_t(low)/uint8_t(0)/'
 plant "nibbles of the wrong keys" codes.cuh 's/even = prmt(e, e, 0x3120)/even = prmt(e, e, 0x3210)/'
-plant "prefill: levels read before they are all there" attend_prefill.cuh '/^        __syncthreads();$/{N;s/^        __syncthreads();\n        copy_tile/        copy_tile/}'
-plant "prefill: stage overwritten while in use" attend_prefill.cuh 's/(tile \& 1) \* stage_bytes/0 * stage_bytes/'
+plant "prefill: levels read before they are all there" attend_prefill.cuh '/^            __syncthreads();$/d'
+plant "prefill: stage overwritten while in use" prefill_tiles.cuh 's/(tile \& 1) \* stage_bytes/0 * stage_bytes/'
 plant "prefill: levels overwritten while in use" attend_prefill.cuh 's/(tile \& 1) \* Tile::bytes/0 * Tile::bytes/'
 plant "prefill: earlier sums not rescaled" prefill_warp.cuh 's/sums_used \&\& e < DQ_MAX_SETS/false/'
 plant "prefill: scores count from nowhere" prefill_warp.cuh 's/ - (late ? 0.0f : base(h));/;/'
 plant "prefill: far from 0 all the same" prefill_warp.cuh 's/ FAR = 4096.0f/ FAR = 1e30f/'
 plant "prefill: the mask of the next pair" prefill_warp.cuh 's/(first_key + 2 \* q);/(first_key + 2 * q + 2);/'
-plant "prefill: keys in other sets taken in with these" prefill_warp.cuh 's/ || !(together >> in_step \& 1)//'
+plant "prefill: keys in other sets taken in with these" prefill_warp.cuh 's/if (mixed) hide_others(s, together);/;/'
 plant "prefill: products beyond f16" prefill_warp.cuh 's/heavy || (most \& 0xFFFF) > MOST_PRODUCT || most >> 16 > MOST_PRODUCT/heavy/'
 plant "prefill: sums beyond f32" prefill_warp.cuh 's/part\[h\] > MOST_WEIGHT/false/'
 plant "prefill: scale of the key before" prefill_warp.cuh 's/(e % 2 == 0 ? scale.x : scale.y) \* step/scale.x * step/'
 plant "prefill: rows see what the last one sees" prefill_warp.cuh 's/key >= row.to/key >= seen_end/'
-plant "prefill: another chunk" attend_prefill.cuh 's/16 \* chunks\[c\]/16 * chunks[c ^ 1]/'
-plant "prefill: slots of the tile before" attend_prefill.cuh 's/slots\[(tile \& 1) \* KEYS + t\]/slots[t]/'
+plant "prefill: another chunk" prefill_tiles.cuh 's/16 \* chunks\[c\]/16 * chunks[c ^ 1]/'
+plant "prefill: slots of the tile before" prefill_tiles.cuh 's/slots\[(tile \& 1) \* KEYS + t\]/slots[t]/'
 plant "prefill: a row that sees low scores only" prefill_warp.cuh 's/sees_any(s, h)/part[h] > 0.0f/'
 plant "prefill: a first half that is negative not made up for" prefill_levels.cuh 's/(Entries::at(k) < 0 ? -1 : 0)/0/'
 plant "prefill: scores of before where the reference moves" prefill_warp.cuh 's/s\[n\]\[e\] += (was_late/s[n][e] += 0.0f * (was_late/'
 plant "warp groups: products not waited for" prefill_warp.cuh '/group_wait<0>();/d' attend_emu $SM90
-plant "warp groups: the last sums not waited for" prefill_warp.cuh '/^        settle();$/d' attend_emu $SM90
+plant "warp groups: the last sums not waited for" attend_prefill.cuh '/^            state.settle();$/d' attend_emu $SM90
 plant "warp groups: values of another panel" prefill_warp.cuh 's/matrix(8 \* k, 64 \* P)/matrix(8 * k, 0)/' attend_emu $SM90
 plant "warp groups: low bytes of queries left out" prefill_warp.cuh 's/add(Int<1>{}, \[\] {});/;/' attend_emu $SM90
 plant "warp groups: chunks as they come" prefill_levels.cuh 's/ ^ chunk_swizzle<LINE>(row)//' attend_emu $SM90
@@ -68,6 +68,24 @@ plant "warp groups: queries of the linear part before last" prefill_warp.cuh 's/
 plant "warp groups: queries overwritten while others read them" prefill_warp.cuh '/nobody reads what was there any more/d' attend_emu $SM90
 plant "warp groups: queries read before they are all there" prefill_warp.cuh '/^        shared_for_groups();$/{n;d}' attend_emu $SM90
 plant "warp groups: a warp goes its own way" prefill_warp.cuh 's/see(first_together + TOGETHER - 1)/see(first_together + 16 * (threadIdx.x \/ 32 % 4))/' attend_emu $SM90
+plant "warp groups: keys in the second half of a step in other sets taken in" prefill_warp.cuh 's/words\[key \/ 32\] >> (key % 32)/words[0] >> (key % 32)/' attend_emu $SM90
+plant "warp groups: other sets in the second half of a step not looked for" prefill_warp.cuh 's/(words\[0\] & words\[KEYS \/ 32 - 1\]) == ALL_LANES/words[0] == ALL_LANES/' attend_emu $SM90
+plant "warp groups: keys left in the second half of a step forgotten" prefill_warp.cuh 's/(words\[0\] | words\[KEYS \/ 32 - 1\]) != 0/words[0] != 0/' attend_emu $SM90
+plant "warp groups: stage read before all copies are there" attend_prefill.cuh '/group_sync(Tile::WARPS \/ 4);/d' attend_emu $SM90
+plant "warp groups: stage overwritten while in use" prefill_tiles.cuh 's/(tile \& 1) \* stage_bytes/0 * stage_bytes/' attend_emu $SM90
+plant "warp groups: keys read before they are there" prefill_warp.cuh '/levels.wait(LevelBarriers::KEYS_THERE/d' attend_emu $SM90
+plant "warp groups: values read before they are there" prefill_warp.cuh '/^            levels.wait(LevelBarriers::VALUES_THERE/d' attend_emu $SM90
+plant "warp groups: keys overwritten while a group reads them" attend_prefill.cuh '/of_tile.wait(LevelBarriers::KEYS_DONE/d' attend_emu $SM90
+plant "warp groups: values overwritten while a group reads them" attend_prefill.cuh '/of_tile.wait(LevelBarriers::VALUES_DONE/d' attend_emu $SM90
+plant "warp groups: keys released before they are taken in" prefill_warp.cuh 's/^        take(tile, first_key);/levels.arrive(LevelBarriers::KEYS_DONE), take(tile, first_key);/;/^        levels.arrive(LevelBarriers::KEYS_DONE);/d' attend_emu $SM90
+plant "warp groups: values released before their products are done" prefill_warp.cuh 's/^            group_wait<0>();/if (releases) before.arrive(LevelBarriers::VALUES_DONE); releases = false; group_wait<0>();/' attend_emu $SM90
+plant "warp groups: values released a tile early" prefill_warp.cuh 's/before = levels, releases = true;/levels.arrive(LevelBarriers::VALUES_DONE);/' attend_emu $SM90
+plant "warp groups: values that nobody sees never released" prefill_warp.cuh '/^        if (releases) settle();/d' attend_emu $SM90
+plant "warp groups: a group without rows counted" attend_prefill.cuh 's/init(busy)/init(Tile::WARPS \/ 4)/' attend_emu $SM90
+plant "warp groups: a group with rows not counted" attend_prefill.cuh 's/init(busy)/init(1)/' attend_emu $SM90
+plant "warp groups: phases that do not change" prefill_levels.cuh 's/buffer = 0, parity ^= 1/buffer = 0/' attend_emu $SM90
+plant "warp groups: buffers waited for before anybody had them" attend_prefill.cuh 's/turn(true)/turn(false)/' attend_emu $SM90
+plant "warp groups: a buffer of another tile" attend_prefill.cuh 's/levels + turn.buffer \* Tile::bytes, tile/levels, tile/' attend_emu $SM90
 plant "read past the last slot" attend.cuh 's/key < keys.end ? key : keys.end - 1/key/' attend_emu "-fsanitize=address"
 plant "blocks that the window has left are read" attend.cuh 's/key = key < keys.first ? keys.first : /key = /' attend_emu "-fsanitize=address"
 plant "blocks that the window has left are read, bulk copies" attend.cuh 's/const uint32_t from = keys.first > first_key.*/const uint32_t from = 0;/' attend_emu "-fsanitize=address $SM90"

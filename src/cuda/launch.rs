@@ -24,7 +24,7 @@ const FOLD_THREADS: usize = 32 * FOLD_WARPS;
 const FOLD_ROWS_WARPS: usize = 4;
 const MOST_WARPS: usize = 8;
 /// Warps of a block of the kernel of many queries are a multiple of this: they share the look-ups, and some devices' tensor cores want
-/// them so.
+/// them so; there, as many more look levels up.
 const WARP_GROUP: usize = 4;
 /// Warps of a block of the merge kernel, at most, and of the one for many rows.
 const MERGE_WARPS: usize = 16;
@@ -38,6 +38,8 @@ const RUN_BYTES: usize = 8;
 const SEES_BYTES: usize = 16;
 /// Chunks of a row of its stages, at most.
 const MOST_CHUNKS: usize = 64;
+/// Bytes of the barriers of a tile's levels.
+const LEVEL_BARRIERS: usize = 4 * 8;
 /// Bytes that a tile's levels are a multiple of, for warp groups.
 const SWIZZLED: usize = 1024;
 /// Rows of one of its warps.
@@ -93,7 +95,8 @@ struct Variant {
     prefill: bool,
     /// Tiles of four rows to a warp.
     nt: usize,
-    /// Warps of a block, at least, and at most.
+    /// Warps of a block without rows of their own; those with rows, at least, and at most.
+    more_warps: usize,
     least_warps: usize,
     most_warps: usize,
     /// Keys that a block takes in at a time.
@@ -150,12 +153,13 @@ fn fold_shared(d: usize, k_groups: usize, units: usize) -> usize {
 /// How the kernel of many queries works on a device: with mma of warps, or of warp groups.
 #[derive(Debug, Clone, Copy)]
 struct PrefillCut {
-    /// Warps of a block, at most.
+    /// Warps of a block that have rows, at most.
     warps: usize,
     /// With warp groups. Each block has all its warps then.
     groups: bool,
-    /// Keys of a tile.
+    /// Keys of a tile, and tiles whose levels have a place.
     keys: usize,
+    buffers: usize,
     /// Bytes of folded queries that a warp group keeps, once or twice.
     query_slot: usize,
 }
@@ -163,15 +167,15 @@ struct PrefillCut {
 /// As prefill_levels.cuh's `PrefillTile`; `groups` says what the device can. Rows that are no whole panels have none.
 fn prefill_cut(d: usize, groups: bool) -> PrefillCut {
     let groups = groups && (d == 64 || d % 128 == 0);
-    let (warps, keys) = match d {
-        ..=64 => (16, 64),
-        ..=128 => (if groups { 16 } else { 12 }, 64),
-        _ => (8, 32),
+    let (warps, keys, buffers) = match d {
+        ..=64 if !groups => (16, 64, 2),
+        ..=128 => (12, 64, if groups { 3 } else { 2 }),
+        _ => (8, 32, 2),
     };
-    PrefillCut { warps, groups, keys, query_slot: if groups { 2 * WARP_GROUP * PREFILL_ROWS * d } else { 0 } }
+    PrefillCut { warps, groups, keys, buffers, query_slot: if groups { 2 * WARP_GROUP * PREFILL_ROWS * d } else { 0 } }
 }
 
-/// Bytes of its shared memory with so many warps and slots of queries, as attend_prefill.cuh's `PrefillShared`.
+/// Bytes of its shared memory with so many warps and slots of queries, as prefill_tiles.cuh's `PrefillShared`.
 fn prefill_shared(shape: &LayerShape, cut: &PrefillCut, warps: usize, query_slots: usize) -> usize {
     let (d_k, d_v, keys) = (shape.k.head_dim, shape.v.head_dim, cut.keys);
     let planes = shape.k.planes.iter().chain(&shape.v.planes).map(|p| (p.offset, p.head_bytes));
@@ -182,7 +186,7 @@ fn prefill_shared(shape: &LayerShape, cut: &PrefillCut, warps: usize, query_slot
     let levels = if cut.groups { d_k + 2 * d_v } else { ((d_k / 16 | 1) + (d_v / 8 | 1)) * 16 };
     let tile = (keys * (levels + 2 * 4 + 1)).next_multiple_of(if cut.groups { SWIZZLED } else { 16 });
     let of_rows = warps * PREFILL_ROWS * (SEES_BYTES + MAX_SETS * 4) + warps / WARP_GROUP * query_slots * cut.query_slot;
-    2 * (keys * ((chunks | 1) * 16 + SLOT_BYTES) + tile) + of_rows + 2 * MOST_CHUNKS
+    2 * keys * ((chunks | 1) * 16 + SLOT_BYTES) + cut.buffers * (tile + LEVEL_BARRIERS) + of_rows + 2 * MOST_CHUNKS
 }
 
 /// Codes of 32 channels of a tier are a group.
@@ -296,7 +300,7 @@ impl LayerKernels {
         };
         let blocks = device.sms * device.blocks_per_sm(kernel, 32 * heads_per_block * key_warps, shared)?;
         let tile_keys = KEYS_PER_WARP * key_warps;
-        Ok(Variant { kernel, prefill: false, nt, least_warps: 1, most_warps: MOST_WARPS, tile_keys, heads_per_block, key_warps, shared, blocks })
+        Ok(Variant { kernel, prefill: false, nt, more_warps: 0, least_warps: 1, most_warps: MOST_WARPS, tile_keys, heads_per_block, key_warps, shared, blocks })
     }
 
     fn prefill(device: &Device, shape: &LayerShape, kernel: Kernel) -> Result<Variant> {
@@ -315,10 +319,11 @@ impl LayerKernels {
                 cuts[cuts.len() - 1].1, device.block_shared
             )));
         };
-        let blocks = device.sms * device.blocks_per_sm(kernel, 32 * most_warps, shared)?;
+        let more_warps = if cut.groups { WARP_GROUP } else { 0 };
+        let blocks = device.sms * device.blocks_per_sm(kernel, 32 * (most_warps + more_warps), shared)?;
         let least_warps = if cut.groups { most_warps } else { WARP_GROUP };
         let nt = PREFILL_ROWS / 4;
-        Ok(Variant { kernel, prefill: true, nt, least_warps, most_warps, tile_keys: cut.keys, heads_per_block: 1, key_warps: 1, shared, blocks })
+        Ok(Variant { kernel, prefill: true, nt, more_warps, least_warps, most_warps, tile_keys: cut.keys, heads_per_block: 1, key_warps: 1, shared, blocks })
     }
 
     /// Whether rows of so many tokens have a block each.
@@ -362,7 +367,7 @@ impl Variant {
         rows.div_ceil(4 * self.nt)
     }
 
-    /// Warps of a block.
+    /// Warps of a block that have rows.
     fn warps(&self, rows: usize) -> usize {
         if self.prefill { self.row_tiles(rows).next_multiple_of(WARP_GROUP).clamp(self.least_warps, self.most_warps) } else { self.heads_per_block * self.key_warps }
     }
@@ -573,7 +578,7 @@ pub fn plan_attend(
         attend: Launch {
             kernel: v.kernel,
             grid: (splits, y, streams * kernels.v_transforms),
-            threads: 32 * v.warps(rows),
+            threads: 32 * (v.warps(rows) + v.more_warps),
             shared: v.shared,
         },
         merge: Launch {
@@ -608,11 +613,11 @@ mod tests {
     fn warp_groups_take_whole_panels() {
         for d in [80, 96, 192] {
             let (with, without) = (prefill_cut(d, true), prefill_cut(d, false));
-            assert!(!with.groups && with.warps == without.warps && with.query_slot == 0);
+            assert!(!with.groups && with.warps == without.warps && with.buffers == without.buffers && with.query_slot == 0);
         }
         assert!([64, 128, 256].iter().all(|&d| prefill_cut(d, true).groups && !prefill_cut(d, false).groups));
         // High and low bytes of 64 queries.
-        assert_eq!((prefill_cut(128, true).warps, prefill_cut(128, true).query_slot), (16, 16384));
+        assert_eq!((prefill_cut(128, true).warps, prefill_cut(128, true).query_slot), (12, 16384));
     }
 
     #[test]
