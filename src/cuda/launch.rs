@@ -51,10 +51,13 @@ const SUMS: usize = MAX_SETS + 1;
 /// Waves of blocks that keys are split into, at most.
 const MOST_WAVES: usize = 4;
 
-/// Rows that each kernel of attention takes, least and most. Eight at a time are worth it even if all keys are read several times:
-/// to few rows, what a block of the kernel for many looks up is worth less than the look-ups (on an H200, 16,384 keys, group of four:
-/// 4 queries 26 us by the one and 81 by the other, 16 queries 72 and 92, 32 queries 130 and 86; with warp groups they meet at 13).
-const ATTEND_ROWS: [(usize, usize); 3] = [(0, 4), (5, 64), (65, usize::MAX)];
+/// Rows up to which the first two kernels of attention take them; the second takes eight at a time, and is worth it even if all keys are
+/// read several times: to few rows, what a block of the kernel for many looks up is worth less than the look-ups (on an H200, 16,384
+/// keys, group of four: 4 queries 26 us by the one and 81 by the other, 16 queries 72 and 92, 32 queries 130 and 86).
+const ATTEND_ROWS: [usize; 2] = [4, 64];
+/// The same with warp groups, by which few rows take as long as 64: 4,096 keys 30 us, 16,384 46, 131,072 201 (eight at a time 8 queries take
+/// 21, 42 and 236, 16 queries 31, 73 and 472).
+const ATTEND_ROWS_OF_GROUPS: [usize; 2] = [4, 40];
 
 /// The kernels of a layer and what is fixed about their launches.
 #[derive(Debug, Clone)]
@@ -70,8 +73,9 @@ pub struct LayerKernels {
     /// The same for many rows.
     merge_many: Kernel,
     tail: Kernel,
-    /// Decode with one and two tiles of four rows, prefill.
+    /// Decode with one and two tiles of four rows, prefill; and rows up to which the first two take them.
     attend: [Variant; 3],
+    attend_rows: [usize; 2],
     encode_shared: usize,
     encode_few_shared: usize,
     /// Blocks to a row of few.
@@ -255,6 +259,7 @@ impl LayerKernels {
             merge_many,
             tail: find("dq_tail".into())?,
             attend: [n1, n2, prefill],
+            attend_rows: if prefill.more_warps > 0 { ATTEND_ROWS_OF_GROUPS } else { ATTEND_ROWS },
             encode_few,
             encode_shared: encode_shared(d),
             encode_few_shared,
@@ -348,8 +353,7 @@ impl LayerKernels {
 
     /// Which kernel takes so many rows (queries times query heads of a KV head).
     fn variant(&self, rows: usize) -> &Variant {
-        let takes = |&(least, most): &(usize, usize)| (least..=most).contains(&rows);
-        &self.attend[ATTEND_ROWS.iter().position(takes).expect("the last takes all that are left")]
+        &self.attend[self.attend_rows.iter().filter(|&&most| rows > most).count()]
     }
 }
 
@@ -472,10 +476,12 @@ pub fn workspace_size(shape: &LayerShape, kernels: &LayerKernels, limits: Limits
         )));
     }
     let mut counts = Counts { tiles: 0, partials: 0 };
-    for (v, (least_rows, most_rows)) in kernels.attend.iter().zip(ATTEND_ROWS) {
-        if rows < least_rows {
-            continue;
+    let mut taken = None;
+    for (v, most_rows) in kernels.attend.iter().zip(kernels.attend_rows.into_iter().chain([usize::MAX])) {
+        if taken.is_some_and(|taken| rows <= taken) {
+            break;
         }
+        taken = Some(most_rows);
         let rows = rows.min(most_rows);
         counts.tiles = counts.tiles.max(heads * v.row_tiles(rows) * v.nt);
         // As in `splits`: blocks are at most the waves' or one to each of the others; so many rows has a block.
