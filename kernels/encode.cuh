@@ -242,7 +242,10 @@ struct ScaledBook {
     LevelBook book;
     float scale, inverse, most, per;
     __device__ __forceinline__ ScaledBook(const LevelBook& book, float scale, float inverse)
-        : book(book), scale(scale), inverse(inverse), most(inverse > 0.0f ? __fdiv_rn(book.cap, inverse) : 0.0f), per(__fmul_rn(book.per_unit, inverse)) {}
+        : book(book), scale(scale), inverse(inverse) {
+        // Not above: a host's compiler sees that, and has no such products.
+        most = inverse > 0.0f ? __fdiv_rn(book.cap, inverse) : 0.0f, per = __fmul_rn(book.per_unit, inverse);
+    }
     // What the nearest level stands for, and its code.
     struct Found {
         float value;
