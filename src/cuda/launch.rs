@@ -351,9 +351,13 @@ impl LayerKernels {
         Launch { kernel: self.dequantize, grid, threads: DEQUANTIZE_THREADS, shared: 0 }
     }
 
-    /// Which kernel takes so many rows (queries times query heads of a KV head).
+    /// Which kernel takes so many rows (queries times query heads of a KV head): its number in `attend`.
+    fn taken_by(&self, rows: usize) -> usize {
+        self.attend_rows.iter().filter(|&&most| rows > most).count()
+    }
+
     fn variant(&self, rows: usize) -> &Variant {
-        &self.attend[self.attend_rows.iter().filter(|&&most| rows > most).count()]
+        &self.attend[self.taken_by(rows)]
     }
 }
 
@@ -476,12 +480,9 @@ pub fn workspace_size(shape: &LayerShape, kernels: &LayerKernels, limits: Limits
         )));
     }
     let mut counts = Counts { tiles: 0, partials: 0 };
-    let mut taken = None;
-    for (v, most_rows) in kernels.attend.iter().zip(kernels.attend_rows.into_iter().chain([usize::MAX])) {
-        if taken.is_some_and(|taken| rows <= taken) {
-            break;
-        }
-        taken = Some(most_rows);
+    // Fewer rows may go to the kernels ahead of the one that takes them all.
+    let of_kernels = kernels.attend.iter().zip(kernels.attend_rows.into_iter().chain([usize::MAX]));
+    for (v, most_rows) in of_kernels.take(kernels.taken_by(rows) + 1) {
         let rows = rows.min(most_rows);
         counts.tiles = counts.tiles.max(heads * v.row_tiles(rows) * v.nt);
         // As in `splits`: blocks are at most the waves' or one to each of the others; so many rows has a block.
